@@ -1,0 +1,79 @@
+"""Static checks at the door of every public function: shape, dtype and device, never values.
+
+A check reads only what is known without looking at numbers, so it costs nothing inside a compiled graph and works
+under ``torch.func.vmap``. Every message names the argument, what it is, what was expected and what to do.
+"""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Refuse anything but floating-point tensors."""
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected a floating-point dtype; convert with {name}.float()"
+            )
+
+
+def check_boolean(**tensors: Tensor) -> None:
+    """Refuse anything but boolean tensors: an integer mask hides whether it was meant as counts or as indices."""
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        if tensor.dtype != torch.bool:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected torch.bool (True = counts); convert with {name}.bool()"
+            )
+
+
+def check_integer(**tensors: Tensor) -> None:
+    """Refuse anything but int64 tensors."""
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.int64; convert with {name}.long()")
+
+
+def check_time_axis(**tensors: Tensor) -> None:
+    """Refuse tensors without a last (time) axis."""
+    for name, tensor in tensors.items():
+        if tensor.ndim < 1:
+            raise ValueError(f"{name} has no axes, expected [*batch, time]; add one with {name}[None]")
+
+
+def check_same_shape(like_name: str, like: Tensor, **tensors: Tensor) -> None:
+    """Refuse silent broadcasting and mixed devices: every tensor must match ``like``."""
+    check_shape(like_name, tuple(like.shape), **tensors)
+    for name, tensor in tensors.items():
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, expected {like.device} like {like_name}; "
+                f"move it with {name}.to({like_name}.device)"
+            )
+
+
+def check_shape(like_name: str, expected: tuple[int, ...], **tensors: Tensor) -> None:
+    """Refuse tensors whose shape is not ``expected``, which is the shape of (or follows from) ``like_name``."""
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} like {like_name}")
+
+
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Promote to one common dtype of at least float32.
+
+    bfloat16 keeps 8 bits of mantissa: a sum of 300 ones in it is 256. Everything in this package therefore
+    computes, and answers, in float32 or wider; inputs in half precision are widened and never narrowed back.
+    """
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")

@@ -1,0 +1,69 @@
+"""Masks, one meaning everywhere: True = a position that counts, False = a position that is not there.
+
+A masked position is deleted, not zero-filled: whatever it holds (zeros, garbage, inf, NaN) can change neither a
+value nor a gradient. Every selection is a ``where`` ahead of the arithmetic, since a product lets NaN through.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ppo_core._checks import check_boolean, check_floating, check_same_shape, check_time_axis, widen
+
+Axes = int | tuple[int, ...] | None
+
+
+def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``x`` where ``mask`` holds, 0 elsewhere, in value and in gradient.
+
+    Args:
+        x: any floating-point tensor.
+        mask: same shape; True keeps.
+
+    Returns:
+        Same shape, float32 or wider. Masked entries are exactly 0 and receive exactly zero gradient.
+
+    Raises:
+        TypeError: ``x`` is not floating point or ``mask`` is not boolean.
+        ValueError: shapes or devices differ.
+    """
+    check_floating(x=x)
+    check_boolean(mask=mask)
+    check_same_shape("x", x, mask=mask)
+    (x,) = widen(x)
+    return torch.where(mask, x, 0.0)
+
+
+def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: Axes = None) -> Float[Tensor, "*rest"]:
+    """Sum of the kept entries over ``dim`` (all axes when None); 0 where nothing is kept.
+
+    Units are those of ``x``. Raises as :func:`keep`.
+    """
+    kept = keep(x, mask)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: Axes = None
+) -> Float[Tensor, "*rest"]:
+    """Mean of the kept entries over ``dim`` (all axes when None); 0 where nothing is kept.
+
+    Units are those of ``x``. Raises as :func:`keep`. TRL's and verl's functions of this name add 1e-8 to the
+    denominator or return NaN for an empty mask; here an empty selection has mean 0 by definition.
+    """
+    total = masked_sum(x, mask, dim=dim)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return total / count.clamp(min=1)
+
+
+def last_kept(mask: Bool[Tensor, "*batch time"]) -> Bool[Tensor, "*batch time"]:
+    """True on the last kept position of every sequence and nowhere else (nowhere at all for an empty one).
+
+    Raises:
+        TypeError: ``mask`` is not boolean.
+        ValueError: ``mask`` has no time axis.
+    """
+    check_boolean(mask=mask)
+    check_time_axis(mask=mask)
+    rank = mask.cumsum(-1)
+    return mask & (rank == mask.sum(-1, keepdim=True))
