@@ -74,7 +74,8 @@ def gae(
 
     seen = linear_recurrence(
         torch.where(mask, values + lam * (rewards - values), 0.0),
-        torch.where(mask, gamma * lam, 1.0).to(values.dtype),
+        # Filled, not selected: where() of two Python numbers would round the coefficient to float32.
+        torch.ones_like(values).masked_fill(mask, gamma * lam),
         bootstrap,
     )
     seen_next = torch.cat((seen[..., 1:], bootstrap.unsqueeze(-1)), dim=-1)[..., : seen.shape[-1]]
