@@ -1,0 +1,183 @@
+"""The trunk and the LM head of a model, apart, so that logits are computed at chosen positions only.
+
+A batch of logits [B, L, V] is by far the largest tensor of a PPO step, and most of it is prompt and padding:
+
+    hidden = hidden_states(model, input_ids, attention_mask, position_ids)   # [B, L, H]
+    logits = logits_at(lm_head(model), hidden[mask])                        # [N, V]
+
+Every function takes a value-head wrapper, a transformers model or a PEFT model. The trunk is called directly,
+past the `forward` of whatever wraps it: under DistributedDataParallel, enter through a module of your own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ppo_runtime.models import PreTrainedModelWrapper, is_peft_model, transformers_model
+from ppo_runtime.modes import dropout_off
+
+# Their logits are scaled by d_model^-0.5 when the embeddings are tied, where no field says so outright.
+_T5_KIN = ("t5", "longt5", "umt5", "switch_transformers")
+
+
+class SplitError(ValueError):
+    """The model's logits are not its LM head applied to its trunk; compute full logits instead."""
+
+
+class LMHead(NamedTuple):
+    """logits = softcap * tanh(z / softcap), z = scale * (hidden @ weight.T + bias); no cap if softcap is None.
+
+    The tensors are the model's parameters themselves, so gradients reach them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """What the LM head of a decoder-only model reads, [B, L, H].
+
+    `position_ids` count real tokens from 0 (`mask_positions` makes them), so that padding on either side leaves
+    the result unchanged. Architectures without absolute or rotary positions do not take them.
+    """
+    inner = _splittable(model)
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder; use seq2seq_hidden_states")
+    trunk = inner.base_model
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None and "position_ids" in inspect.signature(trunk.forward).parameters:
+        inputs["position_ids"] = position_ids
+    return trunk(**inputs).last_hidden_state
+
+
+def seq2seq_hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    decoder_input_ids: Tensor,
+    decoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """What the LM head of an encoder-decoder reads, [B, L, H] with L the decoder's length.
+
+    `decoder_input_ids` are the labels shifted right, behind the decoder's start token. Pad them on the right:
+    then causality alone keeps padding away from real tokens.
+    """
+    inner = _splittable(model)
+    if not inner.config.is_encoder_decoder:
+        raise ValueError(f"{type(inner).__name__} is decoder-only; use hidden_states")
+    encoded = inner.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return inner.get_decoder()(
+        input_ids=decoder_input_ids,
+        attention_mask=decoder_attention_mask,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=attention_mask,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def mask_positions(attention_mask: Tensor) -> Tensor:
+    """Position ids [B, L] that count a mask's real tokens from 0; padding before the first one gets 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The LM head's parameters and constants. Take it anew for every pass: PEFT may switch heads."""
+    inner = _splittable(model)
+    head = inner.get_output_embeddings()
+    # peft trains a copy of a module named in modules_to_save, and passes calls to whichever one is active.
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        use_original = head.disable_adapters or not head.active_adapters
+        head = head.original_module if use_original else copies[head.active_adapters[0]]
+    # Not isinstance: LoRA and quantised layers compute more than weight and bias show.
+    if type(head) is not nn.Linear:
+        raise SplitError(
+            f"the LM head of {type(inner).__name__} is a {type(head).__module__}.{type(head).__name__}, "
+            "expected a plain torch.nn.Linear; compute full logits instead"
+        )
+    bias = head.bias if head.bias is not None else getattr(inner, "final_logits_bias", None)
+    return LMHead(head.weight, bias, getattr(inner.config, "final_logit_softcapping", None), _scale(inner.config))
+
+
+def logits_at(head: LMHead, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., H], the model's own to rounding, in float32 at least."""
+    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.softcap is not None:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    return logits
+
+
+def check_split(model: nn.Module) -> None:
+    """Prove on a few tokens that trunk and head reproduce the model's logits; SplitError says why not.
+
+    The tolerance is 1e-4 times the largest logit (at least 1), wider for half precision. Costs one tiny forward
+    pass of each kind, so once per run is enough, and it keeps us honest about architectures nobody here tried.
+    """
+    inner = _splittable(model)
+    outer: Any = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+    device = inner.get_input_embeddings().weight.device
+    ids = torch.arange(10, device=device).reshape(2, 5) % inner.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad(), dropout_off(model):
+        if inner.config.is_encoder_decoder:
+            hidden = seq2seq_hidden_states(model, ids, mask, ids)
+            expected = outer(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+            real = torch.ones_like(mask).bool()
+        else:
+            hidden = hidden_states(model, ids, mask, mask_positions(mask))
+            positions = {"position_ids": mask_positions(mask)}
+            if "position_ids" not in inspect.signature(inner.forward).parameters:
+                positions = {}
+            expected = outer(input_ids=ids, attention_mask=mask, **positions).logits
+            real = mask.bool()
+        logits = logits_at(lm_head(model), hidden)
+    name = type(inner).__name__
+    if logits.shape != expected.shape:
+        raise SplitError(
+            f"logits of {name} have shape {tuple(expected.shape)}, its trunk and head give {tuple(logits.shape)}; "
+            "compute full logits instead"
+        )
+    allowed = max(1e-4, 4 * torch.finfo(expected.dtype).eps) * max(1.0, expected[real].abs().max().item())
+    error = (logits - expected)[real].abs().max().item()
+    if not error <= allowed:  # NaN included
+        raise SplitError(
+            f"logits of {name} differ by {error:.3g} from its trunk and head, expected at most {allowed:.3g}; "
+            "compute full logits instead"
+        )
+
+
+def _splittable(model: nn.Module) -> Any:
+    outer = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+    # Virtual tokens enter in PeftModel.forward, which the trunk does not pass through.
+    if is_peft_model(outer) and outer.active_peft_config.is_prompt_learning:
+        kind = outer.active_peft_config.peft_type
+        raise SplitError(f"{kind} acts outside the trunk of the model; compute full logits instead")
+    inner = transformers_model(model)
+    if not inner.config.is_encoder_decoder and inner.base_model is inner:
+        raise SplitError(f"{type(inner).__name__} keeps no trunk apart from its head; compute full logits instead")
+    return inner
+
+
+def _scale(config: Any) -> float:
+    """The constant factor between the linear map and the logits; `check_split` catches what is not listed."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        return float(scale)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        return 1.0 / float(divisor)
+    scaled = getattr(config, "scale_decoder_outputs", None)
+    if scaled is None:
+        scaled = config.model_type in _T5_KIN and config.tie_word_embeddings
+    return config.d_model**-0.5 if scaled else 1.0

@@ -1,0 +1,330 @@
+"""Language models with a value head: the policy and its critic on one trunk."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, StoredHead, ValueHead, find_file, read_head, write_head
+
+_HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A transformers or PEFT model as `pretrained_model` and a `ValueHead` as `v_head`.
+
+    The state dict is that of the inner model plus `v_head.*`: no prefix on the inner names, and
+    `load_state_dict` takes them with or without `pretrained_model.`.
+    """
+
+    transformers_parent_class: ClassVar[Any]
+    supported_args: ClassVar[tuple[str, ...]] = (
+        "summary_dropout_prob",
+        "v_head_initializer_range",
+        "v_head_init_strategy",
+    )
+    _encoder_decoder: ClassVar[bool]
+    _hidden_states: ClassVar[str]
+
+    def __init__(
+        self,
+        pretrained_model: Any,
+        *,
+        summary_dropout_prob: float | None = None,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+    ) -> None:
+        """Wrap a model. The head's weights are Linear's default, or N(0, range) with strategy "normal"."""
+        super().__init__()
+        self._check(pretrained_model)
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(pretrained_model.config, summary_dropout_prob=summary_dropout_prob)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.v_head.summary.weight, mean=0.0, std=v_head_initializer_range)
+            nn.init.zeros_(self.v_head.summary.bias)
+        elif v_head_init_strategy is not None:
+            raise ValueError(f"v_head_init_strategy is {v_head_init_strategy!r}, expected 'normal' or None")
+        self.v_head.to(transformers_model(pretrained_model).get_output_embeddings().weight.device)
+        # transformers hands models over in eval mode; the head must not be the one part that trains.
+        self.training = transformers_model(pretrained_model).training
+        self.v_head.train(self.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> PreTrainedModelWrapper:
+        """Wrap a hub name, a directory, a transformers model or a PEFT model.
+
+        The head is read from the directory or repository where one is stored, else initialised. A directory
+        holding a PEFT adapter is loaded onto the base model it names. `peft_config` adds a fresh adapter;
+        `is_trainable=False` loads a stored one frozen. `supported_args` go to the head and everything else to
+        transformers' `from_pretrained`.
+        """
+        head_args = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        peft_config = kwargs.pop("peft_config", None)
+        is_trainable = kwargs.pop("is_trainable", True)
+        source, stored = pretrained_model_name_or_path, None
+        if isinstance(source, str | os.PathLike):
+            hub = {name: kwargs[name] for name in _HUB_ARGS if name in kwargs}
+            stored = read_head(source, **hub)
+            if find_file(source, "adapter_config.json", **hub) is not None:
+                model = cls._load_adapter(source, model_args, kwargs, hub, is_trainable)
+            else:
+                model = cls._load(source, model_args, kwargs, hub, stored)
+        elif isinstance(source, PreTrainedModel) or is_peft_model(source):
+            if model_args or kwargs:
+                raise TypeError(
+                    f"a {type(source).__name__} that is already loaded takes no loading arguments, got "
+                    f"{', '.join([*map(repr, model_args), *kwargs])}; apply them where you load the model"
+                )
+            model = source
+        else:
+            raise TypeError(
+                f"pretrained_model_name_or_path is a {type(source).__name__}, expected a name, a directory, "
+                "a transformers PreTrainedModel or a peft PeftModel"
+            )
+        if peft_config is not None:
+            if is_peft_model(model):
+                raise ValueError("the model already has a PEFT adapter; leave peft_config out or pass the base model")
+            cls._check(model)
+            model = _same_mode(import_peft().get_peft_model(model, peft_config))
+        wrapper = cls(model, **head_args)
+        if stored is not None:
+            wrapper.v_head.load_state_dict(stored.head)
+        return wrapper
+
+    @classmethod
+    def _load(
+        cls, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hub: dict[str, Any], stored: StoredHead | None
+    ) -> PreTrainedModel:
+        config = kwargs.get("config")
+        if config is None:
+            remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
+            config = AutoConfig.from_pretrained(name, **hub, **remote)
+        cls._check_config(config, f"{os.fspath(name)!r}")
+        if stored is None or stored.inner is None:
+            return cls.transformers_parent_class.from_pretrained(name, *args, **kwargs)
+        # A state dict needs the concrete class, and building one without storage is the public way to learn it.
+        with torch.device("meta"):
+            model_class = type(cls.transformers_parent_class.from_config(config))
+        rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}
+        model = model_class.from_pretrained(None, *args, config=config, state_dict=stored.inner, **rest)
+        model.name_or_path = model.config.name_or_path = os.fspath(name)
+        if find_file(name, "generation_config.json", **hub) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        return model
+
+    @classmethod
+    def _load_adapter(
+        cls, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hub: dict[str, Any], is_trainable: bool
+    ) -> Any:
+        peft = import_peft()
+        base_name = peft.PeftConfig.from_pretrained(os.fspath(name), **hub).base_model_name_or_path
+        if not base_name:
+            raise ValueError(
+                f"{os.fspath(name)!r} holds a PEFT adapter whose adapter_config.json names no base model; "
+                "write the base model's name or directory into base_model_name_or_path there"
+            )
+        # A revision or subfolder is the adapter's, not the base model's.
+        base_args = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        base = cls._load(base_name, args, base_args, {k: v for k, v in hub.items() if k in base_args}, None)
+        return _same_mode(peft.PeftModel.from_pretrained(base, os.fspath(name), is_trainable=is_trainable, **hub))
+
+    @classmethod
+    def _check_config(cls, config: Any, what: str) -> None:
+        if bool(getattr(config, "is_encoder_decoder", False)) == cls._encoder_decoder:
+            return
+        kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+        other = AutoModelForCausalLMWithValueHead if cls._encoder_decoder else AutoModelForSeq2SeqLMWithValueHead
+        raise ValueError(
+            f"{what} (model_type {config.model_type!r}) is {kinds[not cls._encoder_decoder]}, but {cls.__name__} "
+            f"expects {kinds[cls._encoder_decoder]}; use {other.__name__} for it"
+        )
+
+    @classmethod
+    def _check(cls, model: Any) -> None:
+        inner = transformers_model(model)
+        if not isinstance(inner, PreTrainedModel):
+            raise TypeError(
+                f"got a {type(inner).__name__}, expected a transformers PreTrainedModel or a peft PeftModel"
+            )
+        cls._check_config(inner.config, type(inner).__name__)
+        if inner.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(inner).__name__} has no language-model head, which {cls.__name__} expects; load it with "
+                f"transformers.{cls.transformers_parent_class.__name__}.from_pretrained"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(lm_logits [B, L, V], loss or None, value [B, L]); logits and values in float32.
+
+        The loss is the model's own and needs `labels`. For an encoder-decoder L is the decoder's length, and
+        `decoder_input_ids` come by keyword.
+        """
+        if past_key_values is None:
+            kwargs.setdefault("use_cache", False)  # a cache would not be returned, so why fill one
+        else:
+            kwargs["past_key_values"] = past_key_values
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        value = self.v_head(output[self._hidden_states][-1]).squeeze(-1)
+        logits = output.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), output.loss, value
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The inner model's `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write a directory that plain transformers (or PEFT) loads, with the head in a file of its own.
+
+        `state_dict` may be given in the layout of `self.state_dict()`; the other arguments are the inner
+        model's. Pushing is `push_to_hub`'s work: from here it would leave the head behind.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) would upload no value head; call push_to_hub(repo_id)")
+        head: Mapping[str, Tensor] = self.v_head.state_dict()
+        if (state := kwargs.pop("state_dict", None)) is not None:
+            head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
+            inner = {k.removeprefix(INNER_PREFIX): v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
+            kwargs["state_dict"] = inner
+        self.pretrained_model.save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_head(dict(head), save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model and value head",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_kwargs: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes; returns huggingface_hub's commit information."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The inner model's state under its own names, and the head's under `v_head.`."""
+        inner = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        destination = self.pretrained_model.state_dict(**inner)
+        self.v_head.state_dict(destination=destination, prefix=prefix + HEAD_PREFIX, keep_vars=keep_vars)
+        return destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch calls this before it visits the children, on a copy of the caller's dict.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if not name.startswith((HEAD_PREFIX, INNER_PREFIX)):
+                state_dict[prefix + INNER_PREFIX + name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in backward; takes effect only in training mode (see `modes.without_dropout`)."""
+        model = transformers_model(self)
+        # The older name warns in recent releases of transformers, and the newer is missing from early ones.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        model = transformers_model(self)
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the inner model is a peft PeftModel."""
+        return is_peft_model(self.pretrained_model)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the inner model has an encoder of its own."""
+        return self._encoder_decoder
+
+    @property
+    def config(self) -> Any:
+        """The inner transformers model's configuration."""
+        return transformers_model(self).config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inner model's parameters lie."""
+        return self.pretrained_model.device
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A decoder-only language model with a value head."""
+
+    transformers_parent_class = AutoModelForCausalLM
+    _encoder_decoder = False
+    _hidden_states = "hidden_states"
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder language model with a value head on its decoder."""
+
+    transformers_parent_class = AutoModelForSeq2SeqLM
+    _encoder_decoder = True
+    _hidden_states = "decoder_hidden_states"
+
+
+def import_peft() -> ModuleType:
+    """The peft package, imported only when an adapter asks for it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("PEFT adapters need the peft package: pip install 'ppo-core[peft]'") from error
+    return peft
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model (not its wrapper) is a PeftModel, without importing peft: no import, no such model."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside a wrapper and inside PEFT, adapter layers included."""
+    if isinstance(model, PreTrainedModelWrapper):
+        model = model.pretrained_model
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _same_mode(model: Any) -> Any:
+    """A PEFT model in the mode of its base: a new adapter's dropout would be on in an evaluating model."""
+    return model.train(model.get_base_model().training)

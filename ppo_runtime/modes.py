@@ -1,0 +1,56 @@
+"""Context managers that take the randomness out of a forward pass and put every flag back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+@contextmanager
+def dropout_off(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own `training` flag is restored on the way out.
+
+    For passes without gradients. Gradient checkpointing is inactive in evaluation mode, so the training
+    forward needs `without_dropout` instead.
+    """
+    flags = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@contextmanager
+def without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """Training mode as it is, with every dropout probability 0 inside.
+
+    transformers checkpoints activations only in training mode, hence not `eval()`. A checkpointed layer runs
+    again during backward, so `backward()` belongs inside this context as well: outside, the second run would
+    drop units that the first one kept, and the gradients would be silently wrong.
+
+    Covers `nn.Dropout` and its kin, and float attributes named after dropout (`attention_dropout`, `layerdrop`,
+    `drop_prob`) or router jitter, which is where transformers' models keep them.
+    """
+    changed: list[tuple[nn.Module, str, float]] = []
+    try:
+        for part in {part for module in modules for part in module.modules()}:
+            for name in _random_attributes(part):
+                changed.append((part, name, getattr(part, name)))
+                setattr(part, name, 0.0)
+        yield
+    finally:
+        for part, name, value in changed:
+            setattr(part, name, value)
+
+
+def _random_attributes(module: nn.Module) -> list[str]:
+    names = ["p"] if isinstance(module, _DropoutNd) else []
+    named = (name for name in vars(module) if "drop" in name or "jitter" in name)
+    # Only what is on: an attribute left alone cannot make a compiled graph recompile.
+    return [name for name in (*names, *named) if isinstance(value := getattr(module, name), float) and value > 0]

@@ -1,0 +1,116 @@
+"""Reference models: a frozen copy, a copy that shares the bottom layers, or the policy without its adapter."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from ppo_runtime.models import PreTrainedModelWrapper, is_peft_model
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+LAYER_PATTERNS = (
+    "transformer.h.{layer}",  # GPT-2, GPT-J, Bloom
+    "model.decoder.layers.{layer}",  # OPT, BART
+    "model.encoder.layers.{layer}",  # BART
+    "gpt_neox.layers.{layer}",  # GPT-NeoX, Pythia
+    "model.layers.{layer}",  # LLaMA, Qwen, Mistral, Gemma
+    "encoder.block.{layer}",  # T5
+    "decoder.block.{layer}",  # T5
+)
+# What lies below the first layer besides nn.Embedding: projections and norms of the word embeddings.
+_BELOW_LAYERS = ("project_in", "word_embeddings_layernorm", "layernorm_embedding")
+
+
+def create_reference_model(model: ModelT, num_shared_layers: int | None = None, pattern: str | None = None) -> ModelT:
+    """A frozen copy of `model` in evaluation mode; the policy to stay close to.
+
+    With `num_shared_layers` the embeddings and that many bottom layers of the copy are the policy's own tensors,
+    and frozen in the policy as well, which saves their memory twice: as weights and as optimiser state. An
+    encoder-decoder shares the bottom of both its stacks. Where the LM head is tied to the embeddings it is
+    shared and frozen with them. Create the optimiser afterwards, over the parameters that still train.
+
+    `pattern` names the layers of other architectures, with `{layer}` for the number: "model.blocks.{layer}".
+    """
+    if num_shared_layers is None or num_shared_layers == 0:
+        memo = {}
+    elif num_shared_layers < 0:
+        raise ValueError(f"num_shared_layers is {num_shared_layers}, expected None or a number from 0")
+    elif is_peft_model(getattr(model, "pretrained_model", model)):
+        raise ValueError(
+            f"num_shared_layers is {num_shared_layers}, but the model has a PEFT adapter and shares all its layers "
+            "already; use reference_context(model) instead of a reference model"
+        )
+    else:
+        shared = list(_shared_modules(model, num_shared_layers, pattern))
+        # deepcopy takes what its memo holds for copied already: the shared tensors stay the same objects.
+        memo = {id(parameter): parameter for module in shared for parameter in module.parameters()}
+    reference = copy.deepcopy(model, memo)
+    reference.requires_grad_(False)  # the shared tensors in the policy too
+    return reference.eval()
+
+
+def _shared_modules(model: nn.Module, count: int, pattern: str | None) -> Iterator[nn.Module]:
+    parts = dict(model.named_modules())
+    patterns = LAYER_PATTERNS if pattern is None else (pattern,)
+    layers = {name: place for name in parts if (place := _place(name, patterns)) is not None}
+    if not layers:
+        names = [name for name, _ in model.named_parameters()]
+        raise ValueError(
+            f"no layers match {' or '.join(repr(p) for p in patterns)} in {type(model).__name__}; pass a pattern "
+            f"with {{layer}} in place of the layer's number. Its parameters are named like {_sample(names)}"
+        )
+    for stack, depth in Counter(stack for stack, _ in layers.values()).items():
+        if count > depth:
+            raise ValueError(
+                f"num_shared_layers is {count}, but {stack!r} has only {depth} layers; share at most those"
+            )
+    for name, part in parts.items():
+        index = next((i for layer, (_, i) in layers.items() if f"{name}.".startswith(f"{layer}.")), None)
+        below = isinstance(part, nn.Embedding) or name.rpartition(".")[2] in _BELOW_LAYERS
+        if below if index is None else index < count:
+            yield part
+
+
+def _place(name: str, patterns: Iterable[str]) -> tuple[str, int] | None:
+    """The stack and the number of the layer whose module has this very name, or None."""
+    for pattern in patterns:
+        before, found, after = pattern.strip(".").partition("{layer}")
+        if not found:
+            raise ValueError(f"pattern is {pattern!r}, expected {{layer}} in it, as in {LAYER_PATTERNS[0]!r}")
+        if match := re.search(rf"^((?:.*\.)?{re.escape(before)})(\d+){re.escape(after)}$", name):
+            return match[1], int(match[2])
+    return None
+
+
+def _sample(names: list[str], most: int = 4) -> str:
+    """A few names from across the model, for an error message."""
+    step = max(1, len(names) // most)
+    return ", ".join(repr(name) for name in names[::step][:most])
+
+
+@contextmanager
+def reference_context(model: nn.Module) -> Iterator[None]:
+    """A PEFT policy with its adapter switched off, which makes it its own reference.
+
+    On the way out, exceptions included, the adapter is back and every parameter trains or not as it did before:
+    peft alone would make a frozen adapter trainable.
+    """
+    inner = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+    if not is_peft_model(inner):
+        raise ValueError(
+            f"{type(inner).__name__} has no PEFT adapter to switch off; make a reference with create_reference_model"
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    try:
+        with inner.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)

@@ -1,0 +1,130 @@
+"""The value head, and where it lives on disk.
+
+We write the head to `value_head.safetensors` beside the model, so that the directory stays an ordinary
+transformers (or PEFT) checkpoint. We also read the older habit of keeping `v_head.*` among the model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import cached_file
+
+HEAD_FILE = "value_head.safetensors"
+HEAD_PREFIX = "v_head."
+INNER_PREFIX = "pretrained_model."
+
+# In transformers' own order of preference: the first that exists is what the model is loaded from.
+_CHECKPOINTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class ValueHead(nn.Module):
+    """One scalar per position, read from the hidden state that the language-model head reads.
+
+    Computes in float32 (float64 where the head itself is), under autocast too: returns are regressed to a
+    precision that bfloat16, with its 8 bits, cannot express.
+    """
+
+    def __init__(self, config: Any, *, summary_dropout_prob: float | None = None) -> None:
+        """`summary_dropout_prob` defaults to the model configuration's field of that name, else to 0.1."""
+        super().__init__()
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(config, "summary_dropout_prob", 0.1)
+        self.dropout = nn.Dropout(summary_dropout_prob) if summary_dropout_prob else nn.Identity()
+        self.summary = nn.Linear(_width(config), 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] to values [..., 1]."""
+        weight, bias = self.summary.weight, self.summary.bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            hidden = self.dropout(hidden.to(weight.device, dtype))
+            return F.linear(hidden, weight.to(dtype), bias.to(dtype))
+
+
+def _width(config: Any) -> int:
+    """Width of the LM head's input; OPT-350m projects down to its word embeddings before the head."""
+    for part in (config, getattr(config, "decoder", None), getattr(config, "text_config", None)):
+        for field in ("word_embed_proj_dim", "hidden_size"):
+            if isinstance(width := getattr(part, field, None), int):
+                return width
+    raise ValueError(
+        f"{type(config).__name__} names no hidden_size, so the value head's width is unknown; "
+        "set config.hidden_size to the width of the hidden states the LM head reads"
+    )
+
+
+class StoredHead(NamedTuple):
+    """A value head found on disk; `inner` holds the model's weights where only we can read their names."""
+
+    head: dict[str, Tensor]
+    inner: dict[str, Tensor] | None = None
+
+
+def write_head(head: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    """Write the head's tensors (keys as in `ValueHead.state_dict`) beside a saved model."""
+    tensors = {HEAD_PREFIX + key: value.detach().cpu().contiguous() for key, value in head.items()}
+    save_file(tensors, Path(directory) / HEAD_FILE, metadata={"format": "pt"})
+
+
+def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
+    """The value head stored in a directory or hub repository, or None if there is none."""
+    if (file := find_file(name, HEAD_FILE, **hub)) is not None:
+        return StoredHead(_strip(_read(file), HEAD_PREFIX))
+    found = ((checkpoint, find_file(name, checkpoint, **hub)) for checkpoint in _CHECKPOINTS)
+    file = next((file for _, file in found if file is not None), None)
+    if file is None:
+        return None
+    if not file.endswith(".json"):
+        keys, shards = _keys(file), [file]
+    else:
+        weight_map: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"]
+        keys = set(weight_map)
+        wrapped = any(key.startswith(INNER_PREFIX) for key in keys)
+        names = {shard for key, shard in weight_map.items() if wrapped or key.startswith(HEAD_PREFIX)}
+        shards = [shard for n in sorted(names) if (shard := find_file(name, n, **hub)) is not None]
+    if not any(key.startswith(HEAD_PREFIX) for key in keys):
+        return None
+    weights = {key: value for shard in shards for key, value in _read(shard).items()}
+    # Plain names are transformers' business; prefixed ones it would not recognise, and initialise at random.
+    inner = _strip(weights, INNER_PREFIX) or None
+    return StoredHead(_strip(weights, HEAD_PREFIX), inner)
+
+
+def find_file(name: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
+    """Path of a file in a directory or hub repository (downloaded), or None if it is not there."""
+    try:
+        return cached_file(name, filename, **hub)
+    except OSError:  # also raised offline, where only the cache can tell
+        return None
+
+
+def _keys(file: str) -> set[str]:
+    if not file.endswith(".safetensors"):
+        return set(_read(file))
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    if not file.endswith(".safetensors"):
+        return torch.load(file, map_location="cpu", weights_only=True)
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+
+
+def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

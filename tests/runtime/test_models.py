@@ -1,0 +1,454 @@
+"""Value-head models: their contract, their files, and the modes they run in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from ppo_runtime.modes import dropout_off, without_dropout
+from tests.runtime.tiny import FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
+
+# peft still reads a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+IDS = torch.tensor([[5, 9, 33, 70], [21, 4, 4, 60]])
+
+
+def wrapper(family: str) -> Any:
+    return AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+
+
+def wrapped(family: str = "gpt2", dropout: float = 0.0, **kwargs: Any) -> Any:
+    model = wrapper(family).from_pretrained(tiny_model(family, dropout=dropout), **kwargs)
+    nn.init.normal_(model.v_head.summary.bias)  # so that a lost bias shows
+    return model
+
+
+def outputs(model: nn.Module, family: str = "gpt2") -> tuple[Tensor, Tensor | None, Tensor]:
+    more = {"decoder_input_ids": IDS.flip(1)} if family == "t5" else {}
+    return model(IDS, attention_mask=torch.ones_like(IDS), **more)
+
+
+def assert_same(one: nn.Module, other: nn.Module, family: str = "gpt2") -> None:
+    with torch.no_grad():
+        for a, b in zip(outputs(one, family), outputs(other, family), strict=True):
+            assert a is None is b or torch.equal(a, b)
+
+
+# --- forward and generate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_gives_logits_loss_and_a_value_per_token(family: str) -> None:
+    model = wrapped(family).to(torch.bfloat16)
+    logits, loss, value = outputs(model, family)
+    assert logits.shape == (2, 4, VOCAB_SIZE)
+    assert value.shape == (2, 4)
+    assert logits.dtype == value.dtype == torch.float32
+    assert loss is None
+    labels = {"labels": IDS} if family != "t5" else {"labels": IDS, "decoder_input_ids": IDS}
+    _, loss, _ = model(IDS, attention_mask=torch.ones_like(IDS), **labels)
+    assert loss.ndim == 0
+
+
+def test_values_are_computed_in_float32_under_autocast() -> None:
+    model = wrapped()
+    hidden = torch.randn(2, 3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, value = model.v_head.summary(hidden), model.v_head(hidden)
+    assert plain.dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    assert torch.equal(value, model.v_head.summary(hidden))
+
+
+def test_a_cache_may_be_passed() -> None:
+    model = wrapped()
+    whole = outputs(model)
+    cache = transformers.DynamicCache(config=model.config)
+    mask = torch.ones_like(IDS)
+    first = model(IDS[:, :3], past_key_values=cache, attention_mask=mask[:, :3], use_cache=True)
+    last = model(IDS[:, 3:], past_key_values=cache, attention_mask=mask, use_cache=True)
+    for index in (0, 2):
+        torch.testing.assert_close(torch.cat((first[index], last[index]), 1), whole[index], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_generate_delegates(family: str) -> None:
+    model = wrapped(family)
+    arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 3, "do_sample": False}
+    own = model.pretrained_model.generate(input_ids=IDS, **arguments)
+    assert torch.equal(model.generate(input_ids=IDS, **arguments), own)
+
+
+def test_small_properties() -> None:
+    model = wrapped("t5")
+    assert model.is_encoder_decoder
+    assert not model.is_peft_model
+    assert model.config.model_type == "t5"
+    assert model.device.type == "cpu"
+    adapted = wrapped(peft_config=tiny_lora())
+    assert adapted.is_peft_model
+    assert not adapted.is_encoder_decoder
+    assert adapted.config.model_type == "gpt2"
+
+
+# --- the head ------------------------------------------------------------------------------------------------
+
+
+def test_head_arguments() -> None:
+    model = wrapped(summary_dropout_prob=0.3, v_head_init_strategy="normal", v_head_initializer_range=5.0)
+    assert model.v_head.dropout.p == 0.3
+    assert 2.0 < model.v_head.summary.weight.std() < 9.0
+    assert wrapped().v_head.dropout.p == 0.1
+    assert isinstance(wrapped(summary_dropout_prob=0.0).v_head.dropout, nn.Identity)
+    assert wrapped("opt").v_head.summary.in_features == 12, "OPT's head reads the projection, not the hidden size"
+    normal = wrapper("gpt2").from_pretrained(tiny_model(), v_head_init_strategy="normal")
+    assert normal.v_head.summary.bias.item() == 0.0
+    with pytest.raises(ValueError, match="v_head_init_strategy is 'uniform', expected 'normal' or None"):
+        wrapped(v_head_init_strategy="uniform")
+
+
+def test_the_head_is_in_the_mode_of_the_model() -> None:
+    assert not wrapped().v_head.training
+    assert wrapper("gpt2").from_pretrained(tiny_model().train()).v_head.training
+    adapted = wrapped(peft_config=tiny_lora(lora_dropout=0.5))
+    assert not any(part.training for part in adapted.modules()), "nor is a new adapter's dropout on"
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family: str, tmp_path: Path) -> None:
+    model = wrapped(family)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "value_head.safetensors")) == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert not [*tmp_path.glob("*.bin"), *tmp_path.glob("*.pt")]
+    assert_same(model, wrapper(family).from_pretrained(tmp_path), family)
+    assert_same(model, wrapper(family).from_pretrained(str(tmp_path), dtype=torch.float32), family)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Any:
+    """What transformers logs; its logger does not propagate by default."""
+    logger = logging.getLogger("transformers")
+    propagate, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.WARNING, logger="transformers")
+    yield caplog
+    logger.propagate = propagate
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_plain_transformers_loads_our_directory_without_a_word(family: str, tmp_path: Path, log: Any) -> None:
+    model = wrapped(family)
+    model.save_pretrained(tmp_path)
+    parent = wrapper(family).transformers_parent_class
+    plain, report = parent.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert "value_head" not in log.text
+    assert "v_head" not in log.text
+    for name, value in model.pretrained_model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value)
+
+
+def test_saving_a_given_state_dict(tmp_path: Path) -> None:
+    model = wrapped()
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = wrapper("gpt2").from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def legacy_layout(directory: Path, family: str, layout: str) -> Any:
+    """A checkpoint with the head among the model's weights; returns the model it was made from."""
+    model = wrapped(family)
+    model.pretrained_model.save_pretrained(directory)
+    inner = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    if "wrapped" in layout:
+        inner = {f"pretrained_model.{name}": value for name, value in inner.items()}
+    head = {f"v_head.{name}": value for name, value in model.v_head.state_dict().items()}
+    if "sharded" in layout:
+        shards, total = {"one": inner, "two": head}, 1
+    else:
+        shards, total = {"all": inner | head}, 0
+    suffix = "bin" if "bin" in layout else "safetensors"
+    stem = "pytorch_model" if "bin" in layout else "model"
+    weight_map = {}
+    for shard, weights in shards.items():
+        file = f"{stem}-{shard}.{suffix}" if total else f"{stem}.{suffix}"
+        weight_map |= dict.fromkeys(weights, file)
+        if suffix == "bin":
+            torch.save(weights, directory / file)
+        else:
+            save_file(weights, directory / file, metadata={"format": "pt"})
+    if total:
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        f"{names}{kind}{shards}"
+        for names in ("", "wrapped ")
+        for kind in ("bin", "safetensors")
+        for shards in ("", " sharded")
+    ],
+)
+def test_layouts_users_have(family: str, layout: str, tmp_path: Path) -> None:
+    model = legacy_layout(tmp_path / "old", family, layout)
+    loaded = wrapper(family).from_pretrained(tmp_path / "old")
+    assert_same(model, loaded, family)
+    loaded.save_pretrained(tmp_path / "new")
+    assert_same(model, wrapper(family).from_pretrained(tmp_path / "new"), family)
+    assert not any(name.startswith("pretrained") for name in load_file(tmp_path / "new" / "model.safetensors"))
+
+
+def test_loading_arguments_reach_transformers_in_every_layout(tmp_path: Path) -> None:
+    for layout in ("safetensors", "wrapped safetensors"):
+        legacy_layout(tmp_path / layout, "gpt2", layout)
+        loaded = wrapper("gpt2").from_pretrained(tmp_path / layout, dtype=torch.bfloat16, attn_implementation="eager")
+        assert loaded.pretrained_model.dtype == torch.bfloat16
+        assert loaded.config._attn_implementation == "eager"
+        assert loaded.v_head.summary.weight.dtype == torch.float32
+        assert loaded.pretrained_model.name_or_path == str(tmp_path / layout)
+
+
+def test_a_directory_without_a_head_gets_a_fresh_one(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    model = wrapper("gpt2").from_pretrained(tmp_path, v_head_init_strategy="normal")
+    assert model.v_head.summary.bias.item() == 0.0
+
+
+def test_a_wrapper_of_another_width_is_refused(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path)
+    save_file({"v_head.summary.weight": torch.zeros(1, 3), "v_head.summary.bias": torch.zeros(1)}, tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / "value_head.safetensors")
+    with pytest.raises(RuntimeError, match=r"size mismatch for summary\.weight"):
+        wrapper("gpt2").from_pretrained(tmp_path)
+
+
+def test_push_uploads_the_head_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            return type("Url", (), {"repo_id": f"someone/{repo_id}"})
+
+        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> str:
+            uploaded.update(repo_id=repo_id, files={file.name for file in Path(folder_path).iterdir()})
+            return "done"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert wrapped().push_to_hub("policy", token="secret") == "done"
+    assert uploaded["repo_id"] == "someone/policy"
+    assert uploaded["token"] == "secret"
+    assert {"model.safetensors", "value_head.safetensors", "config.json"} <= uploaded["files"]
+    with pytest.raises(ValueError, match="call push_to_hub"):
+        wrapped().save_pretrained("nowhere", push_to_hub=True)
+
+
+# --- state dicts ---------------------------------------------------------------------------------------------
+
+
+def test_state_dict_is_the_inner_models_and_the_heads() -> None:
+    model = wrapped()
+    state = model.state_dict()
+    assert set(state) == {*model.pretrained_model.state_dict(), "v_head.summary.weight", "v_head.summary.bias"}
+    for given in (state, {k if k.startswith("v_head.") else f"pretrained_model.{k}": v for k, v in state.items()}):
+        other = wrapper("gpt2").from_pretrained(tiny_model(seed=1))
+        result = other.load_state_dict(given)
+        assert not result.missing_keys
+        assert_same(model, other)
+
+
+def test_state_dict_inside_another_module_and_strictness() -> None:
+    model = wrapped()
+    outer = nn.ModuleDict({"module": model})
+    state = outer.state_dict()
+    assert "module.v_head.summary.bias" in state
+    assert "module.transformer.wte.weight" in state
+    other = nn.ModuleDict({"module": wrapper("gpt2").from_pretrained(tiny_model(seed=1))})
+    other.load_state_dict(state)
+    assert_same(model, other["module"])
+    with pytest.raises(RuntimeError, match="surprise"):
+        model.load_state_dict({**model.state_dict(), "surprise": torch.zeros(1)})
+
+
+# --- PEFT ----------------------------------------------------------------------------------------------------
+
+
+def trained_adapter(tmp_path: Path) -> Any:
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = wrapper("gpt2").from_pretrained(tmp_path / "base", peft_config=tiny_lora())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def test_adapter_and_head_travel_together(tmp_path: Path) -> None:
+    model = trained_adapter(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= files
+    assert "model.safetensors" not in files
+
+    loaded = wrapper("gpt2").from_pretrained(tmp_path / "adapter")
+    assert loaded.is_peft_model
+    assert_same(model, loaded)
+    names = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)]
+    assert names[0] == names[1]
+    frozen = wrapper("gpt2").from_pretrained(tmp_path / "adapter", is_trainable=False)
+    assert not any(p.requires_grad for p in frozen.pretrained_model.parameters())
+
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(plain(IDS).logits, outputs(model)[0])
+
+
+def test_head_beside_an_adapter_in_the_older_layout(tmp_path: Path) -> None:
+    model = trained_adapter(tmp_path)
+    model.pretrained_model.save_pretrained(tmp_path / "adapter")
+    head = {f"v_head.{name}": value for name, value in model.v_head.state_dict().items()}
+    torch.save(head, tmp_path / "adapter" / "pytorch_model.bin")
+    assert_same(model, wrapper("gpt2").from_pretrained(tmp_path / "adapter"))
+
+
+def test_peft_state_dict_round_trip(tmp_path: Path) -> None:
+    model = trained_adapter(tmp_path)
+    other = wrapper("gpt2").from_pretrained(tmp_path / "base", peft_config=tiny_lora())
+    other.load_state_dict(model.state_dict())
+    assert_same(model, other)
+
+
+def test_an_adapter_without_a_base_model_says_what_to_do(tmp_path: Path) -> None:
+    wrapped(peft_config=tiny_lora()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"names no base model.*base_model_name_or_path"):
+        wrapper("gpt2").from_pretrained(tmp_path)
+
+
+def test_a_peft_model_may_be_wrapped_but_not_adapted_twice() -> None:
+    adapted = peft.get_peft_model(tiny_model(), tiny_lora())
+    assert wrapper("gpt2").from_pretrained(adapted).is_peft_model
+    with pytest.raises(ValueError, match="already has a PEFT adapter"):
+        wrapper("gpt2").from_pretrained(adapted, peft_config=tiny_lora())
+
+
+def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_lora()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert not wrapped().is_peft_model
+    with pytest.raises(ImportError, match=r"ppo-core\[peft\]"):
+        wrapped(peft_config=config)
+
+
+# --- wrong models --------------------------------------------------------------------------------------------
+
+
+def test_the_wrong_kind_of_model_is_named_with_the_right_wrapper(tmp_path: Path) -> None:
+    tiny_model("t5").save_pretrained(tmp_path)
+    for source in (tmp_path, tiny_model("t5")):
+        with pytest.raises(ValueError, match=r"'t5'\) is an encoder-decoder.*use AutoModelForSeq2SeqLMWithValueHead"):
+            AutoModelForCausalLMWithValueHead.from_pretrained(source)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*decoder-only.*use AutoModelForCausalLMWithValueHead"):
+        AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tiny_model())
+
+
+def test_a_model_without_an_lm_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"GPT2Model has no language-model head.*AutoModelForCausalLM"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model().transformer)
+
+
+def test_things_that_are_no_models() -> None:
+    with pytest.raises(TypeError, match="is a int, expected a name"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(3)
+    with pytest.raises(TypeError, match="got a Linear, expected"):
+        AutoModelForCausalLMWithValueHead(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="already loaded takes no loading arguments, got dtype"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    with pytest.raises(OSError, match="no/such/directory"):
+        AutoModelForCausalLMWithValueHead.from_pretrained("/no/such/directory")
+
+
+# --- modes ---------------------------------------------------------------------------------------------------
+
+
+def test_dropout_off_restores_every_flag() -> None:
+    model = wrapped(dropout=0.5).train()
+    model.pretrained_model.transformer.h[0].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    with dropout_off(model):
+        assert not any(part.training for part in model.modules())
+    assert {name: part.training for name, part in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="in the middle"), dropout_off(model):
+        raise RuntimeError("in the middle")
+    assert {name: part.training for name, part in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_dropout_is_eval_in_training_mode(family: str) -> None:
+    model = wrapped(family, dropout=0.5, summary_dropout_prob=0.5).train()
+    with torch.no_grad():
+        with dropout_off(model):
+            expected = outputs(model, family)
+        with without_dropout(model):
+            assert all(part.training for part in model.modules())
+            inside = outputs(model, family)
+        torch.manual_seed(0)
+        after = outputs(model, family)
+    for index in (0, 2):
+        torch.testing.assert_close(inside[index], expected[index], rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(after[index], expected[index], atol=1e-3), "dropout must be back"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_is_active_and_changes_no_gradient(family: str) -> None:
+    model = wrapped(family, dropout=0.5).train()
+    layer = next(part for name, part in model.named_modules() if name.endswith((".h.1", "layers.1", "block.1")))
+    runs = []
+    # A function every layer calls inside its checkpoint, hooked by its module.
+    next(p for n, p in layer.named_modules() if n.endswith("norm") or "ln_1" in n).register_forward_hook(
+        lambda *_: runs.append(torch.is_grad_enabled())
+    )
+
+    def gradients() -> dict[str, Tensor]:
+        runs.clear()
+        model.zero_grad(set_to_none=True)
+        with without_dropout(model):
+            logits, _, value = outputs(model, family)
+            (logits.square().sum() + value.sum()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    once = len(runs)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert len(runs) == 2 * once, "a checkpointed layer runs again in backward"
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    model.gradient_checkpointing_disable()
+    gradients()
+    assert len(runs) == once
