@@ -1,0 +1,1 @@
+"""The demo: PPO makes a small language model's prose more cheerful."""

@@ -1,0 +1,283 @@
+"""The demo from end to end: load, look, train, look again, save.
+
+A small language model continues openings from Jane Austen's novels. The score is the sentiment of the continuation; the
+KL controller keeps the model close to the prose it was trained on.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.loop import train
+from ppo_runtime.models import AutoModelForCausalLMWithValueHead
+from ppo_runtime.tracking import plot_curves
+from ppo_runtime.trainer import PPOTrainer, set_seed
+
+ASSETS = files("ppo_runtime.demo") / "assets"
+EVALUATION_SEED = 20_000
+SAMPLES_SHOWN = 3
+
+
+@attrs.frozen
+class DemoOptions:
+    """What the command line can change."""
+
+    model: Path | None
+    """A transformers directory; the embedded model if None."""
+    output: Path
+    seed: int
+    steps: int
+    batch_size: int
+    new_tokens: int
+    learning_rate: float
+    target: float
+    """KL to hold, nats per sequence."""
+    accel: str
+
+
+@attrs.frozen
+class Evaluation:
+    """Continuations of the held-out prompts and what they score."""
+
+    greedy: list[str]
+    sampled: list[str]
+    greedy_score: float
+    sampled_score: float
+
+
+def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
+    """Run the demo and write metrics.jsonl, curves.png, samples.json, report.json and model/ to ``options.output``.
+
+    Returns:
+        The report: scores before and after on held-out prompts, of the first and last ten steps, KL, time and memory.
+
+    Raises:
+        ImportError: vaderSentiment or matplotlib is missing; the message names the extra.
+        FileExistsError: the output directory already holds a run.
+    """
+    started = time.perf_counter()
+    score = sentiment()
+    output = _fresh(options.output)
+    set_seed(options.seed)
+    model, tokenizer = load(options.model)
+    prompts = load_prompts()
+    config = PPOConfig(
+        exp_name="demo",
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        mini_batch_size=options.batch_size // 2,
+        steps=options.steps * options.batch_size,
+        ppo_epochs=4,
+        init_kl_coef=0.05,
+        target=options.target,
+        horizon=options.batch_size * 10,
+        gamma=1.0,
+        lam=0.95,
+        max_grad_norm=1.0,
+        accel=options.accel,
+        project_kwargs={"logging_dir": str(output)},
+    )
+    trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
+    parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
+    console.print(
+        Panel.fit(
+            f"model        {options.model or 'embedded (Jane Austen)'}, {parameters / 1e6:.1f} M parameters\n"
+            f"score        VADER sentiment of the continuation, -1 to 1\n"
+            f"reference    {trainer.acceleration.reason}\n"
+            f"training     {options.steps} steps of {options.batch_size} continuations of {options.new_tokens} tokens\n"
+            f"KL target    {options.target} nats per continuation\n"
+            f"output       {output}",
+            title="PPO: more cheerful prose",
+        )
+    )
+    before = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, before")
+    result = train(
+        trainer,
+        lambda _, texts: score(texts),
+        steps=options.steps,
+        generation_kwargs={"max_new_tokens": options.new_tokens},
+        output_dir=output,
+        console=console,
+    )
+    plot_curves(result.history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
+    if result.interrupted:
+        console.print(f"[yellow]Stopped after {len(result.history)} steps; model, metrics and curves are in {output}")
+        raise SystemExit(130)
+    after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
+    report = _report(options, result.history, before, after, seconds=time.perf_counter() - started)
+    _write_json(output / "report.json", report | {"acceleration": attrs.asdict(trainer.acceleration)})
+    _write_json(
+        output / "samples.json",
+        [
+            {"prompt": prompt, "greedy_before": gb, "greedy_after": ga, "sampled_before": sb, "sampled_after": sa}
+            for prompt, gb, ga, sb, sa in zip(
+                prompts["eval"], before.greedy, after.greedy, before.sampled, after.sampled, strict=True
+            )
+        ],
+    )
+    _show(console, report, prompts["eval"], before, after, score)
+    AutoModelForCausalLM.from_pretrained(output / "model")  # what was saved is what others can load
+    console.print(f"Saved to [bold]{output}[/]: model/, metrics.jsonl, curves.png, samples.json, report.json")
+    return report
+
+
+def sentiment() -> Callable[[Sequence[str]], list[float]]:
+    """VADER's compound score of each text, -1 (negative) to 1 (positive)."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError("the demo scores text with VADER: pip install 'ppo-core[demo]'") from error
+    analyser = SentimentIntensityAnalyzer()
+    return lambda texts: [float(analyser.polarity_scores(text)["compound"]) for text in texts]
+
+
+def load(directory: Path | None) -> tuple[AutoModelForCausalLMWithValueHead, Any]:
+    """The policy in float32, with a value head that starts at 0, and its tokenizer."""
+    with as_file(ASSETS) as assets:
+        source = assets if directory is None else directory
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    # A head that starts random makes the first advantages noise; at 0 the critic starts from "nothing is expected".
+    torch.nn.init.zeros_(model.v_head.summary.weight)
+    torch.nn.init.zeros_(model.v_head.summary.bias)
+    return model, tokenizer
+
+
+def load_prompts() -> dict[str, list[str]]:
+    """Openings of held-out passages by split, "train" and "eval"."""
+    rows = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {split: [row["prompt"] for row in rows if row["split"] == split] for split in ("train", "eval")}
+
+
+def tokenized(prompts: list[str], tokenizer: Any) -> Dataset:
+    """A dataset with "query" and "input_ids"."""
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return Dataset.from_dict({"query": prompts, "input_ids": ids})
+
+
+def evaluate(
+    trainer: PPOTrainer,
+    prompts: list[str],
+    score: Callable[[Sequence[str]], list[float]],
+    options: DemoOptions,
+    console: Console,
+    status: str,
+) -> Evaluation:
+    """Greedy and sampled continuations; always the same random numbers, and the run's own are left untouched."""
+    tokenizer = trainer.tokenizer
+    queries = [torch.tensor(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    texts: dict[bool, list[str]] = {}
+    with console.status(status), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(EVALUATION_SEED)
+        for sample in (False, True):
+            sampling = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sample else {}
+            responses = trainer.generate(
+                queries,
+                batch_size=32,
+                return_prompt=False,
+                max_new_tokens=options.new_tokens,
+                do_sample=sample,
+                **sampling,
+            )
+            texts[sample] = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    greedy, sampled = score(texts[False]), score(texts[True])
+    return Evaluation(texts[False], texts[True], sum(greedy) / len(greedy), sum(sampled) / len(sampled))
+
+
+def _report(
+    options: DemoOptions, history: list[dict[str, float]], before: Evaluation, after: Evaluation, *, seconds: float
+) -> dict[str, Any]:
+    scores = [stats["env/reward_mean"] for stats in history]
+    window = min(10, len(scores))
+    kl = [stats["objective/kl"] for stats in history][-window:]
+    return {
+        "steps": len(history),
+        "seed": options.seed,
+        "score_first_steps": sum(scores[:window]) / window,
+        "score_last_steps": sum(scores[-window:]) / window,
+        "window": window,
+        "kl_last_steps": sum(kl) / window,
+        "kl_target": options.target,
+        "greedy_before": before.greedy_score,
+        "greedy_after": after.greedy_score,
+        "sampled_before": before.sampled_score,
+        "sampled_after": after.sampled_score,
+        "max_first_minibatch_ratio_deviation": max(
+            stats["ppo/policy/first_minibatch_ratio_deviation"] for stats in history
+        ),
+        "seconds": seconds,
+        "seconds_per_step": sum(stats["time/loop/step"] for stats in history) / len(history),
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+
+
+def _show(
+    console: Console,
+    report: dict[str, Any],
+    prompts: list[str],
+    before: Evaluation,
+    after: Evaluation,
+    score: Callable[[Sequence[str]], list[float]],
+) -> None:
+    numbers = Table(title="Mean score", title_justify="left")
+    for name in ("", "before", "after", "change"):
+        numbers.add_column(name, justify="left" if not name else "right")
+    window = report["window"]
+    for name, low, high in (
+        (f"training, first and last {window} steps", report["score_first_steps"], report["score_last_steps"]),
+        ("held-out prompts, sampled", report["sampled_before"], report["sampled_after"]),
+        ("held-out prompts, greedy", report["greedy_before"], report["greedy_after"]),
+    ):
+        numbers.add_row(name, f"{low:+.3f}", f"{high:+.3f}", f"{high - low:+.3f}")
+    samples = Table(title="Held-out prompts, sampled", title_justify="left", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        samples.add_column(name)
+    scored_before, scored_after = score(before.sampled), score(after.sampled)
+    for row in range(min(SAMPLES_SHOWN, len(prompts))):
+        samples.add_row(
+            prompts[row],
+            f"{before.sampled[row].strip()} [dim]({scored_before[row]:+.2f})[/]",
+            f"{after.sampled[row].strip()} [dim]({scored_after[row]:+.2f})[/]",
+        )
+    console.print(samples)
+    console.print(numbers)
+    console.print(
+        f"KL of the last {window} steps {report['kl_last_steps']:.2f} nats per continuation "
+        f"(target {report['kl_target']}), {report['seconds']:.0f} s, "
+        f"{report['seconds_per_step']:.2f} s per step, peak memory {report['peak_memory_mib']:.0f} MiB"
+    )
+
+
+def _fresh(output: Path) -> Path:
+    """The output directory, made; a second run never mixes with a first one."""
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it")
+    output.mkdir(parents=True, exist_ok=True)
+    # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return output
+
+
+def _peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Checks at the trainer's door: bad input is named and refused before anything has changed."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> list[Tensor]:
+    """Check a list of 1-d int64 token tensors with ids inside the vocabulary."""
+    if isinstance(rows, Tensor) or not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise ValueError(f"{name} is a {type(rows).__name__}, expected a list of 1-d token tensors")
+    if not rows:
+        raise ValueError(f"{name} is an empty list, expected at least one row of tokens")
+    for index, row in enumerate(rows):
+        where = f"{name}[{index}]"
+        if not isinstance(row, Tensor):
+            raise ValueError(f"{where} is a {type(row).__name__}, expected a 1-d tensor of token ids")
+        if row.ndim != 1:
+            raise ValueError(f"{where} has shape {tuple(row.shape)}, expected 1-d (length,); remove the batch axis")
+        if row.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{where} has dtype {row.dtype}, expected token ids in torch.int64")
+        if row.numel() == 0:
+            if allow_empty:
+                continue
+            raise ValueError(
+                f"{where} is empty, expected at least one token; start the prompt with a BOS or EOS token, "
+                "or drop the row"
+            )
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"{where} holds token id {low if low < 0 else high}, expected ids in [0, {vocab_size}); "
+                "was it made with this model's tokenizer?"
+            )
+    return [row.long() for row in rows]
+
+
+def score_vector(scores: Any, *, count: int) -> Tensor:
+    """Check one finite number per sequence; returns float32 [count]."""
+    if isinstance(scores, Tensor) or not isinstance(scores, Sequence):
+        raise ValueError(f"scores is a {type(scores).__name__}, expected a list of 0-d or 1-element tensors")
+    if len(scores) != count:
+        raise ValueError(f"scores has {len(scores)} entries, expected {count} like queries")
+    values: list[float] = []
+    for index, score in enumerate(scores):
+        if isinstance(score, Tensor):
+            if score.numel() != 1:
+                raise ValueError(
+                    f"scores[{index}] has shape {tuple(score.shape)}, expected a 0-d or 1-element tensor: "
+                    "one score per sequence"
+                )
+            value = float(score.item())
+        elif isinstance(score, int | float) and not isinstance(score, bool):
+            value = float(score)
+        else:
+            raise ValueError(f"scores[{index}] is a {type(score).__name__}, expected a 0-d or 1-element tensor")
+        if not math.isfinite(value):
+            raise ValueError(
+                f"scores[{index}] is {value}, expected a finite number; mend the score function or drop the row"
+            )
+        values.append(value)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def same_count(count: int, **lists: Sequence[Any]) -> None:
+    """Refuse lists that do not go together row by row."""
+    for name, rows in lists.items():
+        if len(rows) != count:
+            raise ValueError(f"{name} has {len(rows)} rows, expected {count} like queries")
+
+
+def batch_count(count: int, *, batch_size: int, drop_last: bool) -> None:
+    """A batch is full, unless the configuration keeps a shorter last one."""
+    if count == batch_size or (not drop_last and count < batch_size):
+        return
+    expected = f"batch_size = {batch_size}" if drop_last else f"1 to batch_size = {batch_size}"
+    hint = "; set drop_last=False in PPOConfig to train on a shorter last batch" if count < batch_size else ""
+    raise ValueError(f"queries has {count} rows, expected {expected}{hint}")
+
+
+def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
+    """Check one mask per response, of its length, holding 0/1 or booleans; returns boolean tensors."""
+    if masks is None:
+        return None
+    if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
+        raise ValueError(f"response_masks is a {type(masks).__name__}, expected a list of 1-d tensors or None")
+    same_count(len(responses), response_masks=masks)
+    for index, (mask, response) in enumerate(zip(masks, responses, strict=True)):
+        if not isinstance(mask, Tensor) or mask.shape != response.shape:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"response_masks[{index}] is {shape}, expected {tuple(response.shape)} like responses[{index}]"
+            )
+        if bool(((mask != 0) & (mask != 1)).any()):
+            raise ValueError(f"response_masks[{index}] holds other values than 0 and 1; 1 keeps a token")
+    return [mask.bool() for mask in masks]
+
+
+def fits_context(name: str, lengths: Sequence[int], limit: int | None, *, what: str) -> None:
+    """Refuse rows longer than the model's context."""
+    for index, length in enumerate(lengths):
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{name}[{index}]: {what} is {length} tokens, but the model's context is {limit}; "
+                "shorten the prompt or generate fewer tokens"
+            )

@@ -1,0 +1,159 @@
+"""The training loop: prompts -> responses -> scores -> step, with a progress bar, metrics on disk and a clean stop."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ppo_runtime.statistics import scalars
+
+if TYPE_CHECKING:
+    from ppo_runtime.trainer import PPOTrainer
+
+logger = logging.getLogger(__name__)
+
+ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
+GENERATION = {"max_new_tokens": 32, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+
+@attrs.frozen
+class TrainResult:
+    """What a training run did."""
+
+    history: list[dict[str, float]]
+    """The scalar statistics of every step."""
+    interrupted: bool
+    """Whether it was stopped by Ctrl-C; what was done until then is on disk."""
+
+
+def train(
+    trainer: "PPOTrainer",
+    score_fn: ScoreFunction,
+    *,
+    steps: int | None = None,
+    generation_kwargs: dict[str, Any] | None = None,
+    generation_batch_size: int | None = None,
+    output_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train on the trainer's ``dataloader``, epoch after epoch.
+
+    Args:
+        trainer: made with a dataset whose rows have "input_ids".
+        score_fn: from prompts and responses, as text, to one finite number each; higher is better.
+        steps: calls of ``step``; the configuration's ``total_ppo_epochs`` if None.
+        generation_kwargs: for ``generate``, over plain sampling of 32 tokens.
+        generation_batch_size: prompts generated together; a whole batch if None.
+        output_dir: where the model is saved at the end, and on Ctrl-C: ``<output_dir>/model``. Not saved if None.
+        console: where the progress bar goes; standard error if None.
+
+    Returns:
+        The history. Ctrl-C stops after saving; a second one stops at once.
+
+    Raises:
+        ValueError: the trainer has no dataset, or the score function returned something else than numbers; the
+            model as trained so far is saved first.
+    """
+    if trainer.dataloader is None:
+        raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= to PPOTrainer")
+    steps = trainer.config.total_ppo_epochs if steps is None else steps
+    options = GENERATION | (generation_kwargs or {})
+    history: list[dict[str, float]] = []
+    interrupted = False
+    # Standard error, so that what a program prints can still be piped.
+    console = console or Console(stderr=True)
+    try:
+        with _progress(console, disable=trainer.world.rank != 0) as bar:
+            task = bar.add_task("train", total=steps, status="")
+            for batch in _forever(trainer.dataloader, steps):
+                stats = _one_step(trainer, score_fn, batch, options, generation_batch_size)
+                history.append(stats)
+                bar.update(task, advance=1, status=_status(stats))
+    except KeyboardInterrupt:
+        interrupted = True
+        logger.warning("interrupted after %d of %d steps", len(history), steps)
+    finally:
+        if output_dir is not None:
+            _save(trainer, Path(output_dir), steps=steps, done=len(history))
+    return TrainResult(history, interrupted)
+
+
+def _one_step(
+    trainer: "PPOTrainer",
+    score_fn: ScoreFunction,
+    batch: dict[str, Any],
+    generation_kwargs: dict[str, Any],
+    generation_batch_size: int | None,
+) -> dict[str, float]:
+    started = time.perf_counter()
+    queries = [torch.as_tensor(ids) for ids in batch["input_ids"]]
+    responses = trainer.generate(
+        queries,
+        batch_size=generation_batch_size or len(queries),
+        return_prompt=False,
+        **generation_kwargs,
+    )
+    prompts = batch.get("query") or trainer.tokenizer.batch_decode(queries, skip_special_tokens=True)
+    texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    values = score_fn(list(prompts), texts)
+    scores = [torch.as_tensor(float(value)) for value in values]
+    stats = trainer.step(queries, responses, scores)
+    trainer.log_stats(stats, {"query": prompts, "response": texts}, scores)
+    mean = sum(map(float, scores)) / len(scores)
+    return scalars(stats) | {"env/reward_mean": mean, "time/loop/step": time.perf_counter() - started}
+
+
+def _forever(dataloader: Any, steps: int) -> Iterator[Any]:
+    """``steps`` batches, beginning the dataloader again whenever it ends."""
+    done = 0
+    while done < steps:
+        for batch in dataloader:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+def _status(stats: dict[str, float]) -> str:
+    return f"score {stats['env/reward_mean']:+.3f}  KL {stats['objective/kl']:.2f}"
+
+
+def _progress(console: Console, *, disable: bool) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=disable,
+    )
+
+
+def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int, done: int) -> None:
+    trainer.save_pretrained(output_dir / "model")
+    if trainer.world.rank == 0:
+        run = {
+            "steps": steps,
+            "steps_done": done,
+            "kl_coef": trainer.kl_ctl.value,
+            "acceleration": attrs.asdict(trainer.acceleration),
+            "config": trainer.config.to_dict(),
+        }
+        (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
+    if not all(math.isfinite(p.sum().item()) for p in trainer.model.parameters()):
+        logger.warning("the saved model in %s holds weights that are not finite", output_dir)
+
+
+def _plain(value: Any) -> str:
+    return str(value)

@@ -1,0 +1,91 @@
+"""Responses from a policy: left-padded generation, cut at the first EOS of the response."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class SamplingSpec:
+    """How tokens were drawn; anything but the defaults changes the distribution that PPO's ratio is about."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, model: Any, generation_kwargs: dict[str, Any]) -> "SamplingSpec":
+        """The settings in force: the caller's, else those of the model's generation config, else none."""
+        config = generation_kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+        def setting(name: str, neutral: float) -> float:
+            value = generation_kwargs.get(name, getattr(config, name, None))
+            return neutral if value is None else value
+
+        return cls(
+            temperature=float(setting("temperature", 1.0)),
+            top_k=int(setting("top_k", 0)),
+            top_p=float(setting("top_p", 1.0)),
+        )
+
+    def departures(self) -> list[str]:
+        """The settings under which what is sampled is not what plain log-probabilities score."""
+        neutral = SamplingSpec()
+        return [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in attrs.fields(SamplingSpec)
+            if getattr(self, field.name) != getattr(neutral, field.name)
+        ]
+
+
+def left_pad(rows: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] padded on the left, and an attention mask made from lengths, never from token ids."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long, device=rows[0].device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, length - len(row) :] = row
+        mask[index, length - len(row) :] = 1
+    return ids, mask
+
+
+def cut_at_eos(response: Tensor, eos_token_ids: Iterable[int]) -> Tensor:
+    """The response up to and including its first EOS; all of it if there is none."""
+    ends = torch.isin(response, torch.tensor(sorted(eos_token_ids), dtype=response.dtype, device=response.device))
+    first = ends.nonzero()
+    return response[: int(first[0]) + 1] if len(first) else response
+
+
+@torch.no_grad()
+def generate_responses(
+    model: Any,
+    queries: Sequence[Tensor],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    eos_token_ids: Iterable[int],
+    length_sampler: Callable[[], int] | None,
+    is_encoder_decoder: bool,
+    generation_kwargs: dict[str, Any],
+) -> list[Tensor]:
+    """One response per query, without the prompt, ending with its EOS where one was drawn.
+
+    The prompt is cut off by its length, so an EOS inside it does no harm, and neither does pad == eos.
+    """
+    responses: list[Tensor] = []
+    for start in range(0, len(queries), batch_size):
+        ids, mask = left_pad(queries[start : start + batch_size], pad_token_id)
+        kwargs = dict(generation_kwargs)
+        if length_sampler is not None:
+            kwargs["max_new_tokens"] = length_sampler()
+        sequences = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id, **kwargs)
+        # A decoder of its own starts from one start token; otherwise the prompt comes first.
+        prompt_length = 1 if is_encoder_decoder else ids.shape[1]
+        responses += [cut_at_eos(row[prompt_length:], eos_token_ids) for row in sequences]
+    return responses

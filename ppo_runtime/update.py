@@ -1,0 +1,173 @@
+"""The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_core.averages import Average, mean_of, merge
+from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.distributed import World, agree_any, gather_averages, gather_rows, sum_gradients
+from ppo_runtime.forward import Rows, evaluate
+from ppo_runtime.modes import without_dropout
+
+
+class Targets(NamedTuple):
+    """What the update is held against, each [B, T] and without gradient."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, index: Tensor, time: int) -> "Targets":
+        """These rows, cut to ``time`` tokens."""
+        return Targets(*(x[index, :time] for x in self))
+
+
+class Losses(NamedTuple):
+    """Both objectives of one minibatch, and the entropy as a diagnostic."""
+
+    policy: PolicyLoss
+    value: ValueLoss
+    entropy: Average
+    value_mean: Average
+
+
+class Outcome(NamedTuple):
+    """What happened in the updates of one step, on this rank."""
+
+    averages: dict[str, Average]
+    first_ratio_deviation: Tensor
+    """max |pi / pi_old - 1| before the first update; more than rounding means that the rollout's policy was another."""
+    skipped_updates: int
+    epochs: int
+
+
+def optimise(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    targets: Targets,
+    config: PPOConfig,
+    *,
+    generator: torch.Generator,
+    world: World,
+) -> Outcome:
+    """Train on one batch.
+
+    Every update divides by the number of tokens in its *whole* backward batch, over minibatches and ranks, so that
+    the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
+    """
+    plan = list(_plan(len(rows.mask), config, generator))
+    weights = _tokens_per_update(plan, rows.mask, world)
+    averages: dict[str, Average] = {}
+    deviation = torch.zeros((), device=rows.mask.device)
+    skipped = epochs = updates = 0
+
+    with without_dropout(model):
+        for epoch, epoch_weights in zip(plan, weights, strict=True):
+            epochs += 1
+            epoch_averages: dict[str, Average] = {}
+            for update, weight in zip(epoch, epoch_weights, strict=True):
+                optimizer.zero_grad(set_to_none=True)
+                update_averages: dict[str, Average] = {}
+                for index in update:
+                    losses = minibatch_losses(model, rows.select(index), targets, index, config)
+                    total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
+                    (total / max(weight, 1.0)).backward()
+                    _merge_into(update_averages, _averages_of(losses))
+                    if updates == 0:
+                        deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
+                updates += 1
+                _merge_into(epoch_averages, update_averages)
+                too_far = bool(mean_of(update_averages["ppo/policy/ratio"]) > config.ratio_threshold)
+                if agree_any(too_far, world):
+                    # Neither weights nor moments may see these gradients; a loss times 0 would step on stale
+                    # moments, and inf * 0 is NaN.
+                    skipped += 1
+                    continue
+                sum_gradients(model.parameters(), world)
+                norm = _clip(model, config.max_grad_norm)
+                optimizer.step()
+                _merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
+            _merge_into(averages, epoch_averages)
+            if config.early_stopping and _has_moved(epoch_averages, config, world):
+                break
+    optimizer.zero_grad(set_to_none=True)
+    return Outcome(averages, deviation, skipped, epochs)
+
+
+def minibatch_losses(model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig) -> Losses:
+    """Forward pass and both losses of one minibatch, with gradient."""
+    part_targets = targets.select(index, part.mask.shape[1])
+    now = evaluate(model, part)
+    assert now.values is not None
+    ones = part.mask.sum().to(now.logprobs.dtype)
+    return Losses(
+        clipped_policy_loss(
+            now.logprobs, part_targets.old_logprobs, part_targets.advantages, part.mask, cliprange=config.cliprange
+        ),
+        clipped_value_loss(
+            now.values, part_targets.old_values, part_targets.returns, part.mask, cliprange=config.cliprange_value
+        ),
+        Average(now.entropy.detach().sum(), ones),
+        Average(now.values.detach().sum(), ones),
+    )
+
+
+def _plan(batch: int, config: PPOConfig, generator: torch.Generator) -> Iterator[list[list[Tensor]]]:
+    """Row indices: epochs of updates of minibatches, shuffled anew every epoch."""
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(batch, generator=generator)
+        yield [list(update.split(config.mini_batch_size)) for update in order.split(config.backward_batch_size)]
+
+
+def _tokens_per_update(plan: list[list[list[Tensor]]], mask: Tensor, world: World) -> list[list[float]]:
+    """Kept tokens of every update of every epoch, over all ranks: known in advance, so one collective is enough."""
+    tokens = mask.sum(-1)
+    local = torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
+    gathered = gather_rows(local, world)
+    if len(gathered) != world.size * len(local):
+        raise ValueError(
+            f"this rank has {len(local)} updates in the step and {world.size} ranks have {len(gathered)} in all, "
+            "expected equally many on each; give every rank the same number of sequences"
+        )
+    totals = gathered.view(world.size, len(plan), -1).sum(0)
+    return totals.tolist()
+
+
+def _averages_of(losses: Losses) -> dict[str, Average]:
+    averages = {
+        "ppo/loss/policy": losses.policy.loss,
+        "ppo/loss/value": losses.value.loss,
+        "ppo/policy/entropy": losses.entropy,
+        "ppo/policy/approxkl": losses.policy.approx_kl,
+        "ppo/policy/policykl": losses.policy.policy_kl,
+        "ppo/policy/clipfrac": losses.policy.clip_fraction,
+        "ppo/policy/ratio": losses.policy.ratio,
+        "ppo/val/vpred": losses.value_mean,
+        "ppo/val/error": losses.value.error,
+        "ppo/val/clipfrac": losses.value.clip_fraction,
+    }
+    return {name: Average(total.detach(), weight) for name, (total, weight) in averages.items()}
+
+
+def _merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
+    for name, average in more.items():
+        averages[name] = merge(averages[name], average) if name in averages else average
+
+
+def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) -> bool:
+    """Whether the policy has left the rollout's by more than 1.5 target_kl; decided on all ranks' tokens."""
+    key = "ppo/policy/policykl"
+    policy_kl = float(mean_of(gather_averages({key: averages[key]}, world)[key]))
+    return policy_kl > 1.5 * config.target_kl
+
+
+def _clip(model: Any, max_norm: float | None) -> Tensor:
+    """The global gradient norm before clipping; every step, over a fresh list of parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
