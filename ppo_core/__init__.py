@@ -8,7 +8,8 @@ position is deleted. Needs torch, attrs and jaxtyping only.
 from ppo_core.advantages import Advantages, gae
 from ppo_core.averages import Average
 from ppo_core.controllers import KLControllerState, adaptive_kl_update, fixed_kl_update
-from ppo_core.logprobs import token_entropy, token_logprobs
+from ppo_core.fused_head import HeadOutput, fused_logprobs
+from ppo_core.logprobs import restrict_to_support, token_entropy, token_logprobs
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_core.masking import keep, last_kept, masked_mean, masked_sum
 from ppo_core.moments import Moments, masked_moments, variance
@@ -19,6 +20,7 @@ from ppo_core.whitening import whiten
 __all__ = [
     "Advantages",
     "Average",
+    "HeadOutput",
     "KLControllerState",
     "Moments",
     "PolicyLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "clipped_value_loss",
     "compute_rewards",
     "fixed_kl_update",
+    "fused_logprobs",
     "gae",
     "keep",
     "last_kept",
@@ -36,6 +39,7 @@ __all__ = [
     "masked_mean",
     "masked_moments",
     "masked_sum",
+    "restrict_to_support",
     "token_entropy",
     "token_logprobs",
     "variance",

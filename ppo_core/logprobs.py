@@ -46,3 +46,53 @@ def token_entropy(logits: Float[Tensor, "*batch time vocab"]) -> Float[Tensor, "
     (logits,) = widen(logits)
     possible = torch.where(torch.isneginf(logits), 0.0, logits)
     return logits.logsumexp(-1) - (logits.softmax(-1) * possible).sum(-1)
+
+
+def restrict_to_support(
+    logits: Float[Tensor, "*batch vocab"], *, temperature: float, top_k: int | None, top_p: float | None
+) -> Float[Tensor, "*batch vocab"]:
+    """The logits of the distribution that was sampled from: logits / temperature, and -inf outside its support.
+
+    Temperature first, then the ``top_k`` most likely tokens, then the smallest set of the most likely among *those*
+    whose probability reaches ``top_p`` (nucleus sampling: Holtzman et al., "The Curious Case of Neural Text
+    Degeneration", 2019, section 3.1). Feed the result to :func:`token_logprobs` and :func:`token_entropy`: only these
+    are the behaviour's log-probabilities, and a ratio against plain ones is not 1 before the first update. The support
+    is a choice without gradient; within it the gradient is that of logits / temperature.
+
+    Args:
+        logits: unnormalised scores, -inf where a token is ruled out already.
+        temperature: > 0, dimensionless.
+        top_k: how many tokens to keep, None or 0 for all. Tokens tied with the k-th are all kept.
+        top_p: probability to keep, in [0, 1], None or 1 for all. The most likely token is always kept; of tied tokens
+            those with the larger id are kept first.
+
+    Returns:
+        Same shape, float32 or wider, unnormalised.
+
+    Raises:
+        TypeError: ``logits`` is not floating point.
+        ValueError: ``logits`` has no axes; ``temperature``, ``top_k`` or ``top_p`` is out of range.
+
+    Order and ties are those of transformers' ``generate`` (its warpers for temperature, top-k and top-p). A later
+    policy can give a sampled token a probability of 0 here (log-probability -inf), once it falls out of the support.
+    """
+    check_floating(logits=logits)
+    if logits.ndim < 1:
+        raise ValueError("logits has no axes, expected [*batch, vocab]; add one with logits[None]")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0; greedy decoding has no density")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k is {top_k}, expected a number of tokens, or 0 or None for all")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected a probability in [0, 1], or None for all")
+    (logits,) = widen(logits)
+    logits = logits / temperature
+    if top_k is not None and 0 < top_k < logits.shape[-1]:
+        least = logits.detach().topk(top_k, dim=-1).values[..., -1:]
+        logits = torch.where(logits.detach() < least, -torch.inf, logits)
+    if top_p is not None and top_p < 1:
+        ascending, order = logits.detach().sort(dim=-1, stable=True)
+        unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        unlikely = torch.cat((unlikely[..., :-1], torch.zeros_like(unlikely[..., -1:])), dim=-1)
+        logits = torch.where(torch.zeros_like(unlikely).scatter(-1, order, unlikely), -torch.inf, logits)
+    return logits
