@@ -81,6 +81,7 @@ def train(
         interrupted = True
         logger.warning("interrupted after %d of %d steps", len(history), steps)
     finally:
+        trainer.close()
         if output_dir is not None:
             _save(trainer, Path(output_dir), steps=steps, done=len(history))
     return TrainResult(history, interrupted)

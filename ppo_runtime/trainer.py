@@ -117,7 +117,7 @@ class PPOTrainer:
             None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         )
         self.current_step = 0
-        self._shuffle = torch.Generator().manual_seed(config.seed)
+        self.shuffle = torch.Generator().manual_seed(config.seed)
         self._sampling_warned = False
         self._trackers: list[Any] | None = None
 
@@ -245,7 +245,7 @@ class PPOTrainer:
                 rows,
                 Targets(scored.logprobs, scored.values, advantages, estimate.returns),
                 config,
-                generator=self._shuffle,
+                generator=self.shuffle,
                 world=self.world,
             )
         with _clock(times, "calc_stats"):
@@ -318,6 +318,21 @@ class PPOTrainer:
         if self.world.rank == 0:
             self.model.save_pretrained(save_directory, **kwargs)
             self.tokenizer.save_pretrained(save_directory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step besides weights, optimiser, scheduler and random generators."""
+        return {"current_step": self.current_step, "kl_coef": self.kl_ctl.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.current_step = state["current_step"]
+        self.kl_ctl.state = attrs.evolve(self.kl_ctl.state, coef=state["kl_coef"])
+
+    def close(self) -> None:
+        """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = None
 
     @property
     def device(self) -> torch.device:
