@@ -10,6 +10,7 @@ among them (which stay). Eager results differ from those before the import in th
 for bit, accelerate before its first step.
 """
 
+import importlib
 import logging
 import os
 import platform
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import attrs
 import torch
@@ -39,6 +40,13 @@ _REPLACED_ON_IMPORT = (
     (torch.Tensor, "numpy"),
     (torch.Tensor, "__format__"),
 )
+
+
+@runtime_checkable
+class _LanguageModel(Protocol):
+    """A module that knows its output head, as the models of transformers do."""
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
 
 
 @attrs.frozen
@@ -152,7 +160,7 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
             linear_bn_folding=False,
             auto_kernel_selection=True,
         )
-    heads = {m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")}
+    heads = {m.get_output_embeddings() for m in model.modules() if isinstance(m, _LanguageModel)}
     count = 0
     for name, layer in model.named_modules():
         if layer in heads:
@@ -168,14 +176,13 @@ def _import_extension() -> ModuleType:
     root, logger_class = logging.getLogger(), logging.getLoggerClass()
     level, handlers = root.level, root.handlers[:]
     try:
-        import intel_extension_for_pytorch
+        return importlib.import_module("intel_extension_for_pytorch")
     finally:
         for owner, name, function in functions:
             setattr(owner, name, function)
         logging.setLoggerClass(logger_class)
         root.setLevel(level)
         root.handlers[:] = handlers
-    return intel_extension_for_pytorch
 
 
 @contextmanager
