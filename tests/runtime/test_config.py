@@ -1,0 +1,77 @@
+"""PPOConfig: defaults of the reference, derived sizes, and refusals that name the field."""
+
+import attrs
+import pytest
+
+from ppo_runtime.config import PPOConfig
+
+
+def test_defaults_are_the_reference_ones() -> None:
+    config = PPOConfig()
+    assert (config.learning_rate, config.batch_size, config.mini_batch_size, config.ppo_epochs) == (1e-5, 256, 1, 4)
+    assert (config.init_kl_coef, config.target, config.horizon, config.kl_penalty) == (0.2, 6.0, 10000.0, "kl")
+    assert (config.gamma, config.lam, config.cliprange, config.cliprange_value, config.vf_coef) == (
+        1.0,
+        0.95,
+        0.2,
+        0.2,
+        0.1,
+    )
+    assert (config.steps, config.seed, config.ratio_threshold, config.max_grad_norm) == (20000, 0, 10.0, None)
+    assert config.drop_last
+
+
+def test_derived_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = PPOConfig(batch_size=32, mini_batch_size=4, gradient_accumulation_steps=2, steps=100)
+    assert config.backward_batch_size == 8
+    assert config.global_backward_batch_size == 24
+    assert config.global_batch_size == 96
+    assert config.total_ppo_epochs == 4  # 100 / 32, rounded up
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("mini_batch_size", -1),
+        ("ppo_epochs", 1.5),
+        ("steps", True),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("gamma", 1.1),
+        ("lam", -0.1),
+        ("cliprange", 0),
+        ("max_grad_norm", 0.0),
+        ("score_clip", -1.0),
+        ("target", 0),
+        ("kl_penalty", "k1"),
+        ("log_with", "mlflow"),
+        ("accel", "cuda"),
+        ("early_stopping", 1),
+        ("use_habana", True),
+        ("accelerator_kwargs", {"cpu": True}),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field) as refusal:
+        PPOConfig(**{field: value})
+    assert "{" not in str(refusal.value).replace(repr(value), ""), "a message with an unfilled placeholder"
+
+
+def test_batch_size_must_be_a_multiple_of_the_backward_batch() -> None:
+    with pytest.raises(ValueError, match=r"batch_size is 10, expected a multiple of .* = 8"):
+        PPOConfig(batch_size=10, mini_batch_size=4, gradient_accumulation_steps=2)
+
+
+def test_a_horizon_that_could_turn_the_coefficient_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match="horizon"):
+        PPOConfig(batch_size=256, horizon=51)
+    PPOConfig(batch_size=256, horizon=51, adap_kl_ctrl=False)
+
+
+def test_frozen() -> None:
+    config = PPOConfig()
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        config.batch_size = 3  # type: ignore[misc]
+    assert attrs.evolve(config, batch_size=3).batch_size == 3
