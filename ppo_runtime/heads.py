@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppo_runtime.models import PreTrainedModelWrapper, is_peft_model, transformers_model
+from ppo_runtime.inner import is_peft_model, pretrained_model, transformers_model
 from ppo_runtime.modes import dropout_off
 
 # Their logits are scaled by d_model^-0.5 when the embeddings are tied, where no field says so outright.
@@ -126,9 +126,9 @@ def check_split(model: nn.Module) -> None:
     pass of each kind, so once per run is enough, and it keeps us honest about architectures nobody here tried.
     """
     inner = _splittable(model)
-    outer: Any = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
-    device = inner.get_input_embeddings().weight.device
-    ids = torch.arange(10, device=device).reshape(2, 5) % inner.config.vocab_size
+    outer = pretrained_model(model)
+    embeddings = inner.get_input_embeddings().weight
+    ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     with torch.no_grad(), dropout_off(model):
@@ -160,7 +160,7 @@ def check_split(model: nn.Module) -> None:
 
 
 def _splittable(model: nn.Module) -> Any:
-    outer = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+    outer = pretrained_model(model)
     # Virtual tokens enter in PeftModel.forward, which the trunk does not pass through.
     if is_peft_model(outer) and outer.active_peft_config.is_prompt_learning:
         kind = outer.active_peft_config.peft_type

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
+from functools import partial
 from tempfile import TemporaryDirectory
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    GenerationConfig,
-    PreTrainedModel,
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from ppo_runtime.inner import (
+    add_adapter,
+    hub_arguments,
+    is_adapter,
+    is_peft_model,
+    load_adapter,
+    load_model,
+    transformers_model,
 )
+from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, read_head, write_head
 
-from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, StoredHead, ValueHead, find_file, read_head, write_head
-
-_HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+WrapperT = TypeVar("WrapperT", bound="PreTrainedModelWrapper")
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -65,8 +67,8 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
-    ) -> PreTrainedModelWrapper:
+        cls: type[WrapperT], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> WrapperT:
         """Wrap a hub name, a directory, a transformers model or a PEFT model.
 
         The head is read from the directory or repository where one is stored, else initialised. A directory
@@ -79,12 +81,12 @@ class PreTrainedModelWrapper(nn.Module):
         is_trainable = kwargs.pop("is_trainable", True)
         source, stored = pretrained_model_name_or_path, None
         if isinstance(source, str | os.PathLike):
-            hub = {name: kwargs[name] for name in _HUB_ARGS if name in kwargs}
-            stored = read_head(source, **hub)
-            if find_file(source, "adapter_config.json", **hub) is not None:
-                model = cls._load_adapter(source, model_args, kwargs, hub, is_trainable)
+            stored = read_head(source, **hub_arguments(kwargs))
+            load = partial(load_model, cls.transformers_parent_class, cls._check_config)
+            if is_adapter(source, kwargs):
+                model = load_adapter(load, source, model_args, kwargs, is_trainable)
             else:
-                model = cls._load(source, model_args, kwargs, hub, stored)
+                model = load(source, model_args, kwargs, stored.inner if stored is not None else None)
         elif isinstance(source, PreTrainedModel) or is_peft_model(source):
             if model_args or kwargs:
                 raise TypeError(
@@ -101,48 +103,11 @@ class PreTrainedModelWrapper(nn.Module):
             if is_peft_model(model):
                 raise ValueError("the model already has a PEFT adapter; leave peft_config out or pass the base model")
             cls._check(model)
-            model = _same_mode(import_peft().get_peft_model(model, peft_config))
+            model = add_adapter(model, peft_config)
         wrapper = cls(model, **head_args)
         if stored is not None:
             wrapper.v_head.load_state_dict(stored.head)
         return wrapper
-
-    @classmethod
-    def _load(
-        cls, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hub: dict[str, Any], stored: StoredHead | None
-    ) -> PreTrainedModel:
-        config = kwargs.get("config")
-        if config is None:
-            remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
-            config = AutoConfig.from_pretrained(name, **hub, **remote)
-        cls._check_config(config, f"{os.fspath(name)!r}")
-        if stored is None or stored.inner is None:
-            return cls.transformers_parent_class.from_pretrained(name, *args, **kwargs)
-        # A state dict needs the concrete class, and building one without storage is the public way to learn it.
-        with torch.device("meta"):
-            model_class = type(cls.transformers_parent_class.from_config(config))
-        rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}
-        model = model_class.from_pretrained(None, *args, config=config, state_dict=stored.inner, **rest)
-        model.name_or_path = model.config.name_or_path = os.fspath(name)
-        if find_file(name, "generation_config.json", **hub) is not None:
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
-        return model
-
-    @classmethod
-    def _load_adapter(
-        cls, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hub: dict[str, Any], is_trainable: bool
-    ) -> Any:
-        peft = import_peft()
-        base_name = peft.PeftConfig.from_pretrained(os.fspath(name), **hub).base_model_name_or_path
-        if not base_name:
-            raise ValueError(
-                f"{os.fspath(name)!r} holds a PEFT adapter whose adapter_config.json names no base model; "
-                "write the base model's name or directory into base_model_name_or_path there"
-            )
-        # A revision or subfolder is the adapter's, not the base model's.
-        base_args = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        base = cls._load(base_name, args, base_args, {k: v for k, v in hub.items() if k in base_args}, None)
-        return _same_mode(peft.PeftModel.from_pretrained(base, os.fspath(name), is_trainable=is_trainable, **hub))
 
     @classmethod
     def _check_config(cls, config: Any, what: str) -> None:
@@ -284,7 +249,7 @@ class PreTrainedModelWrapper(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the inner model's parameters lie."""
-        return self.pretrained_model.device
+        return transformers_model(self).device
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
@@ -301,30 +266,3 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     transformers_parent_class = AutoModelForSeq2SeqLM
     _encoder_decoder = True
     _hidden_states = "decoder_hidden_states"
-
-
-def import_peft() -> ModuleType:
-    """The peft package, imported only when an adapter asks for it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PEFT adapters need the peft package: pip install 'ppo-core[peft]'") from error
-    return peft
-
-
-def is_peft_model(model: Any) -> bool:
-    """Whether a model (not its wrapper) is a PeftModel, without importing peft: no import, no such model."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
-
-
-def transformers_model(model: Any) -> Any:
-    """The transformers model inside a wrapper and inside PEFT, adapter layers included."""
-    if isinstance(model, PreTrainedModelWrapper):
-        model = model.pretrained_model
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def _same_mode(model: Any) -> Any:
-    """A PEFT model in the mode of its base: a new adapter's dropout would be on in an evaluating model."""
-    return model.train(model.get_base_model().training)

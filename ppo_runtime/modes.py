@@ -31,8 +31,8 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
     """Training mode as it is, with every dropout probability 0 inside.
 
     transformers checkpoints activations only in training mode, hence not `eval()`. A checkpointed layer runs
-    again during backward, so `backward()` belongs inside this context as well: outside, the second run would
-    drop units that the first one kept, and the gradients would be silently wrong.
+    again during backward, so `backward()` belongs inside this context as well: outside, the second run drops
+    units that the first one kept, which torch reports as a CheckpointError where it notices.
 
     Covers `nn.Dropout` and its kin, and float attributes named after dropout (`attention_dropout`, `layerdrop`,
     `drop_prob`) or router jitter, which is where transformers' models keep them.

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ppo_runtime.models import PreTrainedModelWrapper, is_peft_model
+from ppo_runtime.inner import is_peft_model, pretrained_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def create_reference_model(model: ModelT, num_shared_layers: int | None = None, 
         memo = {}
     elif num_shared_layers < 0:
         raise ValueError(f"num_shared_layers is {num_shared_layers}, expected None or a number from 0")
-    elif is_peft_model(getattr(model, "pretrained_model", model)):
+    elif is_peft_model(pretrained_model(model)):
         raise ValueError(
             f"num_shared_layers is {num_shared_layers}, but the model has a PEFT adapter and shares all its layers "
             "already; use reference_context(model) instead of a reference model"
@@ -102,7 +102,7 @@ def reference_context(model: nn.Module) -> Iterator[None]:
     On the way out, exceptions included, the adapter is back and every parameter trains or not as it did before:
     peft alone would make a frozen adapter trainable.
     """
-    inner = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+    inner = pretrained_model(model)
     if not is_peft_model(inner):
         raise ValueError(
             f"{type(inner).__name__} has no PEFT adapter to switch off; make a reference with create_reference_model"

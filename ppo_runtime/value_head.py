@@ -10,13 +10,14 @@ import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 HEAD_FILE = "value_head.safetensors"
 HEAD_PREFIX = "v_head."
@@ -121,7 +122,8 @@ def _keys(file: str) -> set[str]:
 
 def _read(file: str) -> dict[str, Tensor]:
     if not file.endswith(".safetensors"):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped into memory where the format allows, since mostly it is only the names we want.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     with safe_open(file, framework="pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
 

@@ -26,6 +26,12 @@ from tests.runtime.tiny import CAUSAL_FAMILIES, FAMILIES, PAD_ID, VOCAB_SIZE, ti
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)  # for the value heads; `tiny_model` has a seed of its own
+
+
 REAL = torch.tensor([[5, 9, 33, 70, 12, 8], [21, 4, 4, 60, 17, 90]])
 ONES = torch.ones_like(REAL)
 

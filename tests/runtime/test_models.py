@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from ppo_runtime.modes import dropout_off, without_dropout
@@ -21,6 +22,12 @@ from tests.runtime.tiny import FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
 
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)  # for the value heads; `tiny_model` has a seed of its own
+
 
 IDS = torch.tensor([[5, 9, 33, 70], [21, 4, 4, 60]])
 
@@ -35,7 +42,7 @@ def wrapped(family: str = "gpt2", dropout: float = 0.0, **kwargs: Any) -> Any:
     return model
 
 
-def outputs(model: nn.Module, family: str = "gpt2") -> tuple[Tensor, Tensor | None, Tensor]:
+def outputs(model: nn.Module, family: str = "gpt2") -> Any:
     more = {"decoder_input_ids": IDS.flip(1)} if family == "t5" else {}
     return model(IDS, attention_mask=torch.ones_like(IDS), **more)
 
@@ -423,32 +430,58 @@ def test_without_dropout_is_eval_in_training_mode(family: str) -> None:
         assert not torch.allclose(after[index], expected[index], atol=1e-3), "dropout must be back"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_is_active_and_changes_no_gradient(family: str) -> None:
-    model = wrapped(family, dropout=0.5).train()
+def norm_runs(model: nn.Module) -> list[None]:
+    """Grows by one whenever a norm inside the second layer, and so inside its checkpoint, runs."""
+    runs: list[None] = []
     layer = next(part for name, part in model.named_modules() if name.endswith((".h.1", "layers.1", "block.1")))
-    runs = []
-    # A function every layer calls inside its checkpoint, hooked by its module.
-    next(p for n, p in layer.named_modules() if n.endswith("norm") or "ln_1" in n).register_forward_hook(
-        lambda *_: runs.append(torch.is_grad_enabled())
-    )
+    norm = next(part for name, part in layer.named_modules() if name.endswith("norm") or "ln_1" in name)
+    norm.register_forward_hook(lambda *_: runs.append(None))
+    return runs
 
-    def gradients() -> dict[str, Tensor]:
-        runs.clear()
-        model.zero_grad(set_to_none=True)
-        with without_dropout(model):
-            logits, _, value = outputs(model, family)
-            (logits.square().sum() + value.sum()).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    plain = gradients()
-    once = len(runs)
-    model.gradient_checkpointing_enable()
-    checkpointed = gradients()
-    assert len(runs) == 2 * once, "a checkpointed layer runs again in backward"
+def gradients(model: nn.Module, family: str) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    logits, _, value = outputs(model, family)
+    (logits.square().sum() + value.sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_is_active_and_changes_no_gradient(family: str, adapter: bool) -> None:
+    more = {"peft_config": tiny_lora(family, lora_dropout=0.5)} if adapter else {}
+    model = wrapped(family, dropout=0.5, **more).train().double()
+    runs = norm_runs(model)
+    with without_dropout(model):
+        plain = gradients(model, family)
+        once = len(runs)
+        model.gradient_checkpointing_enable()
+        checkpointed = gradients(model, family)
+        assert len(runs) == 3 * once, "a checkpointed layer runs again in backward"
+        model.gradient_checkpointing_disable()
+        gradients(model, family)
+        assert len(runs) == 4 * once
+    assert len(plain) > 5
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
-    model.gradient_checkpointing_disable()
-    gradients()
-    assert len(runs) == once
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_in_eval_mode_gradient_checkpointing_would_be_off() -> None:
+    """The defect `without_dropout` avoids: no dropout by `eval()` silently costs the memory back."""
+    model = wrapped(dropout=0.5).train()
+    model.gradient_checkpointing_enable()
+    runs = norm_runs(model)
+    with dropout_off(model):
+        gradients(model, "gpt2")
+    assert len(runs) == 1
+
+
+def test_backward_belongs_inside_without_dropout() -> None:
+    """Outside, the recomputation drops units again: the docstring's warning, as a fact."""
+    model = wrapped(dropout=0.5).train()
+    model.gradient_checkpointing_enable()
+    with without_dropout(model):
+        logits, _, value = outputs(model)
+    with pytest.raises(CheckpointError):
+        (logits.square().sum() + value.sum()).backward()

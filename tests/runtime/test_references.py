@@ -15,6 +15,12 @@ from tests.runtime.tiny import FAMILIES, tiny_lora, tiny_model
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)  # for the value heads; `tiny_model` has a seed of its own
+
+
 IDS = torch.tensor([[5, 9, 33, 70], [21, 4, 4, 60]])
 
 
@@ -171,6 +177,18 @@ def test_a_frozen_adapter_stays_frozen() -> None:
     with reference_context(policy):
         pass
     assert not any(p.requires_grad for p in policy.pretrained_model.parameters())
+
+
+def test_a_copy_of_a_peft_policy_keeps_its_adapter_as_it_is() -> None:
+    policy = wrapped(peft_config=tiny_lora())
+    train(policy)
+    reference = create_reference_model(policy)
+    with torch.no_grad():
+        before = outputs(policy)[0]
+        assert torch.equal(outputs(reference)[0], before)
+    train(policy)
+    with torch.no_grad():
+        assert torch.equal(outputs(reference)[0], before)
 
 
 def test_contexts_and_copies_point_to_each_other_when_mixed_up() -> None:

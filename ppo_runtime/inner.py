@@ -1,0 +1,113 @@
+"""The transformers model inside a value-head wrapper and inside PEFT: finding it, and loading it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from ppo_runtime.value_head import find_file
+
+_HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# A revision or subfolder of an adapter says nothing about its base model's.
+_ADAPTERS_OWN = ("revision", "subfolder")
+
+
+def import_peft() -> ModuleType:
+    """The peft package, imported only when an adapter asks for it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("PEFT adapters need the peft package: pip install 'ppo-core[peft]'") from error
+    return peft
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model (not its wrapper) is a PeftModel, without importing peft: no import, no such model."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def pretrained_model(model: Any) -> Any:
+    """What a value-head wrapper wraps (a PeftModel included), or the model itself."""
+    return getattr(model, "pretrained_model", model)
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside a wrapper and inside PEFT, with any adapter layers in it."""
+    model = pretrained_model(model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where files come from."""
+    return {name: kwargs[name] for name in _HUB_ARGS if name in kwargs}
+
+
+def load_model(
+    parent: Any,
+    check_config: Callable[[Any, str], None],
+    name: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+) -> Any:
+    """`parent.from_pretrained`, the configuration checked first, with `weights` in place of those on disk."""
+    hub = hub_arguments(kwargs)
+    config = kwargs.get("config")
+    if config is None:
+        remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
+        config = AutoConfig.from_pretrained(name, **hub, **remote)
+    check_config(config, repr(os.fspath(name)))
+    if weights is None:
+        return parent.from_pretrained(name, *args, **kwargs)
+    # Weights need the concrete class, and building one without storage is the public way to learn it. (Renaming
+    # with `key_mapping` would be shorter, but transformers applies that backwards when it saves.)
+    with torch.device("meta"):
+        model_class = type(parent.from_config(config))
+    rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}
+    model = model_class.from_pretrained(None, *args, config=config, state_dict=weights, **rest)
+    model.name_or_path = model.config.name_or_path = os.fspath(name)
+    if find_file(name, "generation_config.json", **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+    return model
+
+
+def is_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:
+    """Whether a directory or repository holds a PEFT adapter."""
+    return find_file(name, "adapter_config.json", **hub_arguments(kwargs)) is not None
+
+
+def load_adapter(
+    load: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
+    name: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_trainable: bool,
+) -> Any:
+    """A PeftModel: the adapter on the base model it names, which `load` loads."""
+    peft, name, hub = import_peft(), os.fspath(name), hub_arguments(kwargs)
+    base_name = peft.PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
+    if not base_name:
+        raise ValueError(
+            f"{name!r} holds a PEFT adapter whose adapter_config.json names no base model; write the base model's "
+            "name or directory into base_model_name_or_path there"
+        )
+    base = load(base_name, args, {key: value for key, value in kwargs.items() if key not in _ADAPTERS_OWN})
+    return _same_mode(peft.PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub))
+
+
+def add_adapter(model: Any, peft_config: Any) -> Any:
+    """A PeftModel: a fresh adapter on a model."""
+    return _same_mode(import_peft().get_peft_model(model, peft_config))
+
+
+def _same_mode(model: Any) -> Any:
+    """A PEFT model in the mode of its base: a new adapter's dropout would be on in an evaluating model."""
+    return model.train(model.get_base_model().training)
