@@ -45,14 +45,49 @@ def check_time_axis(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has no axes, expected [*batch, time]; add one with {name}[None]")
 
 
+def check_vocabulary_axis(**tensors: Tensor) -> None:
+    """Refuse tensors without a last (vocabulary) axis."""
+    for name, tensor in tensors.items():
+        if tensor.ndim < 1:
+            raise ValueError(f"{name} has no axes, expected [*batch, time, vocab]; add one with {name}[None]")
+
+
 def check_same_shape(like_name: str, like: Tensor, **tensors: Tensor) -> None:
     """Refuse silent broadcasting and mixed devices: every tensor must match ``like``."""
     check_shape(like_name, tuple(like.shape), **tensors)
+    check_same_device(like_name, like, **tensors)
+
+
+def check_same_device(like_name: str, like: Tensor, **tensors: Tensor) -> None:
+    """Refuse tensors that do not live where ``like`` does."""
     for name, tensor in tensors.items():
         if tensor.device != like.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, expected {like.device} like {like_name}; "
                 f"move it with {name}.to({like_name}.device)"
+            )
+
+
+def check_bundles(**bundles: tuple[Tensor, ...]) -> None:
+    """Refuse named tuples whose fields, all together, are not floating-point tensors of one shape on one device."""
+    fields = {
+        f"{name}.{field}": value
+        for name, bundle in bundles.items()
+        for field, value in zip(getattr(bundle, "_fields", ()), bundle, strict=True)
+    }
+    check_floating(**fields)
+    like_name, like = next(iter(fields.items()))
+    check_same_shape(like_name, like, **fields)
+
+
+def check_broadcasts(like_name: str, like: Tensor, **tensors: Tensor) -> None:
+    """Refuse tensors that do not broadcast to ``like``, or would make the result larger."""
+    for name, tensor in tensors.items():
+        sizes = zip(reversed(tensor.shape), reversed(like.shape), strict=False)
+        if tensor.ndim > like.ndim or any(size not in (1, expected) for size, expected in sizes):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected one that broadcasts to {tuple(like.shape)} "
+                f"like {like_name}"
             )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppo_core._checks import (
     check_boolean,
     check_floating,
+    check_same_device,
     check_same_shape,
     check_shape,
     check_time_axis,
@@ -69,6 +70,7 @@ def gae(
         bootstrap = rewards.new_zeros(rewards.shape[:-1])
     check_floating(bootstrap=bootstrap)
     check_shape("rewards without its time axis", tuple(rewards.shape[:-1]), bootstrap=bootstrap)
+    check_same_device("rewards", rewards, bootstrap=bootstrap)
     rewards, values, bootstrap = widen(rewards, values, bootstrap)
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
 

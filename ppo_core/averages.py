@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_core._checks import check_bundles
 from ppo_core.masking import masked_sum
 
 
@@ -33,11 +34,17 @@ def average(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Average
 
 
 def merge(a: Average, b: Average) -> Average:
-    """The average over both parts. Associative and commutative; ``Average(0, 0)`` changes nothing."""
+    """The average over both parts. Associative and commutative; ``Average(0, 0)`` changes nothing.
+
+    Raises:
+        TypeError, ValueError: the fields are not floating-point tensors of one shape on one device.
+    """
+    check_bundles(a=a, b=b)
     return Average(a.total + b.total, a.weight + b.weight)
 
 
 def mean_of(a: Average) -> Float[Tensor, "*shape"]:
-    """total / weight, and 0 where the weight is 0: nothing was there to average."""
+    """total / weight, and 0 where the weight is 0: nothing was there to average. Raises as :func:`merge`."""
+    check_bundles(a=a)
     empty = a.weight == 0
     return torch.where(empty, 0.0, a.total / torch.where(empty, 1.0, a.weight))

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_shape, widen
+from ppo_core._checks import check_floating, check_integer, check_same_shape, check_vocabulary_axis, widen
 
 
 def token_logprobs(
@@ -23,10 +23,11 @@ def token_logprobs(
 
     Raises:
         TypeError: ``logits`` is not floating point or ``tokens`` is not int64.
-        ValueError: ``tokens`` does not have the shape of ``logits`` without its last axis; devices differ.
+        ValueError: ``logits`` has no axes; ``tokens`` does not have its shape without the last axis; devices differ.
     """
     check_floating(logits=logits)
     check_integer(tokens=tokens)
+    check_vocabulary_axis(logits=logits)
     check_same_shape("logits without its vocabulary axis", logits[..., 0], tokens=tokens)
     (logits,) = widen(logits)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -41,8 +42,10 @@ def token_entropy(logits: Float[Tensor, "*batch time vocab"]) -> Float[Tensor, "
 
     Raises:
         TypeError: ``logits`` is not floating point.
+        ValueError: ``logits`` has no axes.
     """
     check_floating(logits=logits)
+    check_vocabulary_axis(logits=logits)
     (logits,) = widen(logits)
     possible = torch.where(torch.isneginf(logits), 0.0, logits)
     return logits.logsumexp(-1) - (logits.softmax(-1) * possible).sum(-1)

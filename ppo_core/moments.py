@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_core._checks import check_bundles
 from ppo_core.masking import Axes, keep, masked_mean
 
 
@@ -44,7 +45,12 @@ def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, 
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both parts together: associative, commutative, exact for an empty side."""
+    """Moments of both parts together: associative, commutative, exact for an empty side.
+
+    Raises:
+        TypeError, ValueError: the fields are not floating-point tensors of one shape on one device.
+    """
+    check_bundles(a=a, b=b)
     n = a.n + b.n
     share = b.n / torch.where(n == 0, 1.0, n)
     delta = b.mean - a.mean
@@ -54,8 +60,10 @@ def merge(a: Moments, b: Moments) -> Moments:
 def variance(m: Moments, *, correction: int) -> Float[Tensor, "*shape"]:
     """m2 / (n - correction): 1 is Bessel's unbiased estimate, 0 the biased one.
 
-    Defined as 0 where ``n <= correction``: one sample shows no spread (TRL: NaN; the reference raised).
+    Defined as 0 where ``n <= correction``: one sample shows no spread (TRL: NaN; the reference raised). Raises as
+    :func:`merge`.
     """
+    check_bundles(m=m)
     degrees = m.n - correction
     return torch.where(degrees > 0, m.m2 / torch.where(degrees > 0, degrees, 1.0), 0.0)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppo_core._checks import (
     check_boolean,
     check_floating,
+    check_same_device,
     check_same_shape,
     check_shape,
     check_time_axis,
@@ -49,13 +50,16 @@ def compute_rewards(
 
     Raises:
         TypeError: ``scores`` or ``kl`` is not floating point, or ``mask`` is not boolean.
-        ValueError: ``kl`` has no time axis, shapes disagree, devices differ.
+        ValueError: ``kl`` has no time axis, shapes disagree, devices differ, ``kl_coef`` is not one number.
     """
     check_floating(scores=scores, kl=kl)
     check_boolean(mask=mask)
     check_time_axis(kl=kl)
     check_same_shape("kl", kl, mask=mask)
     check_shape("kl without its time axis", tuple(kl.shape[:-1]), scores=scores)
+    check_same_device("kl", kl, scores=scores)
+    if isinstance(kl_coef, Tensor):
+        check_shape("one number", (), kl_coef=kl_coef)
     scores, kl = widen(scores, kl)
     penalty = -kl_coef * keep(kl, mask)
     score = torch.where(last_kept(mask), scores.unsqueeze(-1), 0.0)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_core._checks import check_broadcasts, check_bundles, check_same_device
 from ppo_core.masking import keep
 from ppo_core.moments import Moments, variance
 
@@ -35,12 +36,17 @@ def whiten(
         Same shape, float32 or wider, dimensionless (unit of x if not ``shift_mean``). Constant input gives zeros.
 
     Raises:
-        TypeError, ValueError: as :func:`ppo_core.masking.keep`.
+        TypeError, ValueError: as :func:`ppo_core.masking.keep`; ``moments`` are not floating-point tensors of one
+            shape that broadcasts to x, or are on another device.
 
     Source: the advantage normalisation of lm-human-preferences (Ziegler et al. 2019). torchtune's flag of the same
     name is inverted; trlx's statistics include padding.
     """
-    centred = keep(x, mask) - moments.mean
+    kept = keep(x, mask)
+    check_bundles(moments=moments)
+    check_broadcasts("x", x, **{"moments.n": moments.n})
+    check_same_device("x", x, **{"moments.n": moments.n})
+    centred = kept - moments.mean
     spread = variance(moments, correction=correction) + eps
     # With eps = 0 a population without spread has nothing to scale by: 0, in value and gradient, instead of 0 * inf.
     scale = torch.where(spread > 0, torch.rsqrt(torch.where(spread > 0, spread, 1.0)), 0.0)
