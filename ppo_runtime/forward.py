@@ -49,9 +49,13 @@ class Rows(NamedTuple):
     """[B, T] response tokens."""
     mask: Tensor
     """[B, T] boolean, True on response tokens that count."""
+    static: bool = False
+    """Whether every pass keeps the full width, for compiled graphs, instead of that of its longest row."""
 
     def select(self, index: Tensor) -> "Rows":
-        """These rows only, cut to the longest among them."""
+        """These rows only, cut to the longest among them unless ``static``."""
+        if self.static:
+            return Rows(*(part[index] if isinstance(part, Tensor) else part for part in self))
         length = int(self.attention_mask[index].sum(-1).max())
         time = max(int(self._time_of(index).max()), 1)
         return Rows(
@@ -62,6 +66,11 @@ class Rows(NamedTuple):
             self.tokens[index, :time],
             self.mask[index, :time],
         )
+
+    def widths(self) -> Tensor:
+        """[B] input tokens that each row takes in a forward pass."""
+        width = self.attention_mask.shape[1]
+        return self.attention_mask.sum(-1).masked_fill(torch.tensor(self.static, device=self.mask.device), width)
 
     def _time_of(self, index: Tensor) -> Tensor:
         """Length up to the last kept token, per row."""
@@ -94,12 +103,18 @@ def lay_out(
     pad_token_id: int,
     decoder_start_token_id: int | None,
     device: torch.device,
+    input_width: int = 0,
+    response_width: int = 0,
 ) -> Rows:
-    """Pad a ragged batch on the right. ``decoder_start_token_id`` is given for an encoder-decoder only."""
-    batch, time = len(queries), max(len(response) for response in responses)
+    """Pad a ragged batch on the right. ``decoder_start_token_id`` is given for an encoder-decoder only.
+
+    ``input_width`` and ``response_width``, where above 0, are the least widths of ``input_ids`` and of the response
+    axis, and make the rows static. No token is ever cut off: see that rows fit before they come here.
+    """
+    batch, time = len(queries), max(response_width, *(len(response) for response in responses))
     encoder_decoder = decoder_start_token_id is not None
     inputs = list(queries) if encoder_decoder else [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-    input_ids = torch.full((batch, max(map(len, inputs))), pad_token_id)
+    input_ids = torch.full((batch, max(input_width, *map(len, inputs))), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     tokens = torch.full((batch, time), pad_token_id)
     mask = torch.zeros(batch, time, dtype=torch.bool)
@@ -122,6 +137,7 @@ def lay_out(
         predictors.to(device),
         tokens.to(device),
         mask.to(device),
+        static=input_width > 0 or response_width > 0,
     )
 
 
@@ -163,7 +179,7 @@ def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: 
     """
     out = Scored(*(torch.zeros(rows.mask.shape, device=rows.mask.device) for _ in Scored._fields))
     with dropout_off(policy):
-        for index in length_buckets(rows.attention_mask.sum(-1), SCORING_TOKENS):
+        for index in length_buckets(rows.widths(), SCORING_TOKENS):
             part = rows.select(index)
             states = predicting_states(policy, part)
             mine, head = _read_off(policy, states, part), lm_head(policy)

@@ -44,9 +44,9 @@ class SamplingSpec:
         ]
 
 
-def left_pad(rows: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] padded on the left, and an attention mask made from lengths, never from token ids."""
-    length = max(len(row) for row in rows)
+def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] padded on the left to ``width`` at least, and a mask made from lengths, never from token ids."""
+    length = max(width, *(len(row) for row in rows))
     ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long, device=rows[0].device)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -73,14 +73,16 @@ def generate_responses(
     length_sampler: Callable[[], int] | None,
     is_encoder_decoder: bool,
     generation_kwargs: dict[str, Any],
+    prompt_width: int = 0,
 ) -> list[Tensor]:
     """One response per query, without the prompt, ending with its EOS where one was drawn.
 
-    The prompt is cut off by its length, so an EOS inside it does no harm, and neither does pad == eos.
+    The prompt is cut off by its length, so an EOS inside it does no harm, and neither does pad == eos. Prompts are
+    padded to ``prompt_width`` at least.
     """
     responses: list[Tensor] = []
     for start in range(0, len(queries), batch_size):
-        ids, mask = left_pad(queries[start : start + batch_size], pad_token_id)
+        ids, mask = left_pad(queries[start : start + batch_size], pad_token_id, width=prompt_width)
         kwargs = dict(generation_kwargs)
         if length_sampler is not None:
             kwargs["max_new_tokens"] = length_sampler()

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_core.averages import Average, mean_of, merge
+from ppo_core.averages import Average, average, mean_of, merge
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World, agree_any, gather_averages, gather_rows, sum_gradients
-from ppo_runtime.forward import Rows, evaluate
+from ppo_runtime.forward import Evaluation, Rows, evaluate
 from ppo_runtime.modes import without_dropout
 
 
@@ -78,22 +78,17 @@ def optimise(
                     losses = minibatch_losses(model, rows.select(index), targets, index, config)
                     total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
                     (total / max(weight, 1.0)).backward()
-                    _merge_into(update_averages, _averages_of(losses))
+                    merge_into(update_averages, averages_of(losses))
                     if updates == 0:
                         deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
                 updates += 1
-                _merge_into(epoch_averages, update_averages)
-                too_far = bool(mean_of(update_averages["ppo/policy/ratio"]) > config.ratio_threshold)
-                if agree_any(too_far, world):
-                    # Neither weights nor moments may see these gradients; a loss times 0 would step on stale
-                    # moments, and inf * 0 is NaN.
+                merge_into(epoch_averages, update_averages)
+                norm = apply_update(model, optimizer, update_averages, config, world)
+                if norm is None:
                     skipped += 1
-                    continue
-                sum_gradients(model.parameters(), world)
-                norm = _clip(model, config.max_grad_norm)
-                optimizer.step()
-                _merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
-            _merge_into(averages, epoch_averages)
+                else:
+                    merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
+            merge_into(averages, epoch_averages)
             if config.early_stopping and _has_moved(epoch_averages, config, world):
                 break
     optimizer.zero_grad(set_to_none=True)
@@ -102,20 +97,38 @@ def optimise(
 
 def minibatch_losses(model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig) -> Losses:
     """Forward pass and both losses of one minibatch, with gradient."""
-    part_targets = targets.select(index, part.mask.shape[1])
-    now = evaluate(model, part)
+    return losses_of(evaluate(model, part), targets.select(index, part.mask.shape[1]), part.mask, config)
+
+
+def losses_of(now: Evaluation, targets: Targets, mask: Tensor, config: PPOConfig) -> Losses:
+    """Both losses of what the model says now, and the diagnostics beside them."""
     assert now.values is not None
-    ones = part.mask.sum().to(now.logprobs.dtype)
     return Losses(
-        clipped_policy_loss(
-            now.logprobs, part_targets.old_logprobs, part_targets.advantages, part.mask, cliprange=config.cliprange
-        ),
-        clipped_value_loss(
-            now.values, part_targets.old_values, part_targets.returns, part.mask, cliprange=config.cliprange_value
-        ),
-        Average(now.entropy.detach().sum(), ones),
-        Average(now.values.detach().sum(), ones),
+        clipped_policy_loss(now.logprobs, targets.old_logprobs, targets.advantages, mask, cliprange=config.cliprange),
+        clipped_value_loss(now.values, targets.old_values, targets.returns, mask, cliprange=config.cliprange_value),
+        average(now.entropy.detach(), mask),
+        average(now.values.detach(), mask),
     )
+
+
+def apply_update(
+    model: Any, optimizer: torch.optim.Optimizer, averages: dict[str, Average], config: PPOConfig, world: World
+) -> Tensor | None:
+    """Step on the gradients that an update's backward passes have left, summed over ranks and clipped.
+
+    Returns:
+        The gradient norm before clipping. None if the update's mean ratio exceeds ``ratio_threshold`` on any rank:
+        then neither weights nor moments see these gradients. (A loss times 0 would step on stale moments, and
+        inf * 0 is NaN.)
+    """
+    # Not ">": a ratio of NaN is too far as well.
+    near = bool(mean_of(averages["ppo/policy/ratio"]) <= config.ratio_threshold)
+    if agree_any(not near, world):
+        return None
+    sum_gradients(model.parameters(), world)
+    norm = _clip(model, config.max_grad_norm)
+    optimizer.step()
+    return norm
 
 
 def _plan(batch: int, config: PPOConfig, generator: torch.Generator) -> Iterator[list[list[Tensor]]]:
@@ -139,7 +152,8 @@ def _tokens_per_update(plan: list[list[list[Tensor]]], mask: Tensor, world: Worl
     return totals.tolist()
 
 
-def _averages_of(losses: Losses) -> dict[str, Average]:
+def averages_of(losses: Losses) -> dict[str, Average]:
+    """The metrics of one minibatch, without gradient, by the names of :data:`ppo_runtime.metrics.METRICS`."""
     averages = {
         "ppo/loss/policy": losses.policy.loss,
         "ppo/loss/value": losses.value.loss,
@@ -155,9 +169,10 @@ def _averages_of(losses: Losses) -> dict[str, Average]:
     return {name: Average(total.detach(), weight) for name, (total, weight) in averages.items()}
 
 
-def _merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
-    for name, average in more.items():
-        averages[name] = merge(averages[name], average) if name in averages else average
+def merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
+    """Add what another minibatch, update or epoch found."""
+    for name, part in more.items():
+        averages[name] = merge(averages[name], part) if name in averages else part
 
 
 def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) -> bool:
