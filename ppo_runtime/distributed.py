@@ -185,9 +185,9 @@ def _gather(vector: Tensor, world: World) -> Tensor:
     """[n] on every rank to [size, n], one row per rank."""
     if world.size == 1:
         return vector[None]
-    table = vector.new_empty(world.size * len(vector))
-    dist.all_gather_into_tensor(table, vector)
-    return table.view(world.size, -1)
+    table = vector.new_empty(world.size, len(vector))
+    dist.all_gather(list(table), vector)
+    return table
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -187,13 +187,13 @@ def plot_curves(
     _require("matplotlib", extra="plot", wanted_by="plot_curves")
     from matplotlib.figure import Figure  # without pyplot: no window, no global state, always Agg for a PNG
 
-    by_step = dict(sorted((int(line["step"]), line) for line in metrics if _SCORE in line))
+    by_step = {int(line["step"]): line for line in metrics if _SCORE in line}
     if not by_step:
         raise ValueError(f"metrics has no line with {_SCORE!r}, expected at least one step; train before plotting")
-    steps = list(by_step)
+    steps = sorted(by_step)
 
     def curve(key: str) -> list[float]:
-        return [math.nan if (value := line.get(key)) is None else value for line in by_step.values()]
+        return [math.nan if (value := by_step[step].get(key)) is None else value for step in steps]
 
     with _style(marker="." if len(steps) < 20 else ""):
         figure = Figure(figsize=(8, 8), dpi=150, layout="constrained")

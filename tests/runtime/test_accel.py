@@ -96,7 +96,7 @@ def test_an_unknown_request_is_refused() -> None:
 def test_choosing_never_imports_the_extension() -> None:
     code = (
         "import sys; from ppo_runtime.accel import choose; choose('auto', strict=False); choose('ipex', strict=False)\n"
-        "assert not [name for name in sys.modules if name.startswith(('intel_extension', 'transformers'))]"
+        "assert not [name for name in sys.modules if name.startswith('intel_extension')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment())
 
