@@ -52,9 +52,11 @@ def pointers(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shared", [None, 2])
 def test_the_reference_does_not_move_when_the_policy_does(family: str, shared: int | None) -> None:
-    policy = wrapped(family)
+    policy = wrapped(family).train()
     reference = create_reference_model(policy, shared)
-    assert not reference.training
+    assert not any(part.training for part in reference.modules())
+    assert all(part.training for part in policy.modules())
+    policy.eval()  # for the value head's dropout
     assert not any(p.requires_grad for p in reference.parameters())
     assert any(p.requires_grad for p in policy.pretrained_model.parameters())
     with torch.no_grad():
