@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_bundles
-from ppo_core.masking import Axes, keep, masked_mean
+from ppo_core.masking import Axes, keep
 
 
 class Moments(NamedTuple):
@@ -39,9 +39,10 @@ def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, 
     """
     axes = tuple(range(x.ndim)) if dim is None else dim
     kept = keep(x, mask)
-    mean = masked_mean(x, mask, dim=axes)
-    centred = torch.where(mask, kept - _unreduced(mean, axes, x.ndim), 0.0)
-    return Moments(mask.sum(axes).to(mean.dtype), mean, centred.square().sum(axes))
+    count = mask.sum(axes, keepdim=True)
+    mean = kept.sum(axes, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(mask, kept - mean, 0.0)
+    return Moments(count.squeeze(axes).to(mean.dtype), mean.squeeze(axes), centred.square().sum(axes))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -66,11 +67,3 @@ def variance(m: Moments, *, correction: int) -> Float[Tensor, "*shape"]:
     check_bundles(m=m)
     degrees = m.n - correction
     return torch.where(degrees > 0, m.m2 / torch.where(degrees > 0, degrees, 1.0), 0.0)
-
-
-def _unreduced(x: Tensor, axes: int | tuple[int, ...], ndim: int) -> Tensor:
-    """Put the reduced axes back with length 1, so that x broadcasts over what it was reduced from."""
-    reduced = sorted(axis % ndim for axis in ((axes,) if isinstance(axes, int) else axes))
-    for axis in reduced:
-        x = x.unsqueeze(axis)
-    return x
