@@ -44,6 +44,7 @@ def demo(
     ] = None,
     target: Annotated[float, typer.Option(help="KL to hold, nats per continuation.")] = 8.0,
     accel: Annotated[str, typer.Option(help="How the reference runs: auto, eager or ipex.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
     """Make a language model's prose more cheerful; about two minutes on two CPU cores."""
     from ppo_runtime.demo.run import DemoOptions, run_demo
@@ -60,6 +61,7 @@ def demo(
         learning_rate=learning_rate,
         target=target,
         accel=accel,
+        resume=resume,
     )
     _or_exit(run_demo, options, Console())
 

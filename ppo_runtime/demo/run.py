@@ -25,12 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.loop import train
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead
-from ppo_runtime.tracking import plot_curves
+from ppo_runtime.plotting import plot_curves
+from ppo_runtime.tracking import read_jsonl
 from ppo_runtime.trainer import PPOTrainer, set_seed
 
 ASSETS = files("ppo_runtime.demo") / "assets"
 EVALUATION_SEED = 20_000
 SAMPLES_SHOWN = 3
+CHECKPOINT_EVERY = 10
 
 
 @attrs.frozen
@@ -48,6 +50,8 @@ class DemoOptions:
     target: float
     """KL to hold, nats per sequence."""
     accel: str
+    resume: bool
+    """Go on with the run in ``output``."""
 
 
 @attrs.frozen
@@ -68,11 +72,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
 
     Raises:
         ImportError: vaderSentiment or matplotlib is missing; the message names the extra.
-        FileExistsError: the output directory already holds a run.
+        FileExistsError, FileNotFoundError: the output directory holds a run, or none to resume.
     """
     started = time.perf_counter()
     score = sentiment()
-    output = _fresh(options.output)
+    output = _prepare(options.output, resume=options.resume)
     set_seed(options.seed)
     model, tokenizer = load(options.model)
     prompts = load_prompts()
@@ -113,14 +117,21 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         steps=options.steps,
         generation_kwargs={"max_new_tokens": options.new_tokens},
         output_dir=output,
+        checkpoint_every=CHECKPOINT_EVERY,
+        resume=options.resume,
         console=console,
     )
-    plot_curves(result.history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
+    history = _history(output)
+    if history:
+        plot_curves(history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
     if result.interrupted:
-        console.print(f"[yellow]Stopped after {len(result.history)} steps; model, metrics and curves are in {output}")
+        console.print(
+            f"[yellow]Stopped after {trainer.current_step} of {options.steps} steps; model, metrics and curves are in "
+            f"{output}. Go on with --resume --output {output}"
+        )
         raise SystemExit(130)
     after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
-    report = _report(options, result.history, before, after, seconds=time.perf_counter() - started)
+    report = _report(options, history, before, after, seconds=time.perf_counter() - started)
     _write_json(output / "report.json", report | {"acceleration": attrs.asdict(trainer.acceleration)})
     _write_json(
         output / "samples.json",
@@ -200,8 +211,15 @@ def evaluate(
     return Evaluation(texts[False], texts[True], sum(greedy) / len(greedy), sum(sampled) / len(sampled))
 
 
+def _history(output: Path) -> list[dict[str, Any]]:
+    """The metrics of every step; of one that was made twice, after a resume, the later counts."""
+    metrics = output / "metrics.jsonl"
+    lines = {line["step"]: line for line in read_jsonl(metrics)} if metrics.exists() else {}
+    return [lines[step] for step in sorted(lines)]
+
+
 def _report(
-    options: DemoOptions, history: list[dict[str, float]], before: Evaluation, after: Evaluation, *, seconds: float
+    options: DemoOptions, history: list[dict[str, Any]], before: Evaluation, after: Evaluation, *, seconds: float
 ) -> dict[str, Any]:
     scores = [stats["env/reward_mean"] for stats in history]
     window = min(10, len(scores))
@@ -264,10 +282,14 @@ def _show(
     )
 
 
-def _fresh(output: Path) -> Path:
-    """The output directory, made; a second run never mixes with a first one."""
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it")
+def _prepare(output: Path, *, resume: bool) -> Path:
+    """The output directory, made; a second run never mixes with a first one by accident."""
+    if resume and not (output / "checkpoint").exists():
+        raise FileNotFoundError(f"output {output} holds no checkpoint to resume; start without --resume")
+    if not resume and output.exists() and any(output.iterdir()):
+        raise FileExistsError(
+            f"output {output} is not empty; choose another with --output, remove it, or go on with it by --resume"
+        )
     output.mkdir(parents=True, exist_ok=True)
     # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_runtime.plotting import plot_curves
 from ppo_runtime.tracking import (
     JsonlTracker,
     TensorBoardTracker,
     WandbTracker,
     make_trackers,
-    plot_curves,
     read_jsonl,
 )
 
