@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_shape, check_shape, widen
+from ppo_core._checks import check_floating, check_integer, check_same_device, check_same_shape, check_shape, widen
 
 
 class HeadOutput(NamedTuple):
@@ -67,6 +67,7 @@ def fused_logprobs(
     check_floating(hidden=hidden, weight=weight)
     check_integer(tokens=tokens)
     check_shape("hidden without its last axis", tuple(hidden.shape[:-1]), tokens=tokens)
+    check_same_device("hidden", hidden, weight=weight, tokens=tokens)
     if weight.ndim != 2 or weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (vocab, {hidden.shape[-1]}) like hidden")
     if bias is not None:

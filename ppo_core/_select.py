@@ -1,0 +1,18 @@
+"""Selection that costs no more than a multiplication and lets nothing through."""
+
+import torch
+from torch import Tensor
+
+
+def select(kept: Tensor, x: Tensor) -> Tensor:
+    """``x`` where ``kept`` is 1, and 0 where it is 0, in value and in gradient, whatever x holds there.
+
+    The same as ``torch.where(kept == 1, x, 0)``. On a CPU ``where`` takes a branch per entry, and in an arbitrary mask
+    that is guessed wrong so often that it takes ten times as long as a product. This is the backward pass of a
+    rectifier, which blends without branches; a product would turn a masked NaN or inf into NaN.
+
+    Args:
+        kept: the mask as numbers of the dtype of x, 1 or 0.
+        x: of the shape of ``kept``.
+    """
+    return torch.ops.aten.threshold_backward(x, kept, 0.5)

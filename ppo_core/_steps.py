@@ -1,0 +1,81 @@
+"""What every temporal function does at its door: check, widen, and forget whatever a masked position holds."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ppo_core._checks import (
+    check_boolean,
+    check_floating,
+    check_same_device,
+    check_same_shape,
+    check_shape,
+    check_time_axis,
+    widen,
+)
+from ppo_core._select import select
+
+PerStep = float | Float[Tensor, "*batch time"]
+"""One number for all steps, or one for each."""
+
+
+class Observed(NamedTuple):
+    """Checked, widened, and 0 wherever the mask is False."""
+
+    rewards: Tensor
+    values: Tensor
+    kept: Tensor
+    bootstrap: Tensor
+    gamma: Tensor
+    lam: Tensor
+
+
+def observe(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, *, gamma: PerStep, lam: PerStep = 1.0
+) -> Observed:
+    check_floating(rewards=rewards, values=values)
+    check_boolean(mask=mask)
+    check_time_axis(rewards=rewards)
+    check_same_shape("rewards", rewards, values=values, mask=mask)
+    if bootstrap is None:
+        bootstrap = rewards.new_zeros(rewards.shape[:-1])
+    check_floating(bootstrap=bootstrap)
+    check_shape("rewards without its time axis", tuple(rewards.shape[:-1]), bootstrap=bootstrap)
+    check_same_device("rewards", rewards, bootstrap=bootstrap)
+    rewards, values, bootstrap = widen(rewards, values, bootstrap)
+    kept = mask.to(rewards.dtype)
+    return Observed(
+        select(kept, rewards),
+        select(kept, values),
+        kept,
+        bootstrap,
+        _per_step("gamma", gamma, kept),
+        _per_step("lam", lam, kept),
+    )
+
+
+def _per_step(name: str, x: PerStep, kept: Tensor) -> Tensor:
+    """A scalar as a tensor without axes; a tensor checked and selected."""
+    if not isinstance(x, Tensor):
+        return torch.as_tensor(x, dtype=kept.dtype, device=kept.device)
+    check_floating(**{name: x})
+    check_same_shape("rewards", kept, **{name: x})
+    return select(kept, x.to(kept.dtype))
+
+
+def chain(seen: Observed, coef: Tensor) -> Tensor:
+    """The coefficients of a recurrence over kept tokens only: 1 on masked ones."""
+    return coef * seen.kept + (1 - seen.kept)
+
+
+def following(x: Tensor, after: Tensor) -> Tensor:
+    """x_{t+1}, and ``after`` behind the end."""
+    return torch.cat((x[..., 1:], after.unsqueeze(-1)), dim=-1)[..., : x.shape[-1]]
+
+
+def earlier(x: Tensor, steps: int, fill: float) -> Tensor:
+    """x_{t+steps}, and ``fill`` behind the end."""
+    return pad(x[..., steps:], (0, min(steps, x.shape[-1])), value=fill)
