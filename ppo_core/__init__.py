@@ -13,12 +13,12 @@ from ppo_core.logprobs import restrict_to_support, token_entropy, token_logprobs
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_core.masking import keep, last_kept, masked_mean, masked_sum
 from ppo_core.moments import Moments, masked_moments, variance
+from ppo_core.off_policy import VTrace, vtrace
 from ppo_core.returns import lambda_returns, n_step_returns, reward_to_go
 from ppo_core.rewards import Rewards, compute_rewards
 from ppo_core.scan import linear_recurrence
 from ppo_core.scores import ScoreState, scale_scores, update_score_state
 from ppo_core.surrogates import k2_surrogate, k3_surrogate, weighted_k1_surrogate
-from ppo_core.vtrace import VTrace, vtrace
 from ppo_core.whitening import whiten
 
 __all__ = [

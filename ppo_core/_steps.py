@@ -36,6 +36,7 @@ class Observed(NamedTuple):
 def observe(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, *, gamma: PerStep, lam: PerStep = 1.0
 ) -> Observed:
+    """Check the arguments that all temporal functions share; None as bootstrap is 0."""
     check_floating(rewards=rewards, values=values)
     check_boolean(mask=mask)
     check_time_axis(rewards=rewards)
