@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
 KL_PENALTIES = ("kl", "abs", "mse", "full")
 TRACKERS = (None, "tensorboard", "wandb")
+TrackerName = Literal["tensorboard", "wandb"]
 ACCELERATORS = ("auto", "eager", "ipex")
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -21,15 +22,20 @@ def _positive_integer(_: object, field: "attrs.Attribute[Any]", value: object) -
         raise ValueError(f"{field.name} is {value!r}, expected an integer of at least 1")
 
 
+def _natural(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{field.name} is {value!r}, expected an integer of at least 0")
+
+
 def _number(low: float, high: float, *, low_open: bool, optional: bool = False) -> Validator:
     """A validator for a finite number in [low, high], or (low, high] if ``low_open``."""
     interval = f"{'(' if low_open else '['}{low}, {high}{']' if math.isfinite(high) else ')'}"
 
-    def check(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    def check(_: object, field: "attrs.Attribute[Any]", value: Any) -> None:
         if value is None and optional:
             return
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not low <= value <= high or (low_open and value == low):
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not math.isfinite(number) or not low <= number <= high or (low_open and number == low):
             raise ValueError(
                 f"{field.name} is {value!r}, expected a finite number in {interval}{' or None' if optional else ''}"
             )
@@ -79,23 +85,32 @@ class PPOConfig:
     # The run.
     exp_name: str = attrs.field(factory=_script_name)
     """Names the run; metrics go to ``runs/<exp_name>`` unless ``project_kwargs["logging_dir"]`` says otherwise."""
-    seed: int = 0
-    log_with: str | None = attrs.field(default=None, validator=_one_of(TRACKERS))
+    seed: int = attrs.field(default=0, validator=_natural)
+    """Of everything random: sampling, the order of the data, the order of the minibatches."""
+    log_with: TrackerName | None = attrs.field(default=None, validator=_one_of(TRACKERS))
     """A tracker beside the JSONL file that is always written."""
     task_name: str | None = None
+    """These four go with the run's settings to the trackers; nothing is loaded by them."""
     model_name: str | None = "gpt2"
     query_dataset: str | None = "imdb"
     reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
     remove_unused_columns: bool = _flag(True)
-    """Drop dataset columns that neither the model nor the trainer reads."""
+    """Drop columns of a ``datasets.Dataset`` that neither the model nor the trainer reads."""
     drop_last: bool = _flag(True)
     """Drop a last batch shorter than ``batch_size``; False trains on it as well."""
     tracker_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """For the tracker of ``log_with``, plain or under its name: {"wandb": {"entity": "us"}}."""
     accelerator_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Not used: this runtime has no accelerate. Anything in it is refused."""
     project_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Where metrics go, as "logging_dir" or else "project_dir"; it takes nothing else."""
     tracker_project_name: str = "ppo"
+    """Project of a Weights & Biases run."""
     push_to_hub_if_best_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Arguments of ``push_to_hub``, "repo_id" among them: the policy is uploaded whenever its batch has the highest
+    mean raw score so far. Empty: never."""
+    compare_steps: int = _count(1)
+    """Look for the best policy every so many steps."""
     use_habana: bool = _flag(False)
     """Not used: this runtime has no Habana backend. True is refused."""
     accel: str = attrs.field(default="auto", validator=_one_of(ACCELERATORS))
@@ -142,13 +157,17 @@ class PPOConfig:
     use_score_norm: bool = _flag(False)
     """Subtract the running mean first; only together with ``use_score_scaling``."""
     score_clip: float | None = attrs.field(default=None, validator=_MAYBE_POSITIVE)
+    """Keep scores, after scaling, within plus or minus this."""
     whiten_rewards: bool = _flag(False)
-    compare_steps: int = _count(1)
+    """Scale the rewards per token to variance 1 over the batch and all ranks; their mean stays."""
 
     # Static shapes for compiled graphs.
     pad_for_acceleration: bool = _flag(False)
-    pad_max_len: int = attrs.field(default=0, validator=_NOT_NEGATIVE)
-    pad_max_input_len: int = attrs.field(default=0, validator=_NOT_NEGATIVE)
+    """Give every forward pass the same shape; longer rows are refused, never cut."""
+    pad_max_len: int = attrs.field(default=0, validator=_natural)
+    """Width of prompt and response together; of the response alone for an encoder-decoder."""
+    pad_max_input_len: int = attrs.field(default=0, validator=_natural)
+    """Width of the prompts in generation and in an encoder. 0: as wide as they are."""
 
     # Found out by the trainer.
     is_encoder_decoder: bool | None = None
@@ -162,6 +181,22 @@ class PPOConfig:
             raise ValueError(
                 f"accelerator_kwargs is {self.accelerator_kwargs!r}, expected to be empty: this runtime has no "
                 "accelerate. For several processes start the script with torchrun; for the CPU backend set accel"
+            )
+        if unknown := sorted(set(self.project_kwargs) - {"logging_dir", "project_dir"}):
+            raise ValueError(
+                f"project_kwargs has {', '.join(map(repr, unknown))}, expected 'logging_dir' or 'project_dir' alone: "
+                "there is no accelerate to configure; checkpoints go where ppo_runtime.checkpoint is told"
+            )
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("use_score_norm is True and use_score_scaling False; set both, or use_score_norm=False")
+        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
+            raise ValueError(
+                f"push_to_hub_if_best_kwargs has {sorted(self.push_to_hub_if_best_kwargs)}, expected 'repo_id' among "
+                "them, as push_to_hub needs it"
+            )
+        if self.pad_for_acceleration and not self.pad_max_len:
+            raise ValueError(
+                "pad_max_len is 0, expected the longest prompt + response, since pad_for_acceleration is on"
             )
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
@@ -202,7 +237,8 @@ class PPOConfig:
     @property
     def logging_dir(self) -> Path:
         """Where metrics go."""
-        return Path(self.project_kwargs.get("logging_dir", Path("runs") / self.exp_name))
+        chosen = self.project_kwargs.get("logging_dir") or self.project_kwargs.get("project_dir")
+        return Path(chosen or Path("runs") / self.exp_name)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary of every field."""

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.distributed import World
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")
@@ -70,6 +71,7 @@ def prepare_dataloader(
     *,
     config: PPOConfig,
     model: Any,
+    world: World,
 ) -> DataLoader[Any]:
     """Batches of ``batch_size`` rows, reshuffled every epoch from the configuration's seed.
 

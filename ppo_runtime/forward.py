@@ -54,10 +54,10 @@ class Rows(NamedTuple):
 
     def select(self, index: Tensor) -> "Rows":
         """These rows only, cut to the longest among them unless ``static``."""
-        if self.static:
-            return Rows(*(part[index] if isinstance(part, Tensor) else part for part in self))
-        length = int(self.attention_mask[index].sum(-1).max())
-        time = max(int(self._time_of(index).max()), 1)
+        length, time = self.input_ids.shape[1], self.mask.shape[1]
+        if not self.static:
+            length = int(self.attention_mask[index].sum(-1).max())
+            time = max(int(self._time_of(index).max()), 1)
         return Rows(
             self.input_ids[index, :length],
             self.attention_mask[index, :length],
@@ -65,6 +65,7 @@ class Rows(NamedTuple):
             self.predictors[index, :time],
             self.tokens[index, :time],
             self.mask[index, :time],
+            self.static,
         )
 
     def widths(self) -> Tensor:
@@ -143,16 +144,24 @@ def lay_out(
 
 def evaluate(model: Any, rows: Rows) -> Evaluation:
     """Log-probabilities, entropies and, where the model has a value head, values of the kept tokens."""
-    return _read_off(model, predicting_states(model, rows), rows)
+    return read_off(model, predicting_states(model, rows), rows)
 
 
 def predicting_states(model: Any, rows: Rows) -> Tensor:
     """Last hidden states [N, H] that predict the N kept tokens, in row-major order."""
+    return at_predictors(row_states(model, rows), rows)
+
+
+def row_states(model: Any, rows: Rows) -> Tensor:
+    """Last hidden states of whole rows, [B, L, H], or [B, T, H] of a decoder of its own."""
     if rows.decoder_input_ids is None:
         positions = mask_positions(rows.attention_mask)
-        hidden = hidden_states(model, rows.input_ids, rows.attention_mask, positions)
-    else:
-        hidden = seq2seq_hidden_states(model, rows.input_ids, rows.attention_mask, rows.decoder_input_ids)
+        return hidden_states(model, rows.input_ids, rows.attention_mask, positions)
+    return seq2seq_hidden_states(model, rows.input_ids, rows.attention_mask, rows.decoder_input_ids)
+
+
+def at_predictors(hidden: Tensor, rows: Rows) -> Tensor:
+    """Of whole rows' hidden states those that predict a kept token."""
     batch = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1).expand_as(rows.mask)
     return hidden[batch[rows.mask], rows.predictors[rows.mask]]
 
@@ -182,10 +191,10 @@ def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: 
         for index in length_buckets(rows.widths(), SCORING_TOKENS):
             part = rows.select(index)
             states = predicting_states(policy, part)
-            mine, head = _read_off(policy, states, part), lm_head(policy)
+            mine, head = read_off(policy, states, part), lm_head(policy)
             with reference() as model:
                 ref_states = predicting_states(model, part)
-                theirs = _read_off(model, ref_states, part)
+                theirs = read_off(model, ref_states, part)
                 if kl_penalty == "full":
                     kl = _unpack(_full_kl(head, states, lm_head(model), ref_states), part.mask)
                 else:
@@ -208,7 +217,8 @@ def length_buckets(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
         start += size
 
 
-def _read_off(model: Any, hidden: Tensor, rows: Rows) -> Evaluation:
+def read_off(model: Any, hidden: Tensor, rows: Rows) -> Evaluation:
+    """Both heads on the hidden states [N, H] that predict the kept tokens."""
     output = head_output(lm_head(model), hidden, rows.tokens[rows.mask])
     values = _unpack(model.v_head(hidden).squeeze(-1).float(), rows.mask) if hasattr(model, "v_head") else None
     return Evaluation(_unpack(output.logprobs, rows.mask), _unpack(output.entropy, rows.mask), values)

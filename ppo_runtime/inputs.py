@@ -1,7 +1,7 @@
 """Checks at the trainer's door: bad input is named and refused before anything has changed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,3 +107,26 @@ def fits_context(name: str, lengths: Sequence[int], limit: int | None, *, what: 
                 f"{name}[{index}]: {what} is {length} tokens, but the model's context is {limit}; "
                 "shorten the prompt or generate fewer tokens"
             )
+
+
+def fits_static_padding(lengths: Iterable[int], width: int, *, setting: str, what: str) -> None:
+    """Refuse rows longer than a static width: cutting tokens off would train on other text than was scored."""
+    for index, length in enumerate(lengths):
+        if length > width:
+            raise ValueError(
+                f"row {index}: {what} is {length} tokens, but {setting} is {width}; raise {setting} in PPOConfig, "
+                "shorten the row, or set pad_for_acceleration=False"
+            )
+
+
+def without_start_token(
+    responses: list[Tensor], masks: list[Tensor] | None, start: int | None
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """An encoder-decoder's responses without the decoder's start token, and their masks likewise.
+
+    A model's own ``generate`` puts that token in front of every response; it is no choice of the policy. Taken off
+    only if *every* response of the batch begins with it and goes on, so that one which was sampled is kept.
+    """
+    if start is None or not all(len(response) > 1 and int(response[0]) == start for response in responses):
+        return responses, masks
+    return [response[1:] for response in responses], None if masks is None else [mask[1:] for mask in masks]

@@ -1,51 +1,43 @@
 """PPOTrainer: the order of the steps, nothing clever."""
 
 import logging
-import random
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ppo_core.advantages import gae
+from ppo_core.moments import variance
 from ppo_core.rewards import compute_rewards
-from ppo_core.whitening import whiten
-from ppo_runtime import inputs
-from ppo_runtime.accel import accelerate_frozen, choose
+from ppo_runtime import assembly, inputs
+from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.data import prepare_dataloader
-from ppo_runtime.distributed import broadcast_parameters, world_from_environment
-from ppo_runtime.forward import lay_out, score_rollout
+from ppo_runtime.distributed import broadcast_parameters, gather_rows, world_from_environment
+from ppo_runtime.estimates import estimate
+from ppo_runtime.forward import Rows, lay_out, score_rollout
+from ppo_runtime.generating import Generating
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.modes import dropout_off
-from ppo_runtime.references import create_reference_model, reference_context
-from ppo_runtime.rollout import SamplingSpec, generate_responses
-from ppo_runtime.statistics import global_moments, scalars, step_statistics
+from ppo_runtime.publishing import Publishing
+from ppo_runtime.scoring import ScoreProcessor
+from ppo_runtime.seeding import set_seed
+from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
+from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import make_trackers
 from ppo_runtime.update import Targets, optimise
 
+__all__ = ["PPOTrainer", "set_seed"]
+
 logger = logging.getLogger(__name__)
 
-WHITENING_EPS = 1e-8
 
-
-def set_seed(seed: int) -> None:
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  users' score functions and collators may use the legacy generator
-    torch.manual_seed(seed)
-
-
-class PPOTrainer:
+class PPOTrainer(Generating, Piecewise, Publishing):
     """Proximal Policy Optimization of a language model with a value head.
 
     ``generate`` responses, score them by whatever means, and give all three to ``step``; or hand a score function to
@@ -81,15 +73,8 @@ class PPOTrainer:
         lr_scheduler: Any | None = None,
     ) -> None:
         config = PPOConfig() if config is None else config
-        if not isinstance(config, PPOConfig):
-            raise TypeError(f"config is a {type(config).__name__}, expected a PPOConfig")
-        if not isinstance(model, PreTrainedModelWrapper):
-            raise TypeError(
-                f"model is a {type(model).__name__}, expected a value-head model; "
-                "make one with AutoModelForCausalLMWithValueHead.from_pretrained(...)"
-            )
-        if tokenizer is None:
-            raise TypeError("tokenizer is None, expected the model's transformers tokenizer")
+        assembly.check_kinds(config, model, tokenizer)
+        assert model is not None
         set_seed(config.seed)
         self.world = world_from_environment()
         self.config = attrs.evolve(
@@ -97,20 +82,18 @@ class PPOTrainer:
         )
         self.model = model
         self.tokenizer = tokenizer
-        self.pad_token_id, self.eos_token_ids = _special_tokens(tokenizer, model)
+        self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
         broadcast_parameters(model, self.world)
         check_split(model)
 
-        self.ref_model, self._reference, self.acceleration = self._make_reference(ref_model, num_shared_layers)
-        self.optimizer = optimizer or torch.optim.Adam(
-            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.learning_rate
+        self.ref_model, self._reference, self.acceleration = assembly.make_reference(
+            model, ref_model, num_shared_layers, config
         )
+        self.optimizer = optimizer or assembly.make_optimizer(model, config)
         self.lr_scheduler = lr_scheduler
-        self.kl_ctl: AdaptiveKLController | FixedKLController = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)
-        )
+        self.kl_ctl = assembly.make_controller(config)
+        self.scores = ScoreProcessor(config, self.world)
+        self.best_score = -math.inf
         self.data_collator = data_collator
         self.dataset = dataset
         self.dataloader: DataLoader[Any] | None = (
@@ -118,78 +101,13 @@ class PPOTrainer:
         )
         self.current_step = 0
         self.shuffle = torch.Generator().manual_seed(config.seed)
-        self._sampling_warned = False
         self._trackers: list[Any] | None = None
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
     ) -> DataLoader[Any]:
         """A shuffled DataLoader of ``batch_size`` rows over a torch or ``datasets`` dataset."""
-        return prepare_dataloader(dataset, data_collator, config=self.config, model=self.model)
-
-    def generate(
-        self,
-        query_tensor: Tensor | list[Tensor],
-        length_sampler: Callable[[], int] | None = None,
-        batch_size: int = 4,
-        return_prompt: bool = True,
-        generate_ref_response: bool = False,
-        **generation_kwargs: Any,
-    ) -> Any:
-        """Sample a response to one query or to each of a list.
-
-        Args:
-            query_tensor: token ids (length,), or a list of such tensors.
-            length_sampler: gives ``max_new_tokens`` of each generated batch.
-            batch_size: queries generated together.
-            return_prompt: True puts the prompt in front. Only the response is ever cut at an EOS.
-            generate_ref_response: also sample from the reference.
-            generation_kwargs: for transformers' ``generate``. Temperature, top-k and top-p other than 1, 0 and 1
-                sample from another distribution than the one PPO trains, and are warned about.
-
-        Returns:
-            For a list, a list of 1-d tensors; for one tensor, a [1, length] tensor. With ``generate_ref_response`` a
-            pair of these, policy first.
-
-        Raises:
-            ValueError: an empty query, ids outside the vocabulary, or a prompt that leaves no room in the context.
-        """
-        single = isinstance(query_tensor, Tensor)
-        queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
-        queries = inputs.token_rows("query_tensor", queries, vocab_size=self.model.config.vocab_size, allow_empty=False)
-        new_tokens = generation_kwargs.get("max_new_tokens") or 1
-        inputs.fits_context(
-            "query_tensor",
-            [len(query) + new_tokens for query in queries],
-            self._context,
-            what="prompt + max_new_tokens",
-        )
-        self._warn_of_sampling(generation_kwargs)
-        models = [(self.model, nullcontext())]
-        if generate_ref_response:
-            reference = self.model if self.ref_model is None else self.ref_model
-            models.append((reference, nullcontext() if self.ref_model is not None else reference_context(self.model)))
-        eos = generation_kwargs.get("eos_token_id")
-        answers: list[Any] = []
-        for model, context in models:
-            with context, dropout_off(model):
-                responses = generate_responses(
-                    model,
-                    [query.to(self.device) for query in queries],
-                    batch_size=batch_size,
-                    pad_token_id=generation_kwargs.get("pad_token_id", self.pad_token_id),
-                    eos_token_ids=self.eos_token_ids if eos is None else {eos} if isinstance(eos, int) else set(eos),
-                    length_sampler=length_sampler,
-                    is_encoder_decoder=self.model.is_encoder_decoder,
-                    generation_kwargs={k: v for k, v in generation_kwargs.items() if k != "pad_token_id"},
-                )
-            if return_prompt and not self.model.is_encoder_decoder:
-                responses = [
-                    torch.cat((query.to(response.device), response))
-                    for query, response in zip(queries, responses, strict=True)
-                ]
-            answers.append(responses[0].unsqueeze(0) if single else responses)
-        return tuple(answers) if generate_ref_response else answers[0]
+        return prepare_dataloader(dataset, data_collator, config=self.config, model=self.model, world=self.world)
 
     def step(
         self,
@@ -217,49 +135,44 @@ class PPOTrainer:
         times: dict[str, float] = {}
         config, model = self.config, self.model
         queries, responses, raw_scores, response_masks = self._check_step(queries, responses, scores, response_masks)
-        scores_now = raw_scores.to(self.device)
+        rows = self._lay_out(queries, responses, response_masks)
+        self._push_if_best(raw_scores)
+        scores_now = self.scores(raw_scores).to(self.device)
 
         with _clock(times, "forward_pass"):
-            rows = lay_out(
-                queries,
-                responses,
-                response_masks,
-                pad_token_id=self.pad_token_id,
-                decoder_start_token_id=model.config.decoder_start_token_id if model.is_encoder_decoder else None,
-                device=self.device,
-            )
             scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
         with _clock(times, "compute_rewards"):
             rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=self.kl_ctl.value)
         with _clock(times, "compute_advantages"):
-            token_rewards = rewards.rewards
-            if config.whiten_rewards:
-                token_rewards = self._whiten(token_rewards, rows.mask, shift_mean=False)
-            estimate = gae(token_rewards, scored.values, rows.mask, gamma=config.gamma, lam=config.lam)
-            advantages = self._whiten(estimate.advantages, rows.mask, shift_mean=True)
+            aims = estimate(rewards.rewards, scored.values, rows.mask, config, self.world)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with _clock(times, "optimize_step"):
             outcome = optimise(
                 model,
                 self.optimizer,
                 rows,
-                Targets(scored.logprobs, scored.values, advantages, estimate.returns),
+                Targets(scored.logprobs, scored.values, aims.advantages, aims.returns),
                 config,
                 generator=self.shuffle,
                 world=self.world,
             )
         with _clock(times, "calc_stats"):
             stats = step_statistics(
-                rows=rows,
-                scored=scored,
-                scores=scores_now,
-                non_score_rewards=rewards.non_score_rewards,
-                raw_advantages=estimate.advantages,
-                advantages=advantages,
-                returns=estimate.returns,
-                query_lengths=torch.tensor([len(query) for query in queries]),
-                response_lengths=torch.tensor([len(response) for response in responses]),
-                outcome=outcome,
+                Rollout(
+                    mask=rows.mask,
+                    logprobs=scored.logprobs,
+                    ref_logprobs=scored.ref_logprobs,
+                    kl=scored.kl,
+                    scores=scores_now,
+                    non_score_rewards=rewards.non_score_rewards,
+                    query_lengths=torch.tensor([len(query) for query in queries]),
+                    response_lengths=torch.tensor([len(response) for response in responses]),
+                ),
+                outcome,
+                values=scored.values,
+                raw_advantages=aims.raw_advantages,
+                advantages=aims.advantages,
+                returns=aims.returns,
                 kl_coef=self.kl_ctl.value,
                 learning_rate=learning_rate,
                 vf_coef=config.vf_coef,
@@ -293,19 +206,16 @@ class PPOTrainer:
             ValueError: ``rewards`` is not one finite number per sequence.
         """
         scores = inputs.score_vector(list(rewards), count=len(rewards))
-        everything = torch.ones(len(scores), dtype=torch.bool)
-        moments = global_moments(scores, everything, self.world)
-        spread = float((moments.m2 / (moments.n - 1).clamp(min=1)).sqrt())
-        stats = dict(stats)
-        stats |= {"env/reward_mean": float(moments.mean), "env/reward_std": spread, "env/reward_dist": scores.numpy()}
-        if self.world.rank != 0:
-            return
-        columns = [name for name in columns_to_log if name in batch]
-        table = [dict(zip(columns, row, strict=True)) for row in zip(*(batch[name] for name in columns), strict=True)]
-        for row, score in zip(table, scores.tolist(), strict=False):
-            row["reward"] = score
-        for tracker in self.trackers:
-            tracker.log(self.current_step, scalars(stats), {"game_log": table})
+        table = rollout_table(batch, columns_to_log, scores.tolist(), self.tokenizer)
+        moments = global_moments(scores, torch.ones_like(scores, dtype=torch.bool), self.world)
+        stats = dict(stats) | {
+            "env/reward_mean": float(moments.mean),
+            "env/reward_std": float(variance(moments, correction=1).sqrt()),
+            "env/reward_dist": gather_rows(scores, self.world).numpy(),
+        }
+        if self.world.rank == 0:
+            for tracker in self.trackers:
+                tracker.log(self.current_step, scalars(stats), {"game_log": table})
 
     def train(self, score_fn: Callable[[list[str], list[str]], Sequence[float]], **options: Any) -> Any:
         """Prompts -> responses -> scores -> step over ``dataloader``; see :func:`ppo_runtime.loop.train`."""
@@ -313,31 +223,27 @@ class PPOTrainer:
 
         return train(self, score_fn, **options)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write policy, value head and tokenizer; ``transformers`` loads the directory as a plain model."""
-        if self.world.rank == 0:
-            self.model.save_pretrained(save_directory, **kwargs)
-            self.tokenizer.save_pretrained(save_directory)
-
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides weights, optimiser, scheduler and random generators."""
-        return {"current_step": self.current_step, "kl_coef": self.kl_ctl.value}
+        return {
+            "current_step": self.current_step,
+            "kl_coef": self.kl_ctl.value,
+            "best_score": self.best_score,
+            "scores": self.scores.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.current_step = state["current_step"]
         self.kl_ctl.state = attrs.evolve(self.kl_ctl.state, coef=state["kl_coef"])
+        self.best_score = state["best_score"]
+        self.scores.load_state_dict(state["scores"])
 
     def close(self) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
         for tracker in self._trackers or ():
             tracker.close()
         self._trackers = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy lives."""
-        return self.model.device
 
     @property
     def trackers(self) -> list[Any]:
@@ -353,35 +259,31 @@ class PPOTrainer:
         return self._trackers
 
     @property
-    def _context(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+    def _start_token(self) -> int | None:
+        return self.model.config.decoder_start_token_id if self.model.is_encoder_decoder else None
 
-    def _make_reference(self, ref_model: Any | None, num_shared_layers: int | None) -> tuple[Any, Any, Any]:
-        """The reference as the user sees it, as ``score_rollout`` enters it, and what runs it."""
-        choice = choose(self.config.accel, strict=False)  # type: ignore[arg-type]  # validated by PPOConfig
-        if ref_model is None and self.model.is_peft_model:
-            choice = attrs.evolve(choice, backend="eager", reason="eager torch: the reference is the policy itself")
-
-            @contextmanager
-            def adapter_off() -> Iterator[Any]:
-                with reference_context(self.model):
-                    yield self.model
-
-            return None, adapter_off, choice
-        if ref_model is None:
-            ref_model = create_reference_model(self.model, num_shared_layers)
-        elif num_shared_layers is not None:
-            raise ValueError(
-                f"num_shared_layers is {num_shared_layers} and ref_model is given; layers can only be shared with a "
-                "reference that the trainer makes: leave one of the two out"
-            )
-        _check_same_vocabulary(self.model, ref_model)
-        ref_model.requires_grad_(False)
-        ref_model.eval()
-        check_split(ref_model)
-        inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
-        fast, choice = accelerate_frozen(inner, choice)
-        return ref_model, lambda: nullcontext(fast), choice
+    def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
+        """The batch as the model reads it; as wide as the static padding asks for."""
+        config, encoder_decoder = self.config, self.model.is_encoder_decoder
+        input_width = response_width = 0
+        if config.pad_for_acceleration and encoder_decoder:
+            input_width, response_width = config.pad_max_input_len, config.pad_max_len
+            inputs.fits_static_padding(map(len, queries), input_width, setting="pad_max_input_len", what="the prompt")
+            inputs.fits_static_padding(map(len, responses), response_width, setting="pad_max_len", what="the response")
+        elif config.pad_for_acceleration:
+            input_width = config.pad_max_len
+            lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+            inputs.fits_static_padding(lengths, input_width, setting="pad_max_len", what="prompt + response")
+        return lay_out(
+            queries,
+            responses,
+            masks,
+            pad_token_id=self.pad_token_id,
+            decoder_start_token_id=self._start_token,
+            device=self.device,
+            input_width=input_width,
+            response_width=response_width,
+        )
 
     def _check_step(
         self, queries: Any, responses: Any, scores: Any, response_masks: Any
@@ -393,13 +295,10 @@ class PPOTrainer:
         inputs.batch_count(len(queries), batch_size=self.config.batch_size, drop_last=self.config.drop_last)
         scores = inputs.score_vector(scores, count=len(queries))
         masks = inputs.mask_rows(response_masks, responses)
+        responses, masks = inputs.without_start_token(responses, masks, self._start_token)
         lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
         inputs.fits_context("queries", lengths, self._context, what="prompt + response")
         return queries, responses, scores, masks
-
-    def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
-        moments = global_moments(x, mask, self.world)
-        return whiten(x, mask, moments, shift_mean=shift_mean, correction=1, eps=WHITENING_EPS)
 
     def _update_controller(self, kl: float, n_steps: int) -> None:
         try:
@@ -407,45 +306,9 @@ class PPOTrainer:
         except ValueError as refusal:
             logger.warning("the KL controller kept its coefficient %s: %s", self.kl_ctl.value, refusal)
 
-    def _warn_of_sampling(self, generation_kwargs: dict[str, Any]) -> None:
-        spec = SamplingSpec.of(self.model.pretrained_model, generation_kwargs)
-        if departures := spec.departures():
-            if not self._sampling_warned:
-                logger.warning(
-                    "responses are sampled with %s, but PPO trains the plain distribution: the KL can then turn "
-                    "negative; sample with temperature=1.0, top_k=0, top_p=1.0",
-                    ", ".join(departures),
-                )
-            self._sampling_warned = True
-
 
 @contextmanager
 def _clock(times: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     times[name] = time.perf_counter() - start
-
-
-def _special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
-    """Padding id and EOS ids; EOS pads where there is no padding token."""
-    generation_config = getattr(model.pretrained_model, "generation_config", None)
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    pad = tokenizer.pad_token_id
-    if pad is None and not eos_ids:
-        raise ValueError(
-            "tokenizer has neither a padding nor an EOS token, expected at least one; "
-            "set one, for example tokenizer.pad_token = tokenizer.unk_token"
-        )
-    return (min(eos_ids) if pad is None else pad), eos_ids
-
-
-def _check_same_vocabulary(model: Any, ref_model: Any) -> None:
-    mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
-    if mine != theirs:
-        raise ValueError(
-            f"ref_model has a vocabulary of {theirs}, expected {mine} like model: log-probabilities of the same "
-            "token ids are compared; load both from the same family"
-        )

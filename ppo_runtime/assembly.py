@@ -1,0 +1,102 @@
+"""What a trainer is assembled from: checked models, special tokens, a reference, a controller and an optimiser."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import attrs
+import torch
+
+from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
+from ppo_runtime.forward import Reference
+from ppo_runtime.heads import check_split
+from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.references import create_reference_model, reference_context
+
+
+def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
+    """Refuse what cannot be trained with, by name."""
+    if not isinstance(config, PPOConfig):
+        raise TypeError(f"config is a {type(config).__name__}, expected a PPOConfig")
+    if not isinstance(model, PreTrainedModelWrapper):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a value-head model; "
+            "make one with AutoModelForCausalLMWithValueHead.from_pretrained(...)"
+        )
+    if tokenizer is None:
+        raise TypeError("tokenizer is None, expected the model's transformers tokenizer")
+    if config.pad_for_acceleration and model.is_encoder_decoder and not config.pad_max_input_len:
+        raise ValueError(
+            "pad_max_input_len is 0, expected the longest prompt: pad_for_acceleration pads an encoder-decoder's "
+            "prompts to pad_max_input_len and its responses to pad_max_len"
+        )
+
+
+def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
+    """Padding id and EOS ids; EOS pads where there is no padding token."""
+    generation_config = getattr(model.pretrained_model, "generation_config", None)
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    pad = tokenizer.pad_token_id
+    if pad is None and not eos_ids:
+        raise ValueError(
+            "tokenizer has neither a padding nor an EOS token, expected at least one; "
+            "set one, for example tokenizer.pad_token = tokenizer.unk_token"
+        )
+    return (min(eos_ids) if pad is None else pad), eos_ids
+
+
+def make_controller(config: PPOConfig) -> AdaptiveKLController | FixedKLController:
+    """The controller that ``adap_kl_ctrl`` asks for."""
+    if config.adap_kl_ctrl:
+        return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+    return FixedKLController(config.init_kl_coef)
+
+
+def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> torch.optim.Optimizer:
+    """Adam over the parameters that train."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(trainable, lr=config.learning_rate)
+
+
+def make_reference(
+    model: PreTrainedModelWrapper, ref_model: Any | None, num_shared_layers: int | None, config: PPOConfig
+) -> tuple[Any, Reference, AccelChoice]:
+    """The reference as the user sees it (None: the policy without its adapter), as a pass enters it, and what runs it.
+
+    Raises:
+        ValueError: ``ref_model`` has another vocabulary, or comes together with ``num_shared_layers``.
+    """
+    choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=False)
+    if ref_model is None and model.is_peft_model:
+        choice = attrs.evolve(choice, backend="eager", reason="eager torch: the reference is the policy itself")
+
+        @contextmanager
+        def adapter_off() -> Iterator[Any]:
+            with reference_context(model):
+                yield model
+
+        return None, adapter_off, choice
+    if ref_model is None:
+        ref_model = create_reference_model(model, num_shared_layers)
+    elif num_shared_layers is not None:
+        raise ValueError(
+            f"num_shared_layers is {num_shared_layers} and ref_model is given; layers can only be shared with a "
+            "reference that the trainer makes: leave one of the two out"
+        )
+    mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
+    if mine != theirs:
+        raise ValueError(
+            f"ref_model has a vocabulary of {theirs}, expected {mine} like model: log-probabilities of the same "
+            "token ids are compared; load both from the same family"
+        )
+    ref_model.requires_grad_(False)
+    ref_model.eval()
+    check_split(ref_model)
+    inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
+    fast, choice = accelerate_frozen(inner, choice)
+    return ref_model, lambda: nullcontext(fast), choice

@@ -1,0 +1,277 @@
+"""The reference's methods that `step` is made of there, for those who call them one by one.
+
+`step` does not call them: it never holds logits of a whole batch. Both use the same functions of ppo_core and of this
+package, so that their numbers are the same. Masks may be integers here, as they are in the reference.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_core import kl as kl_estimators
+from ppo_core.averages import Average, mean_of
+from ppo_core.logprobs import token_entropy
+from ppo_core.masking import masked_mean
+from ppo_core.moments import masked_moments, variance
+from ppo_core.rewards import compute_rewards
+from ppo_runtime.compat.layout import model_inputs_of, rows_of
+from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.distributed import World, gather_averages
+from ppo_runtime.estimates import estimate
+from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, Rows, at_predictors, read_off, row_states
+from ppo_runtime.heads import lm_head, logits_at
+from ppo_runtime.inputs import without_start_token
+from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.modes import dropout_off, without_dropout
+from ppo_runtime.references import reference_context
+from ppo_runtime.statistics import Rollout, merged, rollout_parts, var_explained
+from ppo_runtime.update import Losses, Targets, apply_update, averages_of, losses_of, merge_into
+
+
+class Piecewise:
+    """The parts of a step, as methods of the trainer. Shapes: B sequences of L tokens, padding included."""
+
+    config: PPOConfig
+    model: PreTrainedModelWrapper
+    optimizer: torch.optim.Optimizer
+    kl_ctl: Any
+    world: World
+    current_step: int
+    # Minibatches whose gradients wait for an optimiser step: the step they belong to, how many, and their averages.
+    _pending: tuple[int, int, dict[str, Average]] = (0, 0, {})
+
+    def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
+        raise NotImplementedError  # the trainer's
+
+    @property
+    def _start_token(self) -> int | None:
+        raise NotImplementedError  # the trainer's
+
+    def optional_peft_ctx(self) -> AbstractContextManager[None]:
+        """A context in which a PEFT policy is its own reference, its adapter switched off; else an empty one."""
+        return reference_context(self.model) if self.model.is_peft_model else nullcontext()
+
+    def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> dict[str, Tensor]:
+        """Prompts and responses as one padded batch: input_ids and attention_mask, on the model's device.
+
+        An encoder-decoder has its prompts there, and decoder_input_ids (the start token in front of each response) and
+        decoder_attention_mask besides. Padding is on the right, or as wide as ``pad_for_acceleration`` has it.
+        """
+        responses, _ = without_start_token(list(responses), None, self._start_token)
+        rows = self._lay_out(queries, responses, None)
+        return model_inputs_of(rows, self._start_token)
+
+    def batched_forward_pass(
+        self,
+        model: Any,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        model_inputs: Mapping[str, Any],
+        return_logits: bool = False,
+        response_masks: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """What a model says of the responses, ``mini_batch_size`` rows at a time; with gradient where it is enabled.
+
+        Args:
+            model: the policy, or a reference.
+            queries: prompts, for their lengths.
+            responses: likewise.
+            model_inputs: from ``prepare_model_inputs``; padded on either side.
+            return_logits: also return all logits. They are as large as everything else together: leave it off unless
+                you need them.
+            response_masks: 1 where a response token counts; all do if None.
+
+        Returns:
+            logprobs [B, L-1], logits [B, L-1, V] or None, values [B, L-1] (None for a model without value head) and
+            masks [B, L-1] of 0 and 1. Entry t is about token t+1 of ``model_inputs`` (of the decoder's, where there is
+            one). Log-probabilities and values are 0 where the mask is.
+        """
+        rows = rows_of(model_inputs, queries, responses, response_masks, start=self._start_token)
+        found: list[tuple[Evaluation, Tensor | None]] = []
+        # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
+        quiet = without_dropout if torch.is_grad_enabled() else dropout_off
+        with quiet(model):
+            for index in torch.arange(len(rows.mask), device=rows.mask.device).split(self.config.mini_batch_size):
+                part = rows.select(index)
+                hidden = row_states(model, part)
+                logits = logits_at(lm_head(model), hidden[:, : part.mask.shape[1]]) if return_logits else None
+                found.append((read_off(model, at_predictors(hidden, part), part), logits))
+        evaluations = [evaluation for evaluation, _ in found]
+        values = [evaluation.values for evaluation in evaluations if evaluation.values is not None]
+        logits = [logits for _, logits in found if logits is not None]
+        return (
+            torch.cat([evaluation.logprobs for evaluation in evaluations]),
+            torch.cat(logits) if logits else None,
+            torch.cat(values) if values else None,
+            rows.mask.to(rows.attention_mask.dtype),
+        )
+
+    def compute_rewards(
+        self,
+        scores: Tensor | Sequence[Any],
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        masks: Tensor,
+        *,
+        return_kls: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Rewards per token from scores and the KL penalty of ``kl_penalty``, at the controller's coefficient.
+
+        Args:
+            scores: one per sequence.
+            logprobs: of the policy, [B, T]; for ``kl_penalty="full"`` of the whole vocabulary, [B, T, V].
+            ref_logprobs: of the reference, likewise.
+            masks: [B, T], not 0 where a response token counts.
+            return_kls: add the penalty's KL estimates as a third result.
+
+        Returns:
+            (rewards, non_score_rewards[, kls]), each [B, T] and 0 where the mask is.
+        """
+        mask = masks.bool()
+        full = self.config.kl_penalty == "full"
+        kl = (kl_estimators.full if full else KL_ESTIMATORS[self.config.kl_penalty])(logprobs, ref_logprobs, mask)
+        if not isinstance(scores, Tensor):
+            scores = torch.stack([torch.as_tensor(score, dtype=torch.float32).reshape(()) for score in scores])
+        scores = scores.to(kl.device, torch.promote_types(scores.dtype, torch.float32)).reshape(len(kl))
+        found = compute_rewards(scores, kl, mask, kl_coef=self.kl_ctl.value)
+        return (*found, kl) if return_kls else tuple(found)
+
+    def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(values, advantages, returns) [B, T], 0 where the mask is; advantages whitened over all ranks."""
+        kept = mask.bool()
+        found = estimate(rewards, values.detach(), kept, self.config, self.world)
+        return torch.where(kept, values, 0.0), found.advantages, found.returns
+
+    def loss(
+        self,
+        old_logprobs: Tensor,
+        values: Tensor,
+        logits: Tensor | None,
+        vpreds: Tensor,
+        logprobs: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(policy loss, ``vf_coef`` * value loss, statistics) of one minibatch, both losses means over its tokens.
+
+        Logits serve the entropy in the statistics alone; without them (None) it is left out.
+        """
+        targets = Targets(old_logprobs, values, advantages, returns)
+        losses = self._losses(targets, logits, vpreds, logprobs, mask.bool())
+        stats = self._minibatch_stats(losses, targets, mask.bool(), has_entropy=logits is not None)
+        return mean_of(losses.policy.loss), self.config.vf_coef * mean_of(losses.value.loss), stats
+
+    def train_minibatch(
+        self,
+        old_logprobs: Tensor,
+        values: Tensor,
+        logprobs: Tensor,
+        logits: Tensor | None,
+        vpreds: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> dict[str, Tensor]:
+        """Backward pass on one minibatch, and an optimiser step after every ``gradient_accumulation_steps`` of them.
+
+        ``logprobs`` and ``vpreds`` come from ``batched_forward_pass`` with gradient; the others are targets. The
+        gradient is that of the mean over all tokens of the accumulated minibatches and ranks, clipped to
+        ``max_grad_norm``. An update whose mean ratio exceeds ``ratio_threshold`` is left out.
+
+        Returns:
+            Statistics by the names of ``loss``, ready for ``stack_dicts``.
+        """
+        targets, kept = Targets(old_logprobs, values, advantages, returns), mask.bool()
+        losses = self._losses(targets, logits, vpreds, logprobs, kept)
+        step, count, averages = self._pending
+        if count == 0 or step != self.current_step:
+            count, averages = 0, {}
+            self.optimizer.zero_grad(set_to_none=True)
+        with without_dropout(self.model):  # a checkpointed layer runs again here
+            (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
+        merge_into(averages, averages_of(losses))
+        count += 1
+        if count == self.config.gradient_accumulation_steps:
+            self._divide_gradients(averages["ppo/loss/policy"])
+            apply_update(self.model, self.optimizer, averages, self.config, self.world)
+            self.optimizer.zero_grad(set_to_none=True)
+            count, averages = 0, {}
+        self._pending = (self.current_step, count, averages)
+        return self._minibatch_stats(losses, targets, kept, has_entropy=logits is not None)
+
+    def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
+        """Statistics of a step from its pieces, over all ranks (which must all call it).
+
+        Args:
+            kl_coef: the coefficient of the step.
+            data: queries, responses, scores, logprobs, ref_logprobs, non_score_reward, masks, train_stats
+                (``stack_dicts`` of what ``train_minibatch`` returned), and kls where ``compute_rewards`` gave them.
+
+        Returns:
+            Floats and numpy arrays by the names of :data:`ppo_runtime.metrics.METRICS`.
+        """
+        mask = data["masks"].bool()
+        kl = data.get("kls")
+        if kl is None and self.config.kl_penalty == "full":
+            raise ValueError(
+                "kls is missing, which kl_penalty='full' needs; take it from compute_rewards(return_kls=True)"
+            )
+        if kl is None:
+            kl = KL_ESTIMATORS[self.config.kl_penalty](data["logprobs"], data["ref_logprobs"], mask)
+        scores = torch.as_tensor([float(score) for score in data["scores"]], device=mask.device)
+        seen = Rollout(
+            mask=mask,
+            logprobs=torch.where(mask, data["logprobs"].detach(), 0.0),
+            ref_logprobs=torch.where(mask, data["ref_logprobs"].detach(), 0.0),
+            kl=kl,
+            scores=scores,
+            non_score_rewards=data["non_score_reward"],
+            query_lengths=torch.tensor([len(query) for query in data["queries"]]),
+            response_lengths=torch.tensor([len(response) for response in data["responses"]]),
+        )
+        parts = rollout_parts(seen)
+        averages, distributions = training_parts(data["train_stats"])
+        parts.averages.update(averages)
+        parts.distributions.update(distributions)
+        stats = merged(parts, self.world) | {"objective/kl_coef": kl_coef}
+        if "ppo/val/error" in stats and "ppo/returns/var" in stats:
+            stats["ppo/val/var_explained"] = var_explained(stats["ppo/val/error"], stats["ppo/returns/var"])
+        return stats
+
+    def gather_stats(self, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """Statistics over all ranks; see :func:`ppo_runtime.compat.stats.gather_stats`."""
+        return gather_stats(stats, self.world)
+
+    def _losses(
+        self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor
+    ) -> Losses:
+        entropy = torch.zeros_like(logprobs) if logits is None else token_entropy(logits.detach())
+        return losses_of(Evaluation(logprobs, entropy, vpreds), targets, mask, self.config)
+
+    def _minibatch_stats(
+        self, losses: Losses, targets: Targets, mask: Tensor, *, has_entropy: bool
+    ) -> dict[str, Tensor]:
+        averages = averages_of(losses)
+        stats = {name.removeprefix("ppo/"): mean_of(found) for name, found in averages.items()}
+        if not has_entropy:
+            del stats["policy/entropy"]
+        stats["loss/total"] = stats["loss/policy"] + self.config.vf_coef * stats["loss/value"]
+        stats["policy/advantages"] = targets.advantages[mask].detach()
+        stats["policy/advantages_mean"] = masked_mean(targets.advantages.detach(), mask)
+        for name, x in {"returns": targets.returns, "val": targets.old_values}.items():
+            moments = masked_moments(x.detach(), mask)
+            stats |= {f"{name}/mean": moments.mean, f"{name}/var": variance(moments, correction=1)}
+        stats[TOKENS] = averages["ppo/loss/policy"].weight
+        return stats
+
+    def _divide_gradients(self, tokens: Average) -> None:
+        """From a sum over tokens to a mean over those of all minibatches and ranks."""
+        weight = float(gather_averages({"loss": tokens}, self.world)["loss"].weight)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(max(weight, 1.0))

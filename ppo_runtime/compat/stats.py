@@ -1,0 +1,98 @@
+"""Statistics as the reference passes them around: flat dictionaries of tensors, gathered over ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_core.averages import Average, mean_of
+from ppo_core.moments import variance
+from ppo_runtime.distributed import World, gather_averages, gather_rows, world_from_environment
+from ppo_runtime.statistics import global_moments
+
+TOKENS = "minibatch/tokens"
+"""Kept tokens of a minibatch: the weight of its other single numbers."""
+
+
+def get_global_statistics(
+    accelerator: Any = None, xs: Tensor | None = None, mask: Tensor | None = None, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance (divided by the count) and count of the kept entries over all ranks, on ``device``.
+
+    Called as ``get_global_statistics(accelerator, xs, mask)`` or without the accelerator, which is not used. Entries
+    are summed under the mask; the reference sums all of them and divides by the number of kept ones.
+    """
+    if isinstance(accelerator, Tensor):
+        xs, mask = accelerator, xs if mask is None else mask
+    if xs is None:
+        raise TypeError("xs is None, expected a tensor")
+    xs = xs if xs.is_floating_point() else xs.float()
+    kept = torch.ones_like(xs, dtype=torch.bool) if mask is None else mask.bool()
+    moments = global_moments(xs, kept, world_from_environment())
+    return moments.mean.to(device), variance(moments, correction=0).to(device), moments.n.long().to(device)
+
+
+def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Statistics over all ranks; to be called by all of them, with the same keys.
+
+    - An ``Average`` is merged by its weights.
+    - A tensor without axes is averaged over ranks, weighted by the tokens of their minibatches where ``stats`` tells
+      them (``minibatch/tokens``, itself summed), else with every rank counting alike.
+    - Any other tensor is a distribution: the entries of all ranks, one after another, in one axis.
+    - Whatever is no tensor stays: what ``step`` and ``record_step_stats`` return is gathered already.
+
+    Raises:
+        ValueError: (on all ranks) their keys differ.
+    """
+    if world.size == 1:
+        return {key: mean_of(value) if isinstance(value, Average) else value for key, value in stats.items()}
+    weight = torch.as_tensor(stats.get(TOKENS, 1.0)).double().cpu()
+    averages: dict[str, Average] = {}
+    for key, value in stats.items():
+        if isinstance(value, Average):
+            averages[key] = value
+        elif isinstance(value, Tensor) and value.ndim == 0:
+            averages[key] = Average(value.detach().double().cpu() * (1.0 if key == TOKENS else weight), weight)
+        else:
+            # Nothing to average; here for the comparison of keys.
+            averages[f"{key} ({'distribution' if isinstance(value, Tensor) else 'as it is'})"] = Average(
+                weight.new_zeros(()), weight.new_zeros(())
+            )
+    found = gather_averages(averages, world)
+    gathered: dict[str, Any] = {}
+    # Sorted, since every distribution is a collective.
+    for key, value in sorted(stats.items()):
+        if isinstance(value, Average):
+            gathered[key] = mean_of(found[key])
+        elif isinstance(value, Tensor) and value.ndim == 0:
+            merged = found[key].total if key == TOKENS else mean_of(found[key])
+            gathered[key] = merged.to(value.device, value.dtype)
+        else:
+            gathered[key] = gather_rows(value.flatten(), world) if isinstance(value, Tensor) else value
+    return gathered
+
+
+def training_parts(train_stats: Mapping[str, Any]) -> tuple[dict[str, Average], dict[str, Tensor]]:
+    """Averages and distributions of stacked minibatch statistics (see ``stack_dicts``), with "ppo/" before the names.
+
+    Minibatches count by their tokens where the statistics tell them. A variance is then the average of those within
+    minibatches; that of the whole batch is in what ``step`` returns.
+    """
+    stats = {key: torch.as_tensor(value).detach().float() for key, value in train_stats.items()}
+    tokens = stats.pop(TOKENS, None)
+    weights = None if tokens is None else tokens.flatten()
+    averages: dict[str, Average] = {}
+    distributions: dict[str, Tensor] = {}
+    for key, value in stats.items():
+        entries = value.flatten()
+        if key == "policy/advantages":
+            distributions[f"ppo/{key}"] = entries[~entries.isnan()]
+            continue
+        weight = torch.ones_like(entries) if weights is None else weights.to(entries.device)
+        if len(weight) != len(entries):
+            raise ValueError(
+                f"train_stats[{key!r}] has {len(entries)} entries, expected {len(weight)}, one for each minibatch"
+            )
+        averages[f"ppo/{key}"] = Average((entries * weight).sum(), weight.sum())
+    return averages, distributions

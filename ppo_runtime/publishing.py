@@ -1,0 +1,90 @@
+"""What leaves the trainer: directories, model cards and uploads."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.distributed import World
+from ppo_runtime.hub import upload
+from ppo_runtime.model_card import is_ours, write_model_card
+from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.statistics import global_moments
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NAME = "PPO model"
+
+
+class Publishing:
+    """The part of a trainer that saves and uploads its policy."""
+
+    config: PPOConfig
+    model: PreTrainedModelWrapper
+    tokenizer: Any
+    world: World
+    current_step: int
+    best_score: float
+    """Highest mean raw score of a batch so far; only looked at with ``push_to_hub_if_best_kwargs``."""
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
+
+        A README.md that somebody else wrote there is kept. Only rank 0 writes.
+        """
+        if self.world.rank != 0:
+            return
+        card_is_free = is_ours(save_directory)
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        if card_is_free:
+            self.create_model_card(str(save_directory), Path(save_directory).name or DEFAULT_NAME)
+
+    def create_model_card(self, path: str, model_name: str | None = DEFAULT_NAME) -> None:
+        """Write ``path``/README.md: what the model is, how it was trained and how to load it. Needs no network."""
+        if self.world.rank == 0:
+            write_model_card(
+                path,
+                model_name or DEFAULT_NAME,
+                config=self.config,
+                base_model=getattr(self.model.config, "name_or_path", None),
+                is_encoder_decoder=self.model.is_encoder_decoder,
+                steps=self.current_step,
+            )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what ``save_pretrained`` writes, from rank 0.
+
+        Args:
+            repo_id: of the repository; made if it does not exist.
+            kwargs: ``commit_message``, ``private``, ``token``, ``revision`` and ``create_pr``.
+
+        Returns:
+            huggingface_hub's commit information; None on other ranks.
+        """
+        if self.world.rank != 0:
+            return None
+        message = kwargs.pop("commit_message", f"Policy after {self.current_step} PPO steps")
+        return upload(self.save_pretrained, repo_id, commit_message=message, **kwargs)
+
+    def _push_if_best(self, raw_scores: Tensor) -> None:
+        """Upload the policy that made this batch, if its mean *raw* score is the highest that was compared so far.
+
+        To be called before the update. Scaled scores would not do: their scale moves with the run. An upload that
+        fails is a warning, and is tried again with the next best batch: training is worth more.
+        """
+        if not self.config.push_to_hub_if_best_kwargs or self.current_step % self.config.compare_steps:
+            return
+        mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), self.world).mean)
+        if not (math.isfinite(mean) and mean > self.best_score):
+            return
+        try:
+            self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)
+        except Exception as error:  # whatever network, hub and disk can come up with
+            logger.warning("the best policy so far (mean score %.4g) could not be uploaded: %s", mean, error)
+            return
+        self.best_score = mean
