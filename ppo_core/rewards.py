@@ -49,7 +49,7 @@ def compute_rewards(
         score - kl_coef * sum(kl), as long as one token is kept.
 
     Raises:
-        TypeError: ``scores`` or ``kl`` is not floating point, or ``mask`` is not boolean.
+        TypeError: ``scores``, ``kl`` or ``kl_coef`` is not floating point, or ``mask`` is not boolean.
         ValueError: ``kl`` has no time axis, shapes disagree, devices differ, ``kl_coef`` is not one number.
     """
     check_floating(scores=scores, kl=kl)
@@ -59,6 +59,7 @@ def compute_rewards(
     check_shape("kl without its time axis", tuple(kl.shape[:-1]), scores=scores)
     check_same_device("kl", kl, scores=scores)
     if isinstance(kl_coef, Tensor):
+        check_floating(kl_coef=kl_coef)
         check_shape("one number", (), kl_coef=kl_coef)
     scores, kl = widen(scores, kl)
     penalty = -kl_coef * keep(kl, mask)

@@ -26,6 +26,9 @@ VOCAB = 7
 """Sizes of named axes are constants beyond every time: no axis is mistaken for another."""
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
+    "n": (2, 1, 3, 9),
+    "rho_clip": (1.0, 0.5, 4.0),
+    "c_clip": (1.0, 0.5, 4.0),
     "gamma": (0.95, 1.0, 0.5, 0.0),
     "lam": (0.9, 1.0, 0.5, 0.0),
     "cliprange": (0.2, 0.05, 0.9),
@@ -45,6 +48,8 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 
 DOMAINS: dict[str, tuple[float, float]] = {
     "coef": (-1.5, 1.5),
+    "gamma": (0.0, 1.0),
+    "lam": (0.0, 1.0),
     "m2": (1.0, 8.0),
 }
 """Ranges of tensors by name; all others are within +-4, so that a ratio exp(a - b) stays comparable in float32."""
@@ -71,6 +76,8 @@ class Parameter:
     """"float", "bool", "int" (tensors), "bundle" or "setting"."""
     dims: tuple[str, ...] = ()
     optional: bool = False
+    or_number: bool = False
+    """Whether a number will do as well as a tensor."""
     keyword: bool = False
     bundle: Any = None
 
@@ -87,8 +94,8 @@ class Parameter:
 def _parameter(name: str, annotation: Any) -> Parameter:
     options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
     tensors = [option for option in options if hasattr(option, "dim_str")]
-    if tensors and type(None) in options:
-        return replace(_parameter(name, tensors[0]), optional=True)
+    if tensors:
+        return replace(_parameter(name, tensors[0]), optional=type(None) in options, or_number=float in options)
     if hasattr(annotation, "dim_str"):
         dtypes = annotation.dtypes
         what = "bool" if "bool" in dtypes else "float" if "float32" in dtypes else "int"
@@ -208,7 +215,7 @@ class Call:
         return {
             p.name: self.arguments[p.name]
             for p in self.function.parameters
-            if p.what in ("float", "bundle") and self.arguments[p.name] is not None
+            if p.what in ("float", "bundle") and isinstance(self.arguments[p.name], (Tensor, tuple))
         }
 
     def is_stepwise(self, x: Tensor) -> bool:
@@ -267,7 +274,11 @@ def calls(
         seed=draw(st.integers(0, 10_000)),
         density=density if density is not None else draw(st.sampled_from((0.6, 1.0, 0.3))),
         rounded=rounded,
-        settings={p.name: draw(st.sampled_from(_choices(p))) for p in function.parameters if p.what == "setting"},
+        settings={
+            p.name: draw(st.sampled_from(_choices(p)))
+            for p in function.parameters
+            if p.what == "setting" or (p.or_number and draw(st.booleans()))
+        },
         absent={p.name for p in function.parameters if p.optional and draw(st.booleans())},
     )
 
@@ -295,7 +306,7 @@ def _build(
     generator = torch.Generator().manual_seed(seed)
     arguments: dict[str, Any] = {}
     for p in function.parameters:
-        if p.what == "setting":
+        if p.name in settings:
             arguments[p.name] = settings[p.name]
         elif p.name in absent:
             arguments[p.name] = None

@@ -1,0 +1,25 @@
+"""The properties bite: each kills the mistakes it is there for, and none kills the truth."""
+
+import pytest
+
+from tests.core.subject import subject
+from tests.meta.mutants import MUTANTS, killed, run_property
+
+pytestmark = pytest.mark.skipif(not subject.is_ours, reason="mutants are made of ppo_core")
+
+
+def test_there_are_many():
+    assert len(MUTANTS) >= 100
+    assert {entry.target.split(".")[0] for entry in MUTANTS.values()} >= {
+        "advantages", "averages", "controllers", "kl", "logprobs", "losses", "masking", "moments", "rewards", "whitening"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_no_mutant_survives(name):
+    assert killed(MUTANTS[name]), f"{name} survives {MUTANTS[name].killer}"
+
+
+@pytest.mark.parametrize("place", sorted({entry.killer for entry in MUTANTS.values()}))
+def test_the_truth_is_not_killed(place):
+    run_property(place)
