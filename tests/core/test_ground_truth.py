@@ -231,6 +231,20 @@ def test_k3_descends_the_kl_from_the_reference(task):
     agree(got, exact, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["k2_surrogate", "weighted_k1_surrogate", "k3_surrogate"])
+def test_surrogates_descend_the_kl_from_the_policy(task, name):
+    """E[grad of each surrogate] = grad KL(pi || ref) for whole strings."""
+
+    def surrogate(logprobs, ref_logprobs, mask):
+        function = getattr(subject.surrogates, name)
+        sampled = (logprobs.detach(),) if name == "weighted_k1_surrogate" else ()
+        return function(logprobs, *sampled, ref_logprobs, mask).total[None]
+
+    exact = gradient_of(lambda logits: kl_divergence(task.language, logits, task.reference), task.policy)
+    got = estimator_gradient(task.language, task.policy, task.reference, surrogate, whole_strings=True)
+    agree(got, exact, 1e-12)
+
+
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
 def test_per_token_estimators_hold_the_visited_prefixes_fixed(task, estimator):
     """Summed over tokens, k2, k3 and full have the gradients of the KLs per prefix, prefixes drawn from pi and fixed.
@@ -327,6 +341,49 @@ def group_gradient(task, size, estimator):
     penalised = task.scores - BETA * (logprobs.detach() - string_logprobs(language, task.reference))
     weights = logprobs.detach()[groups].sum(-1).exp()
     return torch.autograd.grad((weights * (estimator(penalised[groups]) * logprobs[groups]).mean(-1)).sum(), logits)[0]
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+@pytest.mark.parametrize("size", [2, 3])
+def test_rloo_is_unbiased(eos, size):
+    """Over all groups of two or three strings, the leave-one-out advantage has the exact gradient as its mean."""
+    task = Task(Language.of(2, 2, eos=eos))
+    exact = exact_gradient(task.language, task.policy, task.reference, task.scores, BETA)
+    agree(group_gradient(task, size, subject.advantages.rloo), exact, 1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_rloo_is_the_centred_score_enlarged(size):
+    """RLOO is G / (G - 1) (r - mean): the baseline of everybody, with the share of one's own taken out again."""
+    scores = torch.randn(20, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    centred = scores - scores.mean(-1, keepdim=True)
+    agree(subject.advantages.rloo(scores), size / (size - 1) * centred, 1e-12)
+    others = (scores.sum(-1, keepdim=True) - scores) / (size - 1)
+    agree(subject.advantages.rloo(scores), scores - others, 1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_grpo_without_std_is_the_gradient_made_smaller(size):
+    """Centred by the group's mean, own score included, the gradient is (G - 1) / G of the exact one."""
+    task = Task(Language.of(2, 2))
+    exact = exact_gradient(task.language, task.policy, task.reference, task.scores, BETA)
+
+    def centred(scores):
+        return subject.advantages.grpo(scores, scale_by_std=False, correction=1, eps=1e-4)
+
+    agree(group_gradient(task, size, centred), (size - 1) / size * exact, 1e-10)
+
+
+def test_grpo_with_std_is_another_direction():
+    """Divided by the group's deviation, the gradient is not the exact one at any length."""
+    task = Task(Language.of(2, 2))
+    exact = exact_gradient(task.language, task.policy, task.reference, task.scores, BETA)
+
+    def standardised(scores):
+        return subject.advantages.grpo(scores, scale_by_std=True, correction=1, eps=1e-4)
+
+    got = group_gradient(task, 3, standardised)
+    assert (got * exact).sum() / (got.norm() * exact.norm()) < 0.999
 
 
 # G7: partitions
