@@ -38,8 +38,9 @@ def vtrace(
 
     rho_t = min(rho_clip, ratio_t), c_t = lam_t min(c_clip, ratio_t) with ratio_t = exp(logprobs_t - old_logprobs_t).
     Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner Architectures" (2018),
-    eq. 1 and remarks 1 and 2; the advantages are those of section 4.2. With ratios of 1, no clipping and one lam for all
-    steps, v_t is :func:`ppo_core.returns.lambda_returns`; lam per step belongs to t there too, but weighs t -> t+1 here.
+    eq. 1 and remarks 1 and 2; the advantages are those of section 4.2. With ratios of 1, no clipping and one lam for
+    all steps, v_t is :func:`ppo_core.returns.lambda_returns`. As in the paper, a lam per step weighs t -> t+1 (there:
+    lam_t belongs to the state t, and weighs t-1 -> t).
 
     Args:
         logprobs: log-probabilities of the sampled tokens under the policy to evaluate, nats. Taken as given: no
