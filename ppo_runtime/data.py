@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World
+from ppo_runtime.inner import transformers_model
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")
@@ -22,12 +23,14 @@ def list_collator(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 class PromptBatches(Sampler[list[int]]):
     """Indices of ``batch_size`` rows at a time, in an order drawn anew for every epoch from (seed, epoch).
 
-    Where it stands is two numbers, ``epoch`` and ``consumed``; after ``load_state_dict`` the next iteration goes on
-    there. Every other iteration begins a new epoch.
+    Ranks draw the same order and take turns in it; as many rows as they cannot share equally are left out, others in
+    every epoch. Where it stands is two numbers, ``epoch`` and ``consumed``; after ``load_state_dict`` the next
+    iteration goes on there. Every other iteration begins a new epoch.
     """
 
-    def __init__(self, rows: int, batch_size: int, *, drop_last: bool, seed: int) -> None:
+    def __init__(self, rows: int, batch_size: int, *, drop_last: bool, seed: int, world: World) -> None:
         self.rows = rows
+        self.world = world
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
@@ -36,8 +39,9 @@ class PromptBatches(Sampler[list[int]]):
         self._go_on = False
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
+        """Batches in an epoch, the same number on every rank."""
+        mine = self.rows // self.world.size
+        return mine // self.batch_size if self.drop_last else -(-mine // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """The (rest of the) epoch's batches."""
@@ -45,7 +49,8 @@ class PromptBatches(Sampler[list[int]]):
             self.epoch, self.consumed = self.epoch + 1, 0
         self._go_on = False
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(_mixed(self.seed, self.epoch)))
-        batches = order.split(self.batch_size)[: len(self)]
+        shared = self.rows - self.rows % self.world.size
+        batches = order[self.world.rank : shared : self.world.size].split(self.batch_size)[: len(self)]
         for batch in batches[self.consumed :]:
             self.consumed += 1
             yield batch.tolist()
@@ -73,27 +78,45 @@ def prepare_dataloader(
     model: Any,
     world: World,
 ) -> DataLoader[Any]:
-    """Batches of ``batch_size`` rows, reshuffled every epoch from the configuration's seed.
+    """Batches of ``batch_size`` rows, reshuffled every epoch from the configuration's seed and shared among ranks.
 
     From a ``datasets.Dataset`` the columns that nobody reads are removed, unless ``remove_unused_columns`` is False.
+    A stream (an IterableDataset) is taken in its own order: shuffle it yourself, and note that a resumed run begins it
+    again.
 
     Raises:
-        ValueError: the dataset is shorter than one batch while ``drop_last`` holds.
+        ValueError: no column is left; a rank has less than one batch while ``drop_last`` holds; several ranks and a
+            stream.
     """
-    if config.remove_unused_columns and hasattr(dataset, "column_names"):
-        signature = inspect.signature(model.pretrained_model.forward).parameters
-        unused = [name for name in dataset.column_names if name not in signature and name not in TRAINER_COLUMNS]
-        dataset = dataset.remove_columns(unused)
-    if config.drop_last and len(dataset) < config.batch_size:
+    if config.remove_unused_columns and getattr(dataset, "column_names", None):
+        dataset = _without_unused_columns(dataset, model)
+    # A generator of its own: without one, every epoch would begin with a draw from the global generator.
+    options = {
+        "collate_fn": data_collator or list_collator,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
+    if isinstance(dataset, IterableDataset):
+        if world.size > 1:
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__} and there are {world.size} ranks, which would all read the "
+                "same rows or end at different ones; load it into a datasets.Dataset"
+            )
+        return DataLoader(dataset, batch_size=config.batch_size, drop_last=config.drop_last, **options)
+    if config.drop_last and len(dataset) // world.size < config.batch_size:
         raise ValueError(
-            f"dataset has {len(dataset)} rows, expected at least batch_size = {config.batch_size}; "
-            "lower batch_size or set drop_last=False"
+            f"dataset has {len(dataset)} rows for {world.size} ranks, expected at least batch_size = "
+            f"{config.batch_size} for each; lower batch_size or set drop_last=False"
         )
-    batches = PromptBatches(len(dataset), config.batch_size, drop_last=config.drop_last, seed=config.seed)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=data_collator or list_collator,
-        # A generator of its own: without one, every epoch would begin with a draw from the global generator.
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    batches = PromptBatches(len(dataset), config.batch_size, drop_last=config.drop_last, seed=config.seed, world=world)
+    return DataLoader(dataset, batch_sampler=batches, **options)
+
+
+def _without_unused_columns(dataset: Any, model: Any) -> Any:
+    read = [*inspect.signature(transformers_model(model).forward).parameters, *TRAINER_COLUMNS]
+    unused = [name for name in dataset.column_names if name not in read]
+    if len(unused) == len(dataset.column_names):
+        raise ValueError(
+            f"dataset has the columns {', '.join(map(repr, unused))}, expected 'input_ids' among them (and 'query' for "
+            "logs); tokenise it first, or set remove_unused_columns=False and pass a data_collator that does"
+        )
+    return dataset.remove_columns(unused)

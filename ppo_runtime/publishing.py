@@ -1,7 +1,6 @@
 """What leaves the trainer: directories, model cards and uploads."""
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ class Publishing:
     tokenizer: Any
     world: World
     current_step: int
-    best_score: float
-    """Highest mean raw score of a batch so far; only looked at with ``push_to_hub_if_best_kwargs``."""
+    best_score: float | None
+    """Highest mean raw score of an uploaded batch so far; only looked at with ``push_to_hub_if_best_kwargs``."""
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
@@ -80,7 +79,7 @@ class Publishing:
         if not self.config.push_to_hub_if_best_kwargs or self.current_step % self.config.compare_steps:
             return
         mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), self.world).mean)
-        if not (math.isfinite(mean) and mean > self.best_score):
+        if self.best_score is not None and mean <= self.best_score:
             return
         try:
             self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)

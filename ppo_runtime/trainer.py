@@ -1,7 +1,6 @@
 """PPOTrainer: the order of the steps, nothing clever."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,7 +92,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(config, self.world)
-        self.best_score = -math.inf
+        self.best_score = None
         self.data_collator = data_collator
         self.dataset = dataset
         self.dataloader: DataLoader[Any] | None = (
