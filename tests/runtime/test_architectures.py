@@ -1,0 +1,160 @@
+"""Every supported family, tiny and random: generate, step, save, load, and no trace of padding in any number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.forward import evaluate, lay_out
+from ppo_runtime.modes import dropout_off
+from tests.runtime.tiny import EOS_ID, FAMILIES, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.runtime.trainers import make_batch, make_trainer
+
+families = pytest.mark.parametrize("family", FAMILIES)
+SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5}
+
+
+def wrapper(family: str) -> Any:
+    return AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+
+
+def evaluated(model: Any, queries: list[Tensor], responses: list[Tensor], **widths: int) -> tuple[Tensor, ...]:
+    """Log-probabilities, entropies and values of a batch in one pass, padded together."""
+    start = model.config.decoder_start_token_id if model.is_encoder_decoder else None
+    rows = lay_out(
+        queries,
+        responses,
+        None,
+        pad_token_id=PAD_ID,
+        decoder_start_token_id=start,
+        device=torch.device("cpu"),
+        **widths,
+    )
+    with torch.no_grad(), dropout_off(model):
+        result = evaluate(model, rows)
+    assert result.values is not None
+    return result.logprobs, result.entropy, result.values
+
+
+def assert_close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_generate_step_save_load(family: str, tmp_path: Path) -> None:
+    """One round of everything; what was saved loads with the same numbers, here and in plain transformers."""
+    trainer = make_trainer(family, learning_rate=1e-2)
+    queries, _, scores = make_batch()
+    responses = trainer.generate(queries, batch_size=3, return_prompt=False, **SAMPLING)
+    assert all(1 <= len(response) <= 5 for response in responses)
+    stats = trainer.step(queries, responses, scores)
+    assert stats["ppo/policy/first_minibatch_ratio_deviation"] <= 1e-4
+    assert stats["ppo/policy/approxkl"] > 1e-6
+    trainer.save_pretrained(tmp_path)
+
+    expected = evaluated(trainer.model, queries, responses)
+    for a, b in zip(evaluated(wrapper(family).from_pretrained(tmp_path), queries, responses), expected, strict=True):
+        assert torch.equal(a, b)
+    plain = wrapper(family).transformers_parent_class.from_pretrained(tmp_path)
+    for (name, a), b in zip(
+        plain.state_dict().items(), trainer.model.pretrained_model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    tokens = {"input_ids": queries[0][None]} | ({"decoder_input_ids": responses[0][None]} if family == "t5" else {})
+    with torch.no_grad(), dropout_off(trainer.model):
+        assert torch.equal(plain(**tokens).logits, trainer.model(**tokens)[0])
+
+
+@families
+def test_a_row_does_not_know_its_neighbours(family: str) -> None:
+    """Log-probabilities, entropies and values alone, in a batch, and in a batch padded far beyond its longest row."""
+    model = wrapper(family).from_pretrained(tiny_model(family))
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    queries, responses, _ = make_batch()
+    together = evaluated(model, queries, responses)
+    wider = evaluated(model, queries, responses, input_width=30, response_width=20)
+    time = together[0].shape[1]
+    assert_close(tuple(x[:, :time] for x in wider), together)
+    for row in range(len(queries)):
+        alone = evaluated(model, queries[row : row + 1], responses[row : row + 1])
+        length = len(responses[row])
+        assert_close(tuple(x[0] for x in alone), tuple(x[row, :length] for x in together))
+
+
+@families
+def test_logprobs_are_those_of_the_models_own_logits(family: str) -> None:
+    """Against the whole forward of transformers, one unpadded row at a time."""
+    model = wrapper(family).from_pretrained(tiny_model(family))
+    queries, responses, _ = make_batch()
+    logprobs, _, seen = evaluated(model, queries, responses)
+    for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        if family == "t5":
+            start = torch.tensor([model.config.decoder_start_token_id])
+            decoder = torch.cat((start, response[:-1]))
+            logits, _, values = model(query[None], decoder_input_ids=decoder[None])
+            logits, values = logits[0], values[0]
+        else:
+            logits, _, values = model(torch.cat((query, response))[None])
+            logits, values = logits[0, len(query) - 1 : -1], values[0, len(query) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        assert_close(logprobs[row, : len(response)], expected)
+        assert_close(seen[row, : len(response)], values)
+
+
+@families
+def test_padding_with_eos_changes_nothing(family: str) -> None:
+    """Masks come from lengths; the EOS inside prompts and at the end of responses stays a token."""
+    queries, responses, scores = make_batch()
+    queries[0][0] = EOS_ID
+    responses = [torch.cat((response, torch.tensor([EOS_ID]))) for response in responses]
+    trainers = [make_trainer(family), make_trainer(family)]
+    trainers[1].pad_token_id = EOS_ID
+    for trainer in trainers:
+        trainer.step(queries, responses, scores)
+    for (name, a), b in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@families
+def test_greedy_generation_does_not_know_its_batch(family: str) -> None:
+    """Left padding (the prompts differ in length) leaves greedy responses as they are one by one."""
+    trainer = make_trainer(family)
+    queries = [torch.tensor([5, 6, 7, 8, 9, 10, 11]), torch.tensor([30, 31]), torch.tensor([12])]
+    options = {"return_prompt": False, "max_new_tokens": 8, "do_sample": False}
+    together = trainer.generate(queries, batch_size=3, **options)
+    for query, response in zip(queries, together, strict=True):
+        assert trainer.generate(query, **options)[0].tolist() == response.tolist()
+        assert trainer.generate([query], batch_size=1, pad_token_id=EOS_ID, **options)[0].tolist() == response.tolist()
+
+
+@families
+def test_several_eos_ids(family: str) -> None:
+    """A response ends with the first of them that is drawn, and holds none before."""
+    trainer = make_trainer(family)
+    ends = {EOS_ID, *range(20, 50)}
+    trainer.model.pretrained_model.generation_config.eos_token_id = sorted(ends)
+    trainer.eos_token_ids = ends
+    queries = [torch.tensor([5, 25, 6]), torch.tensor([7])] * 3
+    responses = trainer.generate(queries, batch_size=6, return_prompt=False, **SAMPLING)
+    for response in responses:
+        assert not ends & set(response[:-1].tolist())
+        assert int(response[-1]) in ends or len(response) == 5
+    assert any(len(response) < 5 for response in responses)
+    explicit = trainer.generate(
+        queries, batch_size=6, return_prompt=False, eos_token_id=list(range(VOCAB_SIZE)), **SAMPLING
+    )
+    assert [len(response) for response in explicit] == [1] * 6
+
+
+def test_the_trainer_takes_the_models_list_of_eos_ids() -> None:
+    model = tiny_model("llama")
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [EOS_ID, 40]
+    wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    trainer = PPOTrainer(PPOConfig(batch_size=1, accel="eager"), wrapped, None, tiny_tokenizer())
+    assert trainer.eos_token_ids == {EOS_ID, 40}
