@@ -1,0 +1,100 @@
+"""The runner itself: our functions and the textbook's hold everything, and a wrong implementation is found out.
+
+Each run is a process of its own, since the implementation under test is chosen when the tests are imported. The result
+for TRL needs its environment and is kept in ``trl-0.11.4.md``.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(*arguments, path=()):
+    """``python -m tests.conformance ...`` from the root of the repository."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (*path, *filter(None, [os.environ.get("PYTHONPATH")])))),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tests.conformance", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def results(report):
+    """result -> sentences, from the written table."""
+    found = {"holds": [], "fails": [], "absent": []}
+    for sentence, result in re.findall(r"^\| (.+?) \| \**(holds|fails|absent)\** \|", report, re.MULTILINE):
+        found[result].append(sentence)
+    return found
+
+
+@pytest.mark.parametrize("adapter", ["ours", "textbook"])
+def test_they_hold(adapter, tmp_path):
+    """No property fails for ours, nor for the formulas as the papers print them; of ours nothing is absent."""
+    done = run(adapter, "--examples", "8", "--quiet", "--report", str(tmp_path / "report.md"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results((tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert len(found["holds"]) > 90
+    assert not found["fails"]
+    if adapter == "ours":
+        assert not found["absent"]
+
+
+WRONG = '''
+"""GAE with holes filled by zeros, and nothing else."""
+
+import torch
+
+from ppo_core.advantages import Advantages
+from tests.conformance import areas
+
+
+def gae(rewards, values, mask, bootstrap=None, *, gamma, lam):
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
+    advantage, out = torch.zeros_like(following), []
+    for t in reversed(range(rewards.shape[1])):
+        advantage = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
+        following = values[:, t]
+        out.append(advantage)
+    advantages = torch.where(mask, torch.stack(out[::-1], dim=-1), 0.0)
+    return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
+
+
+implementation = areas(advantages=[gae])
+'''
+
+
+def test_a_wrong_implementation_is_found_out(tmp_path):
+    """Holes filled with zeros fail the properties of deletion, with an example, and what is not there is absent."""
+    (tmp_path / "zero_filling.py").write_text(WRONG, encoding="utf-8")
+    done = run("zero_filling:implementation", "--examples", "25", "--report", str(tmp_path / "r.md"), path=[tmp_path])
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = (tmp_path / "r.md").read_text(encoding="utf-8")
+    found = results(report)
+    assert any("a hole is deleted, not zero-filled" in sentence for sentence in found["fails"])
+    assert any("returns = advantages + values" in sentence for sentence in found["holds"])
+    assert any("mean 0 and variance 1" in sentence for sentence in found["absent"])
+    example = re.search(r"deleted, not zero-filled\. \| \*\*fails\*\* \| `(.+?)`", report)
+    assert example
+    assert "mask=[[" in example[1]
+    assert re.search(r"\d+ properties: \d+ hold, \d+ fail, \d+ absent", done.stdout)
+
+
+def test_an_unknown_adapter_is_an_error():
+    """A name that is no adapter is an error, not a table of absent properties."""
+    done = run("nobody")
+    assert done.returncode == 2
+    assert "nobody: No module named" in done.stderr
