@@ -1,31 +1,50 @@
-"""A PPO trainer for language models around the pure functions of :mod:`ppo_core`."""
+"""A PPO trainer for language models around the pure functions of :mod:`ppo_core`.
 
-from ppo_runtime.compat import (
-    LengthSampler,
-    clip_by_value,
-    convert_to_scalar,
-    entropy_from_logits,
-    flatten_dict,
-    get_global_statistics,
-    logprobs_from_logits,
-    masked_mean,
-    masked_var,
-    masked_whiten,
-    respond_to_batch,
-    stack_dicts,
-    stats_to_np,
-    whiten,
-)
-from ppo_runtime.config import PPOConfig
-from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
-from ppo_runtime.models import (
-    AutoModelForCausalLMWithValueHead,
-    AutoModelForSeq2SeqLMWithValueHead,
-    PreTrainedModelWrapper,
-)
-from ppo_runtime.references import create_reference_model
-from ppo_runtime.seeding import set_seed
-from ppo_runtime.trainer import PPOTrainer
+Names are imported when they are first used: transformers takes seconds to import, which ``--help`` need not wait for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_runtime.compat import (
+        LengthSampler,
+        clip_by_value,
+        convert_to_scalar,
+        entropy_from_logits,
+        flatten_dict,
+        get_global_statistics,
+        logprobs_from_logits,
+        masked_mean,
+        masked_var,
+        masked_whiten,
+        respond_to_batch,
+        stack_dicts,
+        stats_to_np,
+        whiten,
+    )
+    from ppo_runtime.config import PPOConfig
+    from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
+    from ppo_runtime.models import (
+        AutoModelForCausalLMWithValueHead,
+        AutoModelForSeq2SeqLMWithValueHead,
+        PreTrainedModelWrapper,
+    )
+    from ppo_runtime.references import create_reference_model
+    from ppo_runtime.seeding import set_seed
+    from ppo_runtime.trainer import PPOTrainer
+
+_HOMES = {
+    "AdaptiveKLController": "controllers",
+    "AutoModelForCausalLMWithValueHead": "models",
+    "AutoModelForSeq2SeqLMWithValueHead": "models",
+    "FixedKLController": "controllers",
+    "PPOConfig": "config",
+    "PPOTrainer": "trainer",
+    "PreTrainedModelWrapper": "models",
+    "create_reference_model": "references",
+    "set_seed": "seeding",
+}
 
 __all__ = [
     "AdaptiveKLController",
@@ -52,3 +71,16 @@ __all__ = [
     "stats_to_np",
     "whiten",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What is not at home elsewhere is one of the reference's array helpers.
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'compat')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -175,6 +175,8 @@ def _import_extension() -> ModuleType:
     functions = [(owner, name, getattr(owner, name)) for owner, name in _REPLACED_ON_IMPORT]
     root, logger_class = logging.getLogger(), logging.getLoggerClass()
     level, handlers = root.level, root.handlers[:]
+    # The import would also start a pool of compiler processes, half a gigabyte that nobody here uses.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         return importlib.import_module("intel_extension_for_pytorch")
     finally:

@@ -1,6 +1,7 @@
 """The command line: ``python -m ppo_runtime`` or ``ppo-core``."""
 
 import logging
+import os
 import platform
 import sys
 from datetime import datetime
@@ -12,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+# Before torch is loaded: on a busy machine threads that spin while they wait hold one another up many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="PPO for language models.")
 

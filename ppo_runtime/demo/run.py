@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.loop import train
@@ -90,7 +91,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         ppo_epochs=4,
         init_kl_coef=0.05,
         target=options.target,
-        horizon=options.batch_size * 10,
+        horizon=options.batch_size * 2,
         gamma=1.0,
         lam=0.95,
         max_grad_norm=1.0,
@@ -293,6 +294,7 @@ def _prepare(output: Path, *, resume: bool) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     return output
 
 
