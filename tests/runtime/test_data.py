@@ -1,6 +1,7 @@
 """The dataloader: what it takes, what it drops, and the order of its rows."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another(dataset: Any) -> None
     first, second = (epoch(trainer) for trainer in [make_trainer(dataset=dataset, drop_last=False)] * 2)
     assert [len(batch) for batch in first] == [6, 6, 2], "a shorter last batch is legal"
     for batches in (first, second):
-        assert sorted(sum(batches, [])) == list(range(14))
+        assert sorted(chain.from_iterable(batches)) == list(range(14))
     assert first != second
     assert epoch(make_trainer(dataset=dataset, drop_last=False)) == first, "the seed decides"
     assert epoch(make_trainer(dataset=dataset, drop_last=False, seed=1)) != first
@@ -67,7 +68,7 @@ def test_drop_last_leaves_out_other_rows_in_every_epoch() -> None:
     for _ in range(12):
         batches = epoch(trainer)
         assert [len(batch) for batch in batches] == [6, 6]
-        seen |= set(sum(batches, []))
+        seen |= set(chain.from_iterable(batches))
     assert seen == set(range(14))
 
 
@@ -139,7 +140,7 @@ def test_ranks_share_an_epoch_in_equally_many_equal_batches(rows: int, drop_last
         one, other = (list(sampler) for sampler in samplers)
         assert list(map(len, one)) == list(map(len, other))
         assert len(one) == len(samplers[0])
-        indices = sum(one + other, [])
+        indices = list(chain.from_iterable(one + other))
         assert len(set(indices)) == len(indices)
         assert len(indices) >= (rows - 5 if drop_last else rows - 1)
 
