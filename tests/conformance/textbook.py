@@ -14,7 +14,9 @@ from ppo_core.averages import Average
 from ppo_core.controllers import KLControllerState
 from ppo_core.losses import PolicyLoss, ValueLoss
 from ppo_core.moments import Moments
+from ppo_core.off_policy import VTrace
 from ppo_core.rewards import Rewards
+from ppo_core.scores import ScoreState
 from tests.conformance import areas
 
 
@@ -152,6 +154,27 @@ def full(logprobs, ref_logprobs, mask):
     return on_kept(mask, divergences, logprobs, ref_logprobs)
 
 
+# KL as a loss: Tang & Munos (2025)
+
+
+def counted(mask, terms):
+    return Average(terms.sum(), mask.sum().to(terms.dtype))
+
+
+def k2_surrogate(logprobs, ref_logprobs, mask):
+    return counted(mask, k2(logprobs, ref_logprobs.detach(), mask))
+
+
+def weighted_k1_surrogate(logprobs, old_logprobs, ref_logprobs, mask):
+    ratio = on_kept(mask, lambda new, old: (new - old).exp(), logprobs, old_logprobs.detach())
+    return counted(mask, ratio * k1(logprobs, ref_logprobs.detach(), mask))
+
+
+def k3_surrogate(logprobs, ref_logprobs, mask):
+    slope = k2(logprobs, ref_logprobs.detach(), mask)
+    return counted(mask, k3(logprobs, ref_logprobs, mask).detach() + (slope - slope.detach()))
+
+
 # log-probabilities
 
 
@@ -193,20 +216,127 @@ def compute_rewards(scores, kl, mask, *, kl_coef):
     return Rewards(answer(rewards, scores, kl), answer(penalties, scores, kl))
 
 
-# advantages: Schulman et al. (2015), equations 11 to 16
+# the recurrence
+
+
+def linear_recurrence(x, coef, after=None):
+    y = torch.zeros(x.shape[:-1], dtype=torch.float64) if after is None else after.double()
+    steps = []
+    for t in reversed(range(x.shape[-1])):
+        y = x[..., t].double() + coef[..., t].double() * y
+        steps.insert(0, y)
+    return answer(torch.stack(steps, dim=-1), x, coef) if steps else x
+
+
+# returns: Sutton & Barto (2018), equations 3.9, 12.18 and 7.1
+
+
+def by_row(mask, bootstrap, function, *inputs):
+    """function(kept steps of each input, what follows the last one) of every row, put back; 0 elsewhere."""
+    inputs = [x if isinstance(x, torch.Tensor) else torch.full(mask.shape, x, dtype=torch.float64) for x in inputs]
+    found, zero = [], torch.zeros((), dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        places = [t for t in range(len(kept)) if kept[t]]
+        after = zero if bootstrap is None else bootstrap[row].double()
+        found += function(*([x[row, t].double() for t in places] for x in inputs), after)
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, torch.stack([*found, zero]))
+
+
+def reward_to_go(rewards, mask, bootstrap=None, *, gamma):
+    def discount(rewards, gamma, after):
+        out = []
+        for t in reversed(range(len(rewards))):
+            after = rewards[t] + gamma[t] * after
+            out.insert(0, after)
+        return out
+
+    return answer(by_row(mask, bootstrap, discount, rewards, gamma), rewards)
+
+
+def lambda_returns(rewards, values, mask, bootstrap=None, *, gamma, lam):
+    def mix(rewards, values, gamma, lam, after):
+        out, value, weight = [], after, 1.0
+        for t in reversed(range(len(rewards))):
+            after = rewards[t] + gamma[t] * ((1 - weight) * value + weight * after)
+            value, weight = values[t], lam[t]
+            out.insert(0, after)
+        return out
+
+    return answer(by_row(mask, bootstrap, mix, rewards, values, gamma, lam), rewards, values)
+
+
+def n_step_returns(rewards, values, mask, bootstrap=None, *, gamma, n):
+    def look_ahead(rewards, values, gamma, after):
+        out = []
+        for t in range(len(rewards)):
+            end = min(t + n, len(rewards))
+            target = values[end] if end < len(values) else after
+            for k in reversed(range(t, end)):
+                target = rewards[k] + gamma[k] * target
+            out.append(target)
+        return out
+
+    return answer(by_row(mask, bootstrap, look_ahead, rewards, values, gamma), rewards, values)
+
+
+# advantages: Schulman et al. (2015), equations 11 to 16; Ahmadian et al. (2024); Shao et al. (2024)
 
 
 def gae(rewards, values, mask, bootstrap=None, *, gamma, lam):
-    out = torch.zeros(mask.shape).double()
-    for row in range(mask.shape[0]):
-        following, advantage = 0.0 if bootstrap is None else bootstrap[row].item(), 0.0
-        for t in reversed([t for t in range(mask.shape[1]) if mask[row, t]]):
-            delta = rewards[row, t].item() + gamma * following - values[row, t].item()
-            advantage = delta + gamma * lam * advantage
-            following = values[row, t].item()
-            out[row, t] = advantage
-    out = answer(out, rewards, values)
-    return Advantages(out, on_kept(mask, lambda a, v: a + v, out, values))
+    def accumulate(rewards, values, gamma, lam, after):
+        out, advantage, trace = [], 0.0, 0.0
+        for t in reversed(range(len(rewards))):
+            advantage = rewards[t] + gamma[t] * after - values[t] + gamma[t] * trace * advantage
+            after, trace = values[t], lam[t]
+            out.insert(0, advantage)
+        return out
+
+    advantages = answer(by_row(mask, bootstrap, accumulate, rewards, values, gamma, lam), rewards, values)
+    return Advantages(advantages, on_kept(mask, lambda a, v: a + v, advantages, values))
+
+
+def per_group(scores, function):
+    groups = scores.double().reshape(-1, scores.shape[-1])
+    return answer(torch.stack([function(group) for group in groups]).reshape(scores.shape), scores)
+
+
+def rloo(scores):
+    def leave_one_out(group):
+        others = [torch.cat((group[:i], group[i + 1 :])) for i in range(len(group))]
+        return torch.stack([x - rest.mean() if len(rest) else 0 * x for x, rest in zip(group, others, strict=True)])
+
+    return per_group(scores, leave_one_out)
+
+
+def grpo(scores, *, scale_by_std, correction, eps):
+    def standardise(group):
+        centred = group - group.mean()
+        squares = (centred**2).sum()
+        if not scale_by_std or squares == 0:
+            return centred
+        return centred / ((squares / max(len(group) - correction, 1)).sqrt() + eps)
+
+    return per_group(scores, standardise)
+
+
+# off-policy: Espeholt et al. (2018), equation 1 and remark 1
+
+
+def vtrace(logprobs, old_logprobs, rewards, values, mask, bootstrap=None, *, gamma, lam, rho_clip, c_clip):
+    def targets(new, old, rewards, values, gamma, lam, after):
+        advantages, returns, value, target = [], [], after, after
+        for t in reversed(range(len(rewards))):
+            ratio = (new[t] - old[t]).detach().exp()
+            rho, c = ratio.clamp(max=rho_clip), lam[t] * ratio.clamp(max=c_clip)
+            advantages.insert(0, rho * (rewards[t] + gamma[t] * target - values[t]))
+            delta = rho * (rewards[t] + gamma[t] * value - values[t])
+            target, value = values[t] + delta + gamma[t] * c * (target - value), values[t]
+            returns.insert(0, target)
+        return advantages, returns
+
+    steps = (logprobs, old_logprobs, rewards, values, gamma, lam)
+    pair = (by_row(mask, bootstrap, lambda *row, part=part: targets(*row)[part], *steps) for part in (0, 1))
+    return VTrace(*(answer(x, *steps[:4]) for x in pair))
 
 
 # losses: Schulman et al. (2017), equation 7; baselines' ppo2 for the value
@@ -265,6 +395,28 @@ def fixed_kl_update(state, kl, n_steps):
     return state
 
 
+# running scores
+
+
+def update_score_state(state, moments):
+    n, mean, m2 = (float(x) for x in moments)
+    if not all(map(math.isfinite, (n, mean, m2))):
+        raise ValueError(f"moments are {(n, mean, m2)}, expected finite numbers")
+    if n == 0:
+        return state
+    total = state.count + n
+    middle = (state.count * state.mean + n * mean) / total
+    spread = state.m2 + m2 + state.count * (state.mean - middle) ** 2 + n * (mean - middle) ** 2
+    return ScoreState(total, middle, spread)
+
+
+def scale_scores(scores, state, *, use_scaling, use_norm, clip):
+    scaled = scores.double()
+    if use_scaling:
+        scaled = (scaled - (state.mean if use_norm else 0.0)) / (state.std if state.std > 0 else 1.0)
+    return answer(scaled if clip is None else scaled.clamp(-clip, clip), scores)
+
+
 merge_averages.__name__ = merge_moments.__name__ = "merge"
 
 implementation = areas(
@@ -275,7 +427,12 @@ implementation = areas(
     kl=[k1, kl_abs, k2, k3, full],
     logprobs=[token_logprobs, token_entropy],
     rewards=[compute_rewards],
-    advantages=[gae],
+    scan=[linear_recurrence],
+    returns=[reward_to_go, lambda_returns, n_step_returns],
+    advantages=[gae, rloo, grpo],
+    off_policy=[vtrace],
+    surrogates=[k2_surrogate, weighted_k1_surrogate, k3_surrogate],
+    scores=[update_score_state, scale_scores],
     losses=[clipped_policy_loss, clipped_value_loss],
     controllers=[adaptive_kl_update, fixed_kl_update],
 )
