@@ -1,6 +1,5 @@
 """Responses from a policy: left-padded generation, cut at the first EOS of the response."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from ppo_runtime.inner import pretrained_model
 
 
 @attrs.frozen
@@ -22,10 +21,9 @@ class SamplingSpec:
     @classmethod
     def of(cls, model: Any, generation_kwargs: dict[str, Any]) -> "SamplingSpec":
         """The settings in force: the caller's, else those of the model's generation config, else none."""
-        config = generation_kwargs.get("generation_config") or getattr(model, "generation_config", None)
 
         def setting(name: str, neutral: float) -> float:
-            value = generation_kwargs.get(name, getattr(config, name, None))
+            value = _setting(model, generation_kwargs, name)
             return neutral if value is None else value
 
         return cls(
@@ -33,6 +31,17 @@ class SamplingSpec:
             top_k=int(setting("top_k", 0)),
             top_p=float(setting("top_p", 1.0)),
         )
+
+    @classmethod
+    def plain_unless_asked(cls, model: Any, generation_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The caller's settings, and neutral ones where neither caller nor model has any but tokens are sampled.
+
+        transformers fills these gaps with defaults of its own, top_k=50 among them.
+        """
+        if not _setting(model, generation_kwargs, "do_sample"):
+            return dict(generation_kwargs)
+        gaps = [f for f in attrs.fields(cls) if _setting(model, generation_kwargs, f.name) is None]
+        return generation_kwargs | {field.name: field.default for field in gaps}
 
     def departures(self) -> list[str]:
         """The settings under which what is sampled is not what plain log-probabilities score."""
@@ -42,6 +51,13 @@ class SamplingSpec:
             for field in attrs.fields(SamplingSpec)
             if getattr(self, field.name) != getattr(neutral, field.name)
         ]
+
+
+def _setting(model: Any, generation_kwargs: dict[str, Any], name: str) -> Any:
+    """The caller's setting, else that of the generation config; None if both leave it open."""
+    value = generation_kwargs.get(name)
+    config = generation_kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return getattr(config, name, None) if value is None else value
 
 
 def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
@@ -83,7 +99,7 @@ def generate_responses(
     responses: list[Tensor] = []
     for start in range(0, len(queries), batch_size):
         ids, mask = left_pad(queries[start : start + batch_size], pad_token_id, width=prompt_width)
-        kwargs = dict(generation_kwargs)
+        kwargs = SamplingSpec.plain_unless_asked(pretrained_model(model), generation_kwargs)
         if length_sampler is not None:
             kwargs["max_new_tokens"] = length_sampler()
         sequences = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id, **kwargs)
