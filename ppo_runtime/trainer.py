@@ -180,7 +180,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         self._update_controller(stats["objective/kl"], len(queries) * self.world.size)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        if config.optimize_device_cache and self.device.type == "cuda":
+        if config.optimize_device_cache and self._on_gpu:
             torch.cuda.empty_cache()
         self.current_step += 1
         times["total"] = time.perf_counter() - started
@@ -256,6 +256,10 @@ class PPOTrainer(Generating, Piecewise, Publishing):
                 self.config.to_dict() | {"acceleration": attrs.asdict(self.acceleration)},
             )
         return self._trackers
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def _start_token(self) -> int | None:
