@@ -62,7 +62,7 @@ def vtrace(
         TypeError: a tensor is not floating point, or ``mask`` is not boolean.
         ValueError: no time axis; shapes or devices differ.
     """
-    check_floating(logprobs=logprobs, old_logprobs=old_logprobs)
+    check_floating(logprobs=logprobs, old_logprobs=old_logprobs, rewards=rewards)
     check_same_shape("rewards", rewards, logprobs=logprobs, old_logprobs=old_logprobs)
     seen = observe(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
     new, old, _ = widen(logprobs.detach(), old_logprobs.detach(), seen.rewards)

@@ -61,6 +61,7 @@ def compute_rewards(
     if isinstance(kl_coef, Tensor):
         check_floating(kl_coef=kl_coef)
         check_shape("one number", (), kl_coef=kl_coef)
+        check_same_device("kl", kl, kl_coef=kl_coef)
     scores, kl = widen(scores, kl)
     penalty = -kl_coef * keep(kl, mask)
     score = torch.where(last_kept(mask), scores.unsqueeze(-1), 0.0)

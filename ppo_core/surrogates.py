@@ -47,6 +47,7 @@ def k2_surrogate(
         TypeError: a tensor is not floating point, or ``mask`` is not boolean.
         ValueError: shapes or devices differ.
     """
+    check_floating(ref_logprobs=ref_logprobs)
     return average(kl.k2(logprobs, ref_logprobs.detach(), mask), mask)
 
 
@@ -100,6 +101,7 @@ def k3_surrogate(
         TypeError: a tensor is not floating point, or ``mask`` is not boolean.
         ValueError: shapes or devices differ.
     """
+    check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     ref_logprobs = ref_logprobs.detach()
     gradient = kl.k2(logprobs, ref_logprobs, mask)
     value = kl.k3(logprobs.detach(), ref_logprobs, mask)
