@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 # No deadlines: a shared machine is slow at times, and no test asserts a time.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=5, derandomize=True, database=None, **_COMMON)
 settings.register_profile("dev", max_examples=25, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, print_blob=True, **_COMMON)
 settings.register_profile("deep", max_examples=2000, **_COMMON)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ppo_core
+from ppo_core.scores import ScoreState
 from tests.core.subject import subject
 
 VOCAB = 7
@@ -41,6 +42,11 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "scale": (0.5, 1.0),
     "softcap": (5.0, None),
     "chunk_size": (3, 1, VOCAB, VOCAB + 1),
+    "scale_by_std": (True, False),
+    "use_scaling": (True, False),
+    "use_norm": (True, False),
+    "clip": (2.0, None),
+    "state": (ScoreState(9.0, 0.5, 20.0), ScoreState(0.0, 0.0, 0.0)),
     "top_k": (3, None, 1, VOCAB),
     "top_p": (0.8, None, 0.35, 1.0),
 }
@@ -57,12 +63,23 @@ DOMAINS: dict[str, tuple[float, float]] = {
 COUNTS = ("n", "weight")
 """Fields of bundles that count something: 2, 3, ... as floating-point numbers."""
 
-TARGETS = ("old_logprobs", "advantages", "old_values", "returns")
-"""Arguments that a loss takes as given: their gradient is exactly 0, whatever the function's slope in them."""
+TARGETS: dict[str, tuple[str, ...]] = {
+    "losses.clipped_policy_loss": ("old_logprobs", "advantages"),
+    "losses.clipped_value_loss": ("old_values", "returns"),
+    "off_policy.vtrace": ("logprobs", "old_logprobs"),
+    "surrogates.k2_surrogate": ("ref_logprobs",),
+    "surrogates.k3_surrogate": ("ref_logprobs",),
+    "surrogates.weighted_k1_surrogate": ("old_logprobs", "ref_logprobs"),
+}
+"""Arguments that a function takes as given: their gradient is exactly 0, whatever its slope in them."""
+
+STRAIGHT_THROUGH = ("surrogates.k3_surrogate",)
+"""Functions whose gradient is not that of their value, on purpose; their own property files say which it is."""
 
 EXEMPT = {
     "controllers.adaptive_kl_update": "takes numbers on the host, no tensors: test_controllers says all there is",
     "controllers.fixed_kl_update": "takes numbers on the host, no tensors: test_controllers says all there is",
+    "scores.update_score_state": "reads numbers off to the host, so no tensor leaves it: test_scores says all there is",
 }
 """Public functions without a contract, each with its reason."""
 
@@ -222,6 +239,9 @@ class Call:
         """Whether a result has one entry per step."""
         at = len(self.batch)
         return x.ndim > at and tuple(x.shape[: at + 1]) == (*self.batch, self.time)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={_show(value)}" for name, value in self.arguments.items())

@@ -17,7 +17,7 @@ pytestmark = [
 LENGTHS = (5, 6, 7, 9, 12, 15)
 OCTAVES = 2
 """(4, 8] and (8, 16]: a scan has one level more in each, and so another graph."""
-BY_OCTAVE = ("advantages", "scan", "returns", "vtrace")
+BY_OCTAVE = ("advantages", "scan", "returns", "off_policy")
 """Modules built on the scan."""
 
 BY_INDUCTOR = ("advantages.gae", "losses.clipped_policy_loss", "rewards.compute_rewards")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.core import contracts
 from tests.core.close import assert_close
-from tests.core.contracts import FUNCTIONS, TARGETS, calls, gradients, leaves, magnitude, weighted_sum
+from tests.core.contracts import FUNCTIONS, calls, gradients, leaves, magnitude, weighted_sum
 
 GARBAGE = (1e30, math.inf, -math.inf, math.nan)
 
@@ -268,12 +268,13 @@ def test_gradient_is_that_of_the_value(path, data, time):
     """Gradients agree with finite differences in float64 and with torch.func.grad; those by a target are exactly 0."""
     call = data.draw(calls(path, batch=(2,), time=time), label="call")
     slopes = gradients(call)
-    assert not any(slope.any() for name in slopes if name in TARGETS for slope in slopes[name])
+    targets = contracts.TARGETS.get(path, ())
+    assert not any(slope.any() for name in targets for slope in slopes[name])
     tracked = {
         name: contracts.map_tensors(lambda x: x.clone().requires_grad_(True), x) for name, x in call.floats.items()
     }
     differentiable = [i for i, result in enumerate(call(**tracked)) if result.requires_grad]
-    moving = [name for name in slopes if name not in TARGETS]
+    moving = [name for name in slopes if name not in targets]
     if not differentiable:
         return
 
@@ -286,6 +287,8 @@ def test_gradient_is_that_of_the_value(path, data, time):
     inputs = [x for name in moving for x in leaves(call.floats[name])]
     by_func = torch.func.grad(total, argnums=tuple(range(len(inputs))))(*inputs)
     same(list(by_func), [slope for name in moving for slope in slopes[name]])
+    if path in contracts.STRAIGHT_THROUGH:
+        return
     assert torch.autograd.gradcheck(total, [x.clone().requires_grad_(True) for x in inputs])
 
 

@@ -116,7 +116,7 @@ def mean_over_padding(x, mask, *, dim=None):
 @mutant("masking.masked_mean", "test_masking::test_masked_mean_averages_kept_entries", "TRL, verl: 1e-8 below")
 def mean_with_fudge(x, mask, *, dim=None):
     count = mask.sum() if dim is None else mask.sum(dim)
-    return masking_.masked_sum(x, mask, dim=dim) / (count + 1e-8)
+    return masking_.masked_sum(x, mask, dim=dim) / (count.double() + 1e-8)
 
 
 @mutant("masking.masked_mean", "test_masking::test_masked_mean_averages_kept_entries", "0/0 for an empty mask")
@@ -499,9 +499,7 @@ def penalty_on_padding(scores, kl, mask, *, kl_coef):
     return Rewards(got.rewards - torch.where(mask, 0.0, kl_coef * kl), -kl_coef * kl)
 
 
-@mutant(
-    "rewards.compute_rewards", "test_rewards::test_affine_in_the_coefficient", "the coefficient scales the score too"
-)
+@mutant("rewards.compute_rewards", "test_rewards::test_rows_sum_to_score_minus_penalty", "the score is scaled too")
 def coefficient_on_the_score(scores, kl, mask, *, kl_coef):
     return rewards_.compute_rewards(kl_coef * scores, kl, mask, kl_coef=kl_coef)
 
@@ -577,9 +575,9 @@ def gae_forgets_gamma_in_the_error(rewards, values, mask, bootstrap=None, *, gam
     return _kept_loop(rewards, values, mask, bootstrap, lambda r, v, after, a: r + after - v + gamma * lam * a)
 
 
-@mutant("advantages.gae", "test_advantages::test_lambda_1_is_return_minus_value", "lam squared")
+@mutant("advantages.gae", "test_advantages::test_gae_is_the_papers_double_sum", "lam squared")
 def gae_decays_twice(rewards, values, mask, bootstrap=None, *, gamma, lam):
-    return advantages_.gae(rewards, values, mask, bootstrap, gamma=gamma * 0.99, lam=lam)
+    return advantages_.gae(rewards, values, mask, bootstrap, gamma=gamma, lam=lam**2)
 
 
 @mutant("advantages.gae", "test_advantages::test_returns_are_advantages_plus_values", "returns without the values")
