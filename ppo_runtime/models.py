@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ppo_runtime.inner import (
     transformers_model,
 )
 from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, read_head, write_head
+
+if TYPE_CHECKING:
+    from ppo_runtime.rewards_adapter import RewardAdapter
 
 WrapperT = TypeVar("WrapperT", bound="PreTrainedModelWrapper")
 
@@ -54,6 +57,7 @@ class PreTrainedModelWrapper(nn.Module):
         super().__init__()
         self._check(pretrained_model)
         self.pretrained_model = pretrained_model
+        self.reward_adapter: RewardAdapter | None = None
         self.v_head = ValueHead(pretrained_model.config, summary_dropout_prob=summary_dropout_prob)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.v_head.summary.weight, mean=0.0, std=v_head_initializer_range)
@@ -73,11 +77,14 @@ class PreTrainedModelWrapper(nn.Module):
 
         The head is read from the directory or repository where one is stored, else initialised. A directory
         holding a PEFT adapter is loaded onto the base model it names. `peft_config` adds a fresh adapter;
-        `is_trainable=False` loads a stored one frozen. `supported_args` go to the head and everything else to
+        `is_trainable=False` loads a stored one frozen. `reward_adapter`, a sequence-classification adapter, is put
+        beside it for `compute_reward_score`. `supported_args` go to the head and everything else to
         transformers' `from_pretrained`.
         """
         head_args = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         peft_config = kwargs.pop("peft_config", None)
+        reward_adapter = kwargs.pop("reward_adapter", None)
+        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
         is_trainable = kwargs.pop("is_trainable", True)
         source, stored = pretrained_model_name_or_path, None
         if isinstance(source, str | os.PathLike):
@@ -107,6 +114,11 @@ class PreTrainedModelWrapper(nn.Module):
         wrapper = cls(model, **head_args)
         if stored is not None:
             wrapper.v_head.load_state_dict(stored.head)
+        if reward_adapter is not None:
+            from ppo_runtime.rewards_adapter import add_reward_adapter
+
+            hub = hub_arguments({key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")})
+            wrapper.reward_adapter = add_reward_adapter(model, reward_adapter, reward_adapter_name, **hub)
         return wrapper
 
     @classmethod
@@ -160,6 +172,15 @@ class PreTrainedModelWrapper(nn.Module):
         """The inner model's `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
 
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """Scores [B, L, labels] of the reward adapter at every position; the last token's is the text's score."""
+        if self.reward_adapter is None:
+            raise ValueError("the model has no reward adapter; pass reward_adapter= to from_pretrained")
+        from ppo_runtime.rewards_adapter import reward_scores
+
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return reward_scores(self, self.reward_adapter, input_ids, mask)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a directory that plain transformers (or PEFT) loads, with the head in a file of its own.
 
@@ -168,6 +189,9 @@ class PreTrainedModelWrapper(nn.Module):
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained(push_to_hub=True) would upload no value head; call push_to_hub(repo_id)")
+        if self.reward_adapter is not None:  # it has a place of its own, and would go without its score head
+            mine = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter.name]
+            kwargs.setdefault("selected_adapters", mine)
         head: Mapping[str, Tensor] = self.v_head.state_dict()
         if (state := kwargs.pop("state_dict", None)) is not None:
             head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}

@@ -1,0 +1,143 @@
+"""LoRA policies: what trains, what stays, what is saved, half precision, and a reward model as a second adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from ppo_runtime import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PPOConfig,
+    PPOTrainer,
+    set_seed,
+)
+from tests.runtime.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
+from tests.runtime.trainers import SETTINGS, make_batch
+
+# peft still reads a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    parent = AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+    base: Any = tiny_model(family)
+    return parent.from_pretrained(base.to(dtype), peft_config=tiny_lora(family), **kwargs)
+
+
+def trainer_of(model: Any, **settings: Any) -> PPOTrainer:
+    fields: dict[str, Any] = SETTINGS | {"learning_rate": 1e-2} | settings
+    return PPOTrainer(PPOConfig(**fields), model, None, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_only_adapter_and_head_change_and_the_reference_stays(family: str) -> None:
+    """The reference's log-probabilities are bit-equal after three steps; the policy's are not."""
+    set_seed(0)
+    trainer = trainer_of(adapted(family))
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    assert trainer.ref_model is None
+    batch = make_batch()
+    history = [trainer.step(*batch) for _ in range(3)]
+    for stats in history:
+        assert (stats["objective/ref_logprobs"] == history[0]["objective/ref_logprobs"]).all()
+        assert stats["ppo/policy/first_minibatch_ratio_deviation"] <= 1e-4
+    assert (history[0]["objective/logprobs"] == history[0]["objective/ref_logprobs"]).all(), "LoRA begins at 0"
+    assert (history[2]["objective/logprobs"] != history[0]["objective/logprobs"]).any()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name or name.startswith("v_head.")}
+
+
+def test_a_half_precision_policy_trains_with_a_head_in_float32(tmp_path: Path) -> None:
+    trainer = trainer_of(adapted(dtype=torch.bfloat16))
+    assert trainer.model.v_head.summary.weight.dtype == torch.float32
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in frozen.values()} == {torch.bfloat16}
+    queries, _, scores = make_batch()
+    responses = trainer.generate(queries, return_prompt=False, max_new_tokens=4, do_sample=True)
+    for _ in range(2):
+        stats = trainer.step(queries, responses, scores)
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in stats.values())
+        # Scoring and training pad differently, and bfloat16 has 8 bits.
+        assert stats["ppo/policy/first_minibatch_ratio_deviation"] < 0.1
+    named = dict(trainer.model.named_parameters())
+    assert all(torch.equal(named[name], value) for name, value in frozen.items())
+    assert all(torch.isfinite(parameter).all() for parameter in named.values())
+
+
+def test_a_trained_adapter_is_saved_and_loaded_with_its_head(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "base", peft_config=tiny_lora("llama"))
+    trainer = trainer_of(model)
+    trainer.step(*make_batch())
+    trainer.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter")
+    # LoRA tensors come back under the same names, and training may go on.
+    for (name, a), (other, b) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad, name
+    trainer_of(loaded).step(*make_batch())
+
+
+# --- a reward model as a second adapter --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> tuple[Any, Path]:
+    """A sequence classifier with an adapter on the weights of tiny_model("llama"), saved as peft saves it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=2))
+        missing = classifier.load_state_dict(tiny_model("llama").state_dict(), strict=False)
+        assert missing.missing_keys == ["score.weight"]
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(classifier, config).eval()
+    model.save_pretrained(str(tmp_path / "reward"))
+    return model, tmp_path / "reward"
+
+
+def test_a_reward_adapter_scores_like_the_reward_model(reward_model: tuple[Any, Path], tmp_path: Path) -> None:
+    model, directory = reward_model
+    policy = adapted(reward_adapter=str(directory))
+    trainer = trainer_of(policy)
+    names = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert not any("reward_model_adapter" in name for name in names)
+    rows = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10])]
+    ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+    def scores() -> list[Tensor]:
+        found = policy.compute_reward_score(ids, mask)
+        assert found.shape == (2, 4, 2)
+        return [found[0, 3], found[1, 1]]
+
+    with torch.no_grad():
+        expected = [model(row[None]).logits[0] for row in rows]
+    for one, other in zip(scores(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    before = scores()
+    stats = trainer.step(*make_batch())
+    assert stats["ppo/policy/approxkl"] > 0, "the policy's own adapter is active again, and trains"
+    for one, other in zip(scores(), before, strict=True):
+        assert torch.equal(one, other)
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == names
+
+    trainer.save_pretrained(tmp_path / "policy")
+    assert not [file for file in (tmp_path / "policy").rglob("*") if "reward" in file.name]
+
+
+def test_reward_adapters_that_cannot_work_are_named(reward_model: tuple[Any, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass peft_config as well"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"), reward_adapter=str(reward_model[1]))
+    with pytest.raises(ValueError, match="pass reward_adapter= to from_pretrained"):
+        adapted().compute_reward_score(torch.tensor([[5]]))
+    adapted().save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="holds no score head"):
+        adapted(reward_adapter=tmp_path / "policy")
