@@ -64,6 +64,25 @@ def test_log_stats_adds_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
     assert line["tables"]["game_log"][0].keys() == {"query", "response", "reward"}
 
 
+def test_the_migration_page_is_true() -> None:
+    """Its imports work and are all there are; every defect has its line and its test."""
+    import re
+
+    import tests.runtime.test_defects as defects
+
+    page = (Path(ppo_runtime.__file__).parent / "compat" / "README.md").read_text()
+    (imports,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(imports, "README.md", "exec"), names)
+    assert set(names) - {"__builtins__"} == set(ppo_runtime.__all__)
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert numbers == list(range(1, 23))
+    tested = {int(name.split("_")[2]) for name in vars(defects) if name.startswith("test_defect_")}
+    assert tested == set(numbers)
+    for path in re.findall(r"\]\(([^)]+)\)", page):
+        assert (Path(ppo_runtime.__file__).parent / "compat" / path).exists(), path
+
+
 def test_a_document_is_walked_as_it_is_written() -> None:
     text = """
 .. py:function:: mean(accelerator, xs: torch.Tensor, mask=None) -> Tuple[float, int]
