@@ -108,6 +108,7 @@ def counterexample(error: BaseException) -> str:
             found = re.sub(r"^case=Case\((.*)\)$", r"\1", found)
         elif note.startswith("Draw "):
             found += (", " if found else "") + note.split(": ", 1)[-1]
+    found = re.sub(r"(\S+, )\1{7,}", r"\1..., ", found)
     return f"{found} gives {consequence(error)}" if found else consequence(error)
 
 

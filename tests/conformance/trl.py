@@ -8,11 +8,13 @@ What differs only in convention is translated, and never held against it:
 - ``compute_advantages`` whitens its advantages: they are read off its returns, which are advantages + values;
 - there is no bootstrap: gamma * bootstrap is added to the last reward, which is what one would do there;
 - losses are means: they are multiplied by the number of tokens that they are means of. The threshold above which a
-  loss is multiplied by 0 is set to infinity.
+  loss is multiplied by 0 is set to infinity;
+- a response without any token does not exist there (rewards raise IndexError, advantages and losses ValueError). It
+  does not count, or it would be the counterexample of every row; the functions of a mask alone are asked about it.
 
-Whitening exists with its own statistics, Bessel's correction and eps 1e-8 only; other settings do not count. There is
-no k3, no selection (``keep``, ``last_kept``) and no merging of parts. Made for the versions in
-``tests/conformance/trl-0.11.4.md``.
+Whitening exists with its own statistics, Bessel's correction and eps 1e-8 only; other settings do not count.
+There is no k3, no gamma or lambda per step, no selection (``keep``, ``last_kept``) and no merging of parts. Made for
+the versions in ``tests/conformance/trl-0.11.4.md``.
 """
 
 from types import SimpleNamespace
@@ -39,6 +41,20 @@ def trainer(kl_coef=0.0, **config):
     return stand_in
 
 
+def tokens_in(mask):
+    """A mask of theirs: integers, and at least one token in every row."""
+    if not mask.numel() or not mask.any(-1).all():
+        not_offered()
+    return mask.long()
+
+
+def some_token(mask):
+    """The same for what is reduced over rows: at least one token in all."""
+    if not mask.any():
+        not_offered()
+    return mask.long()
+
+
 def kept(x, mask):
     """What is answered at masked positions counts as 0."""
     return torch.where(mask, x, 0.0)
@@ -57,7 +73,8 @@ def masked_moments(x, mask, *, dim=None):
 
 def whiten(x, mask, moments, *, shift_mean, correction, eps):
     own = masked_moments(x, mask)
-    if correction != 1 or eps != 1e-8 or not all(map(torch.equal, moments, own)):
+    same = all(torch.allclose(x, y, equal_nan=True) for x, y in zip(moments, own, strict=True))
+    if correction != 1 or eps != 1e-8 or not same:
         not_offered()
     return kept(core.masked_whiten(x, mask.long(), shift_mean=shift_mean), mask)
 
@@ -80,16 +97,18 @@ def token_entropy(logits):
 
 def compute_rewards(scores, kl, mask, *, kl_coef):
     stand_in = trainer(kl_coef)
-    rewards, penalties, _ = PPOTrainer.compute_rewards(stand_in, scores, kl, torch.zeros_like(kl), mask.long())
+    rewards, penalties, _ = PPOTrainer.compute_rewards(stand_in, scores, kl, torch.zeros_like(kl), tokens_in(mask))
     return Rewards(kept(rewards, mask), kept(penalties, mask))
 
 
 def gae(rewards, values, mask, bootstrap=None, *, gamma, lam):
+    if isinstance(gamma, torch.Tensor) or isinstance(lam, torch.Tensor):
+        not_offered()
     if bootstrap is not None:
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
         rewards = torch.where(last, rewards + gamma * bootstrap[:, None], rewards)
     stand_in = trainer(gamma=gamma, lam=lam)
-    seen, _, returns = PPOTrainer.compute_advantages(stand_in, values, rewards, mask.long())
+    seen, _, returns = PPOTrainer.compute_advantages(stand_in, values, rewards, tokens_in(mask))
     return Advantages(kept(returns - seen, mask), kept(returns, mask))
 
 
@@ -97,7 +116,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, cliprange):
     nothing, logits = torch.zeros_like(advantages), torch.zeros(*mask.shape, 2)
     stand_in = trainer(cliprange=cliprange, cliprange_value=1.0)
     loss, _, stats = PPOTrainer.loss(
-        stand_in, old_logprobs, nothing, logits, nothing, logprobs, mask.long(), advantages, nothing
+        stand_in, old_logprobs, nothing, logits, nothing, logprobs, some_token(mask), advantages, nothing
     )
     ratio = stats["policy/ratio"]
     return PolicyLoss(
@@ -114,7 +133,7 @@ def clipped_value_loss(values, old_values, returns, mask, *, cliprange):
     nothing, logits = torch.zeros_like(returns), torch.zeros(*mask.shape, 2)
     stand_in = trainer(cliprange=0.2, cliprange_value=cliprange)
     _, loss, stats = PPOTrainer.loss(
-        stand_in, nothing, old_values, logits, values, nothing, mask.long(), nothing, returns
+        stand_in, nothing, old_values, logits, values, nothing, some_token(mask), nothing, returns
     )
     return ValueLoss(
         loss=summed(loss, mask),
