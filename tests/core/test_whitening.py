@@ -3,10 +3,12 @@
 import math
 import statistics
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ppo_core.moments import Moments
 from tests.core.close import assert_close
 from tests.core.strategies import NUMBERS, POSITIVE, cases, gradient, kept_values, put_back, rows_of
 from tests.core.subject import subject
@@ -130,3 +132,23 @@ def test_published_numbers():
     for correction, row in ((0, [0.0508, 0.4381, 0.8254]), (1, [0.1394, 0.5046, 0.8697])):
         got = whiten(x, mask, shift_mean=False, correction=correction, eps=1e-8)[0]
         assert torch.allclose(got, torch.tensor(row).double(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (1, 1, 3), (2,)])
+def test_moments_that_do_not_fit_are_refused(shape):
+    """Moments that do not broadcast against x, or would make the result larger, are refused by name."""
+    moments = Moments(*(torch.ones(shape, dtype=torch.float64) for _ in range(3)))
+    x, mask = torch.zeros(2, 3).double(), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"moments\.n .*broadcasts to \(2, 3\)"):
+        subject.whitening.whiten(x, mask, moments, shift_mean=True, correction=1, eps=1e-8)
+
+
+@given(case=cases("x", batch=3, eps=POSITIVE, shift_mean=st.booleans()))
+def test_moments_may_be_those_of_rows(case):
+    """Moments with one entry per row, or per column, whiten each row, or column, by its own."""
+    options = {"shift_mean": case.shift_mean, "correction": 0, "eps": case.eps}
+    for dim, rows in ((-1, zip(case.x, case.mask, strict=True)), (0, zip(case.x.T, case.mask.T, strict=True))):
+        moments = Moments(*(m.unsqueeze(dim) for m in subject.moments.masked_moments(case.x, case.mask, dim=dim)))
+        got = subject.whitening.whiten(case.x, case.mask, moments, **options)
+        alone = [whiten(*row, **options) for row in rows]
+        assert_close(got, torch.stack(alone, dim=0 if dim == -1 else 1))
