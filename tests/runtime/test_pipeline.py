@@ -1,0 +1,111 @@
+"""The classic loop end to end on tiny models: dataset, length sampler, reward pipeline, LoRA in bf16, logs, saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+from ppo_runtime import AutoModelForCausalLMWithValueHead
+from ppo_runtime.demo import classic
+from ppo_runtime.demo.classic import ClassicOptions
+from tests.runtime.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+# peft still reads a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> dict[str, Path]:
+    """A policy, a reward model and prompts on disk."""
+    for name, model in {
+        "model": tiny_model("llama"),
+        "reward": BertForSequenceClassification(
+            BertConfig(
+                vocab_size=VOCAB_SIZE,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                id2label={0: "NEGATIVE", 1: "POSITIVE"},
+                label2id={"NEGATIVE": 0, "POSITIVE": 1},
+                pad_token_id=0,
+            )
+        ),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    prompts = [f"{word}, " for word in ("It was", "She", "Nobody", "They say", "Once", "In May", "A man")]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    return {name: tmp_path / name for name in ("model", "reward", "prompts.txt", "output")}
+
+
+def options(directories: dict[str, Path], **more: Any) -> ClassicOptions:
+    fields: dict[str, Any] = {
+        "model": directories["model"],
+        "output": directories["output"],
+        "reward_model": directories["reward"],
+        "prompts": directories["prompts.txt"],
+        "steps": 4,
+        "batch_size": 3,
+        "mini_batch_size": 1,
+        "response_length": (2, 5),
+        "save_every": 2,
+    }
+    return ClassicOptions(**(fields | more))
+
+
+def test_the_classic_pipeline(directories: dict[str, Path]) -> None:
+    """Four steps of three sequences; metrics of each, the adapter and its head saved after every second."""
+    history = classic.run(options(directories))
+    assert len(history) == 4
+    for stats in history:
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in stats.values())
+        assert set(stats["tokens/responses_dist"]) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+        assert stats["ppo/policy/first_minibatch_ratio_deviation"] < 0.1  # bfloat16
+    assert history[0]["ppo/std_scores"] > 0.0
+    lines = [json.loads(line) for line in (directories["output"] / "metrics.jsonl").read_text().splitlines()]
+    assert "env/reward_mean" in json.dumps(lines)
+    for step in (2, 4):
+        saved = directories["output"] / f"step-{step}"
+        assert {"adapter_model.safetensors", "value_head.safetensors", "tokenizer.json"} <= {
+            file.name for file in saved.iterdir()
+        }
+        loaded = AutoModelForCausalLMWithValueHead.from_pretrained(saved)
+        assert loaded.is_peft_model
+    assert not (directories["output"] / "step-3").exists()
+
+
+def test_the_whole_model_from_the_command_line(directories: dict[str, Path], capsys: Any) -> None:
+    arguments = {
+        "--model": directories["model"],
+        "--output": directories["output"],
+        "--reward-model": directories["reward"],
+        "--prompts": directories["prompts.txt"],
+        "--label": "NEGATIVE",
+        "--steps": 1,
+        "--batch-size": 2,
+        "--mini-batch-size": 1,
+        "--rank": 0,
+        "--dtype": "float32",
+    }
+    classic.main([str(part) for pair in arguments.items() for part in pair] + ["--response-length", "2", "3"])
+    assert "step 1/1  score" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(directories["output"] / "step-1")
+
+
+def test_the_score_is_the_labels_logit(directories: dict[str, Path]) -> None:
+    scores = {label: classic._scores(options(directories, label=label)) for label in ("NEGATIVE", "POSITIVE", None)}
+    texts = (["ab", "c"], ["x", "yz"])
+    reward = BertForSequenceClassification.from_pretrained(directories["reward"]).eval()
+    tokens = tiny_tokenizer()(["abx", "cyz"], return_tensors="pt")
+    with torch.no_grad():
+        logits = reward(**tokens).logits
+    for label, column in {"NEGATIVE": 0, "POSITIVE": 1, None: 1}.items():
+        assert scores[label](*texts) == pytest.approx(logits[:, column].tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="label is 'JOY', expected one of the reward model's: NEGATIVE, POSITIVE"):
+        classic._scores(options(directories, label="JOY"))
