@@ -16,3 +16,8 @@ def select(kept: Tensor, x: Tensor) -> Tensor:
         x: of the shape of ``kept``.
     """
     return torch.ops.aten.threshold_backward(x, kept, 0.5)
+
+
+def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the mask is True, else 0. Bytes convert several times faster than booleans."""
+    return mask.view(torch.uint8).to(dtype)

@@ -16,7 +16,7 @@ from ppo_core._checks import (
     check_time_axis,
     widen,
 )
-from ppo_core._select import select
+from ppo_core._select import as_numbers, select
 
 PerStep = float | Float[Tensor, "*batch time"]
 """One number for all steps, or one for each."""
@@ -47,7 +47,7 @@ def observe(
     check_shape("rewards without its time axis", tuple(rewards.shape[:-1]), bootstrap=bootstrap)
     check_same_device("rewards", rewards, bootstrap=bootstrap)
     rewards, values, bootstrap = widen(rewards, values, bootstrap)
-    kept = mask.to(rewards.dtype)
+    kept = as_numbers(mask, rewards.dtype)
     return Observed(
         select(kept, rewards),
         select(kept, values),

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_floating, widen
-from ppo_core._select import select
+from ppo_core._select import as_numbers, select
 from ppo_core._steps import PerStep
 from ppo_core.returns import lambda_returns
 
@@ -57,7 +57,7 @@ def gae(
     lam = .5 gives A_0 = .15 there and .50 here, which is the value without the hole.
     """
     returns = lambda_returns(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
-    return Advantages(select(mask.to(returns.dtype), returns - values), returns)
+    return Advantages(select(as_numbers(mask, returns.dtype), returns - values), returns)
 
 
 def rloo(scores: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
