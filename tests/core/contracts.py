@@ -171,7 +171,12 @@ def _discover() -> dict[str, Function]:
             continue
         namespace = importlib.import_module(f"ppo_core.{module.name}")
         for name, value in vars(namespace).items():
-            if name.startswith("_") or not inspect.isfunction(value) or value.__module__ != namespace.__name__:
+            if (
+                name.startswith("_")
+                or "__" in name
+                or not inspect.isfunction(value)
+                or value.__module__ != namespace.__name__
+            ):
                 continue
             hints = typing.get_type_hints(value)
             parameters = tuple(
