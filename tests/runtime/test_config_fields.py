@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_runtime import PPOConfig
+from ppo_runtime import PPOConfig, assembly
 from ppo_runtime import forward as forward_module
 from ppo_runtime import update as update_module
+from ppo_runtime.accel import AccelChoice
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -110,9 +111,18 @@ def test_what_cannot_be_honoured_says_what_to_use(settings: dict[str, Any], mess
         PPOConfig(**settings)
 
 
-def test_accel_chooses_the_backend() -> None:
-    assert make_trainer(accel="eager").acceleration.backend == "eager"
-    assert make_trainer(accel="auto").acceleration.reason != make_trainer(accel="eager").acceleration.reason
+@pytest.mark.parametrize("accel", ["auto", "eager", "ipex"])
+def test_accel_chooses_the_backend(accel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request arrives where backends are chosen; test_accel has what comes of it."""
+    asked: list[str] = []
+
+    def choose(requested: str, *, strict: bool) -> AccelChoice:
+        asked.append(requested)
+        return AccelChoice(requested="eager", strict=strict, backend="eager", reason="as the test has it", versions={})
+
+    monkeypatch.setattr(assembly, "choose", choose)
+    assert make_trainer(accel=accel).acceleration.reason == "as the test has it"
+    assert asked == [accel]
 
 
 def _uploads(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
