@@ -3,7 +3,7 @@
     python -m tests.conformance ours
     python -m tests.conformance textbook
     python -m tests.conformance trl --report tests/conformance/trl-0.11.4.md     # where trl 0.11.4 is installed
-    python -m tests.conformance my_package.adapter:implementation
+    python -m tests.conformance my_package.adapter:implementation --only advantages
 
 The property tests of ``tests/core`` are pointed at an adapter: an object that has our functions, under our names and
 conventions, in areas named like our modules (``implementation.advantages.gae``). One row is printed per property:

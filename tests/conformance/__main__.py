@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("adapter", help="ours, textbook, trl, or module:attribute of an adapter")
     parser.add_argument("--report", type=Path, help="also write the table to this file, as Markdown")
     parser.add_argument("--examples", type=int, default=100, help="examples per property (default 100)")
+    parser.add_argument("--only", action="append", metavar="AREA", help="only this area, e.g. advantages; repeatable")
     parser.add_argument("--contracts", action="store_true", help="the package's own promises too: vmap, errors, ...")
     parser.add_argument("--quiet", action="store_true", help="print the counts only")
     options = parser.parse_args()
@@ -41,9 +42,10 @@ def main() -> int:
     ignored += ["-k", " and ".join(f"not {name}" for name in HOUSE_TESTS)]
     if options.contracts:
         ignored = []
+    files = [str(CORE / f"test_{area}.py") for area in options.only or ()] or [str(CORE)]
     flags = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist"]
     with contextlib.redirect_stdout(printed):
-        status = pytest.main([str(CORE), *ignored, *flags], plugins=[collector])
+        status = pytest.main([*files, *ignored, *flags], plugins=[collector])
     if collector.broken or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         print(printed.getvalue() or "\n".join(collector.broken), file=sys.stderr)
         return 2

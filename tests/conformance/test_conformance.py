@@ -53,41 +53,37 @@ def test_they_hold(adapter, tmp_path):
 
 
 WRONG = '''
-"""GAE with holes filled by zeros, and nothing else."""
+"""Rewards with the score in the last column instead of on the last kept token, and nothing else."""
 
 import torch
 
-from ppo_core.advantages import Advantages
+from ppo_core.rewards import Rewards
 from tests.conformance import areas
 
 
-def gae(rewards, values, mask, bootstrap=None, *, gamma, lam):
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    following = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
-    advantage, out = torch.zeros_like(following), []
-    for t in reversed(range(rewards.shape[1])):
-        advantage = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
-        following = values[:, t]
-        out.append(advantage)
-    advantages = torch.where(mask, torch.stack(out[::-1], dim=-1), 0.0)
-    return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
+def compute_rewards(scores, kl, mask, *, kl_coef):
+    penalty = torch.where(mask, -kl_coef * kl, 0.0)
+    rewards = penalty.clone()
+    rewards[:, -1] += scores
+    return Rewards(rewards, penalty)
 
 
-implementation = areas(advantages=[gae])
+implementation = areas(rewards=[compute_rewards])
 '''
 
 
 def test_a_wrong_implementation_is_found_out(tmp_path):
-    """Holes filled with zeros fail the properties of deletion, with an example, and what is not there is absent."""
-    (tmp_path / "zero_filling.py").write_text(WRONG, encoding="utf-8")
-    done = run("zero_filling:implementation", "--examples", "25", "--report", str(tmp_path / "r.md"), path=[tmp_path])
+    """A score in the wrong place fails, with an example; what does not depend on it holds; the rest is absent."""
+    (tmp_path / "misplaced.py").write_text(WRONG, encoding="utf-8")
+    options = ["--examples", "25", "--only", "rewards", "--only", "whitening", "--report", str(tmp_path / "r.md")]
+    done = run("misplaced:implementation", *options, path=[tmp_path])
     assert done.returncode == 1, done.stdout + done.stderr
     report = (tmp_path / "r.md").read_text(encoding="utf-8")
     found = results(report)
-    assert any("a hole is deleted, not zero-filled" in sentence for sentence in found["fails"])
-    assert any("returns = advantages + values" in sentence for sentence in found["holds"])
+    assert any("on the last kept token" in sentence for sentence in found["fails"])
+    assert any("affine in the coefficient" in sentence for sentence in found["holds"])
     assert any("mean 0 and variance 1" in sentence for sentence in found["absent"])
-    example = re.search(r"deleted, not zero-filled\. \| \*\*fails\*\* \| `(.+?)`", report)
+    example = re.search(r"on the last kept token\. \| \*\*fails\*\* \| `(.+?)`", report)
     assert example
     assert "mask=[[" in example[1]
     assert re.search(r"\d+ properties: \d+ hold, \d+ fail, \d+ absent", done.stdout)
