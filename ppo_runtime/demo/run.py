@@ -223,7 +223,7 @@ def _report(
     options: DemoOptions, history: list[dict[str, Any]], before: Evaluation, after: Evaluation, *, seconds: float
 ) -> dict[str, Any]:
     scores = [stats["env/reward_mean"] for stats in history]
-    window = min(10, len(scores))
+    window = max(1, min(10, len(scores) // 2))
     kl = [stats["objective/kl"] for stats in history][-window:]
     return {
         "steps": len(history),
