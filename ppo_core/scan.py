@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppo_core._checks import check_floating, check_same_shape, check_shape, check_time_axis, widen
+from ppo_core._checks import check_floating, check_same_device, check_same_shape, check_shape, check_time_axis, widen
 
 
 def linear_recurrence(
@@ -40,6 +40,7 @@ def linear_recurrence(
     if after is not None and time:
         check_floating(after=after)
         check_shape("x without its time axis", tuple(x.shape[:-1]), after=after)
+        check_same_device("x", x, after=after)
         last = x[..., -1] + coef[..., -1] * after
         x = torch.cat((x[..., :-1], last.unsqueeze(-1)), dim=-1)
     if not torch.compiler.is_compiling():
