@@ -44,7 +44,7 @@ def linear_recurrence(
         last = x[..., -1] + coef[..., -1] * after
         x = torch.cat((x[..., :-1], last.unsqueeze(-1)), dim=-1)
     if not torch.compiler.is_compiling():
-        return _Scan.apply(x, coef)  # pyright: ignore
+        return _apply(x, coef)
     # The compiler differentiates the operations themselves. Padded to a power of two, every level has a size that it
     # knows, and one graph serves all lengths of an octave.
     size = 1
@@ -100,14 +100,13 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         coef, y = ctx.saved_tensors
         # Forwards in time: g_t = grad_t + c_{t-1} g_{t-1}.
-        by_x: Any = _Scan.apply(grads[0].flip(-1), pad(coef[..., :-1], (1, 0)).flip(-1))  # pyright: ignore
-        by_x = by_x.flip(-1)
+        by_x = _apply(grads[0].flip(-1), pad(coef[..., :-1], (1, 0)).flip(-1)).flip(-1)
         return by_x, by_x * pad(y[..., 1:], (0, 1))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         coef, y = ctx.saved_tensors
-        return _Scan.apply(tangents[0] + tangents[1] * pad(y[..., 1:], (0, 1)), coef)  # pyright: ignore
+        return _apply(tangents[0] + tangents[1] * pad(y[..., 1:], (0, 1)), coef)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
@@ -115,4 +114,8 @@ class _Scan(torch.autograd.Function):
             a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
             for a, dim in zip(args, in_dims, strict=True)
         )
-        return _Scan.apply(x, coef), 0  # pyright: ignore
+        return _apply(x, coef), 0
+
+
+def _apply(x: Tensor, coef: Tensor) -> Tensor:
+    return _Scan.apply(x, coef)  # pyright: ignore
