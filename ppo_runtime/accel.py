@@ -175,11 +175,14 @@ def _import_extension() -> ModuleType:
     functions = [(owner, name, getattr(owner, name)) for owner, name in _REPLACED_ON_IMPORT]
     root, logger_class = logging.getLogger(), logging.getLoggerClass()
     level, handlers = root.level, root.handlers[:]
+    from torch._inductor import config as inductor
+
     # The import would also start a pool of compiler processes, half a gigabyte that nobody here uses.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    threads, inductor.compile_threads = inductor.compile_threads, 1
     try:
         return importlib.import_module("intel_extension_for_pytorch")
     finally:
+        inductor.compile_threads = threads
         for owner, name, function in functions:
             setattr(owner, name, function)
         logging.setLoggerClass(logger_class)
