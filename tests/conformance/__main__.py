@@ -15,7 +15,7 @@ from tests.conformance import table
 
 CORE = Path(__file__).parent.parent / "core"
 HOUSE_FILES = ("test_contracts.py", "test_compiled.py")
-HOUSE_TESTS = ("bad_arguments", "are_checked", "is_positive", "compil", "vmap", "function_transforms")
+HOUSE_TESTS = ("bad_arguments", "are_checked", "is_positive", "compil", "vmap", "function_transforms", "do_not_fit")
 """Vectorisation, compilation and error messages: promises of this package, not properties of PPO's arithmetic."""
 
 

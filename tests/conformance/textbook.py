@@ -115,13 +115,15 @@ def variance(m, *, correction):
 
 
 def whiten(x, mask, moments, *, shift_mean, correction, eps):
-    mean, spread = moments.mean.double(), variance(moments, correction=correction).double() + eps
+    mean, spread = (y.double().expand(x.shape) for y in (moments.mean, variance(moments, correction=correction)))
 
-    def standardise(values):
-        scaled = (values - mean) / spread.sqrt() if spread > 0 else 0.0 * values
+    def standardise(values, mean, spread):
+        pairs = zip(values, mean, spread + eps, strict=True)
+        scaled = [(value - m) / s.sqrt() if s > 0 else 0 * value for value, m, s in pairs]
+        scaled = torch.stack(scaled) if scaled else values
         return scaled if shift_mean else scaled + mean
 
-    return on_kept(mask, standardise, x)
+    return answer(on_kept(mask, standardise, x, mean, spread), x)
 
 
 # KL: Schulman's note of 2020
