@@ -1,6 +1,7 @@
 """Weights & Biases without network, and the table of texts in every tracker."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged(tmp_path, log_with="wandb", tracker_kwargs={"wandb": {"name": "first", "tags": ["tiny"]}})
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (record,) = run.glob("*.wandb")
-    assert record.stat().st_size > 0
-    content = record.read_bytes()
+    # The service that writes the file may be done a moment after finish() has returned.
+    patience = time.monotonic() + 60
+    while b"game_log" not in (content := record.read_bytes()) and time.monotonic() < patience:
+        time.sleep(0.1)
     for text in (b"prose", b"first", b"ppo/loss/total", b"env/reward_mean", b"game_log", b"learning_rate"):
         assert text in content, text
     tables = sorted((run / "files" / "media" / "table").glob("game_log_*.table.json"))
