@@ -28,7 +28,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.logging import RichHandler
@@ -87,7 +87,7 @@ def read_lazyload(directory: Path) -> dict[str, list[str]]:
             case _:
                 return zlib.decompress(chunk[4:])
 
-    index = load(gzip.decompress((directory / "Rdata.rdx").read_bytes()))
+    index: Any = load(gzip.decompress((directory / "Rdata.rdx").read_bytes()))
     chunks = (directory / "Rdata.rdb").read_bytes()
     return {
         str(name): [str(line) for line in load(inflate(chunks[offset : offset + length]))]
@@ -160,15 +160,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.backend_tokenizer.token_to_id(EOS),
+            pad_token_id=tokenizer.backend_tokenizer.token_to_id(PAD),
         )
     )
 
 
 def regularise(model: LlamaForCausalLM, rate: float) -> None:
     """Dropout on what each attention and MLP block adds to the residual stream, which LLaMA itself lacks."""
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         layer.self_attn.o_proj.register_forward_hook(lambda m, _, out: F.dropout(out, rate, m.training))
         layer.mlp.down_proj.register_forward_hook(lambda m, _, out: F.dropout(out, rate, m.training))
 
@@ -441,7 +442,7 @@ def export(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: train, then write everything the demo ships."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the demo's language model from nothing.")
     parser.add_argument("--texts", type=Path, required=True, help="what dpkg -x made of r-cran-janeaustenr")
     parser.add_argument("--output", type=Path, required=True, help="where model, tokenizer and prompts go")
     parser.add_argument("--steps", type=int, default=1400)
