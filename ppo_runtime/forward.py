@@ -20,7 +20,7 @@ from ppo_runtime.modes import dropout_off
 # Tokens in one forward pass without gradients: enough to keep two cores busy, little enough to stay in memory.
 SCORING_TOKENS = 4096
 # Vocabulary entries per tile of the fused head.
-HEAD_CHUNK = 4096
+HEAD_CHUNK = 2048
 # Rows per tile where a whole distribution is needed (kl_penalty="full").
 FULL_KL_ROWS = 64
 
