@@ -13,8 +13,8 @@ from tests.core.contracts import FUNCTIONS, calls, gradients, leaves, magnitude,
 
 GARBAGE = (1e30, math.inf, -math.inf, math.nan)
 
-# Thirty functions share each contract, and a contract is about shapes, of which there are few.
-FEW = settings(max_examples=max(8, settings().max_examples // 4))
+# Forty functions share each contract, and a contract is about shapes, of which there are few.
+FEW = settings(max_examples=max(8, settings().max_examples // 8))
 FEWER = settings(max_examples=max(4, settings().max_examples // 20))
 
 
