@@ -34,6 +34,9 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    # A busy machine may need longer than its 30 seconds to start the process that writes.
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "200")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "200")
     logged(tmp_path, log_with="wandb", tracker_kwargs={"wandb": {"name": "first", "tags": ["tiny"]}})
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (record,) = run.glob("*.wandb")
