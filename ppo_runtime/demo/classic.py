@@ -43,7 +43,8 @@ class ClassicOptions:
     learning_rate: float = 1e-4
     rank: int = 8
     """Of the LoRA adapter; 0 trains the whole model."""
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
+    """Of the base model; "bfloat16" halves its memory, and is slow on processors without instructions for it."""
     save_every: int = 10
     seed: int = 0
 

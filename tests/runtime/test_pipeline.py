@@ -55,6 +55,7 @@ def options(directories: dict[str, Path], **more: Any) -> ClassicOptions:
         "mini_batch_size": 1,
         "response_length": (2, 5),
         "save_every": 2,
+        "dtype": "bfloat16",
     }
     return ClassicOptions(**(fields | more))
 
@@ -91,7 +92,6 @@ def test_the_whole_model_from_the_command_line(directories: dict[str, Path], cap
         "--batch-size": 2,
         "--mini-batch-size": 1,
         "--rank": 0,
-        "--dtype": "float32",
     }
     classic.main([str(part) for pair in arguments.items() for part in pair] + ["--response-length", "2", "3"])
     assert "step 1/1  score" in capsys.readouterr().out
