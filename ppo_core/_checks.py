@@ -73,7 +73,8 @@ def check_bundles(**bundles: tuple[Tensor, ...]) -> None:
     fields = {
         f"{name}.{field}": value
         for name, bundle in bundles.items()
-        for field, value in zip(getattr(bundle, "_fields", ()), bundle, strict=True)
+        # Of the type: older compilers cannot iterate over the attribute of an instance.
+        for field, value in zip(getattr(type(bundle), "_fields", ()), bundle, strict=True)
     }
     check_floating(**fields)
     like_name, like = next(iter(fields.items()))
@@ -83,8 +84,9 @@ def check_bundles(**bundles: tuple[Tensor, ...]) -> None:
 def check_broadcasts(like_name: str, like: Tensor, **tensors: Tensor) -> None:
     """Refuse tensors that do not broadcast to ``like``, or would make the result larger."""
     for name, tensor in tensors.items():
-        sizes = zip(reversed(tensor.shape), reversed(like.shape), strict=False)
-        if tensor.ndim > like.ndim or any(size not in (1, expected) for size, expected in sizes):
+        larger = tensor.ndim > like.ndim
+        # A list, as older compilers cannot step through a generator. Axes are counted from the last.
+        if larger or [n for axis, n in enumerate(tensor.shape) if n not in (1, like.shape[axis - tensor.ndim])]:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected one that broadcasts to {tuple(like.shape)} "
                 f"like {like_name}"

@@ -180,7 +180,7 @@ def _import_extension() -> ModuleType:
     # The import would also start a pool of compiler processes, half a gigabyte that nobody here uses.
     threads, inductor.compile_threads = inductor.compile_threads, 1
     try:
-        return importlib.import_module("intel_extension_for_pytorch")
+        extension = importlib.import_module("intel_extension_for_pytorch")
     finally:
         inductor.compile_threads = threads
         for owner, name, function in functions:
@@ -188,6 +188,10 @@ def _import_extension() -> ModuleType:
         logging.setLoggerClass(logger_class)
         root.setLevel(level)
         root.handlers[:] = handlers
+    # Its layer norm is differentiable, by way of operators that are, but not registered as such: torch would warn at
+    # every backward pass of GPT-2 that gradients may be wrong. That they are right is tested.
+    warnings.filterwarnings("ignore", message="aten::layer_norm: an autograd kernel was not registered")
+    return extension
 
 
 @contextmanager
