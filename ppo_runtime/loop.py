@@ -162,11 +162,17 @@ def _forever(dataloader: Any, steps: int) -> Iterator[Any]:
     """``steps`` batches, beginning the dataloader again whenever it ends."""
     done = 0
     while done < steps:
+        before = done
         for batch in dataloader:
             yield batch
             done += 1
             if done == steps:
                 return
+        if done == before:
+            raise ValueError(
+                "the dataloader gave no batch, expected at least one per epoch; the data is shorter than batch_size, or "
+                "a stream that can be read only once has ended"
+            )
 
 
 def _status(stats: dict[str, float]) -> str:

@@ -112,6 +112,22 @@ def test_gradcheck(case):
     assert all(x.isfinite().all() for x in first)
 
 
+@given(case=sequences())
+def test_directional_derivative(case):
+    """Derivatives along a direction, forward in the graph, are those of the gradient."""
+    inputs = [x.clone().requires_grad_(True) for x in (case.x, case.coef, case.after)]
+    assert gradcheck(subject.scan.linear_recurrence, inputs, check_forward_ad=True, check_backward_ad=False)
+
+
+@given(case=sequences(longest=20))
+def test_what_a_compiler_sees_is_the_same(case):
+    """The form that is compiled, run without a compiler, equals the other."""
+    expected = scan(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert_close(scan(case), expected, scale=1e2)
+
+
 def test_empty_time():
     """No steps give no results."""
     empty = torch.zeros(2, 0)

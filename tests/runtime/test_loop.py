@@ -95,6 +95,13 @@ def test_a_trainer_without_dataset_is_told_so() -> None:
         train(make_trainer(), _vowels, steps=1, console=_quiet())
 
 
+def test_a_dataloader_without_batches_is_an_error_and_not_an_endless_loop() -> None:
+    trainer = make_trainer()
+    trainer.dataloader = []  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="gave no batch"):
+        train(trainer, _vowels, steps=1, console=_quiet())
+
+
 def test_the_score_climbs(tmp_path: Path) -> None:
     """Forty steps on a random model teach it a letter: a whole-path check that no unit test replaces."""
     trainer = _trainer(tmp_path, learning_rate=1e-2, init_kl_coef=0.01, seed=1)
