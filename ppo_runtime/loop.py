@@ -170,8 +170,8 @@ def _forever(dataloader: Any, steps: int) -> Iterator[Any]:
                 return
         if done == before:
             raise ValueError(
-                "the dataloader gave no batch, expected at least one per epoch; the data is shorter than batch_size, or "
-                "a stream that can be read only once has ended"
+                "the dataloader gave no batch, expected at least one per epoch; the data is shorter than batch_size, "
+                "or a stream that can be read only once has ended"
             )
 
 
