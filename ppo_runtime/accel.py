@@ -160,6 +160,9 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
             linear_bn_folding=False,
             auto_kernel_selection=True,
         )
+    # Its layer norm is differentiable, by way of operators that are, but not registered as such: torch would warn at
+    # every backward pass of GPT-2 that gradients may be wrong. That they are right is tested.
+    warnings.filterwarnings("ignore", message="aten::layer_norm: an autograd kernel was not registered")
     heads = {m.get_output_embeddings() for m in model.modules() if isinstance(m, _LanguageModel)}
     count = 0
     for name, layer in model.named_modules():
@@ -188,9 +191,6 @@ def _import_extension() -> ModuleType:
         logging.setLoggerClass(logger_class)
         root.setLevel(level)
         root.handlers[:] = handlers
-    # Its layer norm is differentiable, by way of operators that are, but not registered as such: torch would warn at
-    # every backward pass of GPT-2 that gradients may be wrong. That they are right is tested.
-    warnings.filterwarnings("ignore", message="aten::layer_norm: an autograd kernel was not registered")
     return extension
 
 
