@@ -60,9 +60,9 @@ class PromptBatches(Sampler[list[int]]):
         return {"epoch": self.epoch, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there with the next iteration."""
+        """Go on from there with the next iteration; from an epoch's end that is the next epoch."""
         self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self._go_on = self.epoch >= 0
+        self._go_on = self.epoch >= 0 and self.consumed < len(self)
 
 
 def _mixed(seed: int, epoch: int) -> int:

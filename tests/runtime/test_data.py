@@ -158,5 +158,12 @@ def test_the_place_in_an_epoch_can_be_kept() -> None:
     assert head + tail == list(whole)
 
 
+def test_a_place_at_the_end_of_an_epoch_goes_on_with_the_next() -> None:
+    sampler, again = (PromptBatches(6, 2, drop_last=True, seed=3, world=ALONE) for _ in range(2))
+    list(sampler)
+    again.load_state_dict(sampler.state_dict())
+    assert list(again) == list(sampler)
+
+
 def test_lists_per_column() -> None:
     assert list_collator([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]) == {"a": [1, 2], "b": ["x", "y"]}
