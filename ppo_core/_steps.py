@@ -1,4 +1,4 @@
-"""What every temporal function does at its door: check, widen, and forget whatever a masked position holds."""
+"""What the temporal functions share: at the door, check, widen, and forget whatever a masked position holds."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from ppo_core._checks import (
     check_time_axis,
     widen,
 )
+from ppo_core._recurrence import look_ahead
 from ppo_core._select import as_numbers, select
 
 PerStep = float | Float[Tensor, "*batch time"]
@@ -29,8 +30,8 @@ class Observed(NamedTuple):
     values: Tensor
     kept: Tensor
     bootstrap: Tensor
-    gamma: Tensor
-    lam: Tensor
+    gamma: float | Tensor
+    lam: float | Tensor
 
 
 def observe(
@@ -58,23 +59,31 @@ def observe(
     )
 
 
-def _per_step(name: str, x: PerStep, kept: Tensor) -> Tensor:
-    """A scalar as a tensor without axes; a tensor checked and selected."""
+def _per_step(name: str, x: PerStep, kept: Tensor) -> float | Tensor:
+    """A number as it is; a tensor checked and selected."""
     if not isinstance(x, Tensor):
-        return torch.as_tensor(x, dtype=kept.dtype, device=kept.device)
+        return x
     check_floating(**{name: x})
     check_same_shape("rewards", kept, **{name: x})
     return select(kept, x.to(kept.dtype))
 
 
-def chain(seen: Observed, coef: Tensor) -> Tensor:
+def chain(seen: Observed, coef: float | Tensor) -> Tensor:
     """The coefficients of a recurrence over kept tokens only: 1 on masked ones."""
-    return coef * seen.kept + (1 - seen.kept)
+    return ((coef - 1) * seen.kept).add_(1)
 
 
-def following(x: Tensor, after: Tensor) -> Tensor:
-    """x_{t+1}, and ``after`` behind the end."""
-    return torch.cat((x[..., 1:], after.unsqueeze(-1)), dim=-1)[..., : x.shape[-1]]
+def lambda_targets(seen: Observed) -> Tensor:
+    """:func:`ppo_core.returns.lambda_returns` of what was checked and selected."""
+    toward = torch.lerp(seen.values, seen.rewards, seen.lam)
+    return target(seen, look_ahead(toward, chain(seen, seen.gamma * seen.lam), seen.bootstrap))
+
+
+def target(seen: Observed, ahead: Tensor) -> Tensor:
+    """r_t + gamma_t times what lies ahead, and 0 on masked positions."""
+    if isinstance(seen.gamma, Tensor):
+        return torch.addcmul(seen.rewards, seen.gamma, ahead)
+    return torch.addcmul(seen.rewards, seen.kept, ahead, value=seen.gamma)
 
 
 def earlier(x: Tensor, steps: int, fill: float) -> Tensor:

@@ -7,9 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_floating, widen
-from ppo_core._select import as_numbers, select
-from ppo_core._steps import PerStep
-from ppo_core.returns import lambda_returns
+from ppo_core._steps import PerStep, lambda_targets, observe
 
 
 class Advantages(NamedTuple):
@@ -56,8 +54,9 @@ def gae(
     Differs from TRL, which zero-fills a hole and so lets it break the chain: r = [0, ., 1], V = [.2, 9, .4],
     lam = .5 gives A_0 = .15 there and .50 here, which is the value without the hole.
     """
-    returns = lambda_returns(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
-    return Advantages(select(as_numbers(mask, returns.dtype), returns - values), returns)
+    seen = observe(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
+    returns = lambda_targets(seen)
+    return Advantages(returns - seen.values, returns)
 
 
 def rloo(scores: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:

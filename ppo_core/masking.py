@@ -1,7 +1,7 @@
 """Masks, one meaning everywhere: True = a position that counts, False = a position that is not there.
 
 A masked position is deleted, not zero-filled: whatever it holds (zeros, garbage, inf, NaN) can change neither a
-value nor a gradient. Every selection is a ``where`` ahead of the arithmetic, since a product lets NaN through.
+value nor a gradient. Every selection comes ahead of the arithmetic, since a product lets NaN through.
 """
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_boolean, check_floating, check_same_shape, check_time_axis, widen
+from ppo_core._select import as_numbers, select
 
 Axes = int | tuple[int, ...] | None
 
@@ -31,7 +32,7 @@ def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tens
     check_boolean(mask=mask)
     check_same_shape("x", x, mask=mask)
     (x,) = widen(x)
-    return torch.where(mask, x, 0.0)
+    return select(as_numbers(mask, x.dtype), x)
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: Axes = None) -> Float[Tensor, "*rest"]:
@@ -65,5 +66,7 @@ def last_kept(mask: Bool[Tensor, "*batch time"]) -> Bool[Tensor, "*batch time"]:
     """
     check_boolean(mask=mask)
     check_time_axis(mask=mask)
-    rank = mask.cumsum(-1)
-    return mask & (rank == mask.sum(-1, keepdim=True))
+    if not mask.shape[-1]:
+        return mask
+    place = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+    return mask & (place == (place * mask).amax(-1, keepdim=True))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_bundles
+from ppo_core._select import as_numbers, select
 from ppo_core.masking import Axes, keep
 
 
@@ -38,11 +39,12 @@ def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, 
         TypeError, ValueError: as :func:`ppo_core.masking.keep`.
     """
     axes = tuple(range(x.ndim)) if dim is None else dim
-    kept = keep(x, mask)
-    count = mask.sum(axes, keepdim=True)
-    mean = kept.sum(axes, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(mask, kept - mean, 0.0)
-    return Moments(count.squeeze(axes).to(mean.dtype), mean.squeeze(axes), centred.square().sum(axes))
+    selected = keep(x, mask)
+    kept = as_numbers(mask, selected.dtype)
+    count = kept.sum(axes, keepdim=True)
+    mean = selected.sum(axes, keepdim=True) / count.clamp(min=1)
+    centred = select(kept, selected - mean)
+    return Moments(count.squeeze(axes), mean.squeeze(axes), centred.square().sum(axes))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

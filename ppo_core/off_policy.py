@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_floating, check_same_shape, widen
+from ppo_core._recurrence import look_ahead
 from ppo_core._select import select
-from ppo_core._steps import PerStep, chain, following, observe
-from ppo_core.scan import linear_recurrence
+from ppo_core._steps import PerStep, chain, observe
 
 
 class VTrace(NamedTuple):
@@ -69,11 +69,12 @@ def vtrace(
     ratio = (select(seen.kept, new) - select(seen.kept, old)).exp()
     rho, c = ratio.clamp(max=rho_clip), seen.lam * ratio.clamp(max=c_clip)
     # V at the next kept position: a kept one stops the recurrence, a masked one hands on.
-    next_value = following(linear_recurrence(seen.values, 1 - seen.kept, seen.bootstrap), seen.bootstrap)
+    next_value = look_ahead(seen.values, 1 - seen.kept, seen.bootstrap)
     error = select(seen.kept, rho * (seen.rewards + seen.gamma * next_value - seen.values))
-    correction = linear_recurrence(error, chain(seen, seen.gamma * c))
-    next_target = next_value + following(correction, torch.zeros_like(seen.bootstrap))
+    links = chain(seen, seen.gamma * c)
+    next_correction = look_ahead(error, links, torch.zeros_like(seen.bootstrap))
+    next_target = next_value + next_correction
     return VTrace(
         advantages=select(seen.kept, rho * (seen.rewards + seen.gamma * next_target - seen.values)),
-        returns=select(seen.kept, seen.values + correction),
+        returns=select(seen.kept, torch.addcmul(seen.values + error, links, next_correction)),
     )

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_core._recurrence import look_ahead
 from ppo_core._select import select
-from ppo_core._steps import PerStep, chain, earlier, following, observe
-from ppo_core.scan import linear_recurrence
+from ppo_core._steps import PerStep, chain, earlier, lambda_targets, observe, target
 
 
 def reward_to_go(
@@ -38,7 +38,7 @@ def reward_to_go(
         ValueError: no time axis; shapes or devices differ.
     """
     seen = observe(rewards, rewards, mask, bootstrap, gamma=gamma)
-    return select(seen.kept, linear_recurrence(seen.rewards, chain(seen, seen.gamma), seen.bootstrap))
+    return target(seen, look_ahead(seen.rewards, chain(seen, seen.gamma), seen.bootstrap))
 
 
 def lambda_returns(
@@ -74,10 +74,7 @@ def lambda_returns(
 
     Differs from rlax, whose ``lambda_`` and values are those of the next state, shifted by one against rewards.
     """
-    seen = observe(rewards, values, mask, bootstrap, gamma=gamma, lam=lam)
-    toward = torch.lerp(seen.values, seen.rewards, seen.lam)
-    looking_back = linear_recurrence(toward, chain(seen, seen.gamma * seen.lam), seen.bootstrap)
-    return select(seen.kept, seen.rewards + seen.gamma * following(looking_back, seen.bootstrap))
+    return lambda_targets(observe(rewards, values, mask, bootstrap, gamma=gamma, lam=lam))
 
 
 def n_step_returns(

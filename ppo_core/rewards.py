@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -64,5 +63,5 @@ def compute_rewards(
         check_same_device("kl", kl, kl_coef=kl_coef)
     scores, kl = widen(scores, kl)
     penalty = -kl_coef * keep(kl, mask)
-    score = torch.where(last_kept(mask), scores.unsqueeze(-1), 0.0)
+    score = keep(scores.unsqueeze(-1).expand_as(kl), last_kept(mask))
     return Rewards(penalty + score, penalty)

@@ -51,4 +51,4 @@ def whiten(
     # With eps = 0 a population without spread has nothing to scale by: 0, in value and gradient, instead of 0 * inf.
     scale = torch.where(spread > 0, torch.rsqrt(torch.where(spread > 0, spread, 1.0)), 0.0)
     whitened = centred * scale
-    return torch.where(mask, whitened if shift_mean else whitened + moments.mean, 0.0)
+    return keep(whitened if shift_mean else whitened + moments.mean, mask)

@@ -1,9 +1,9 @@
 """How fast the core is: ``python -m tests.benchmarks.core [--threads 1,2] [--only gae,head,rows] [--compile] [--cpu]``.
 
-Every row compares two sides that were run alternately in one process, each by the median of its repetitions: what the
-machine does besides hits both. On a machine that is not quiet, ``--cpu`` measures the processor time of one thread
-instead of the time of day. Memory is the peak resident size of a process of its own, above what its inputs take.
-float32; the tokens, masks and logits are random, the mask without any pattern.
+Every row compares two sides that take turns in one process, each by the median of its turns: what the machine does
+besides hits both. A turn repeats a short call for about 10 ms, as timeit does. On a machine that is not quiet,
+``--cpu`` measures the processor time of one thread instead of the time of day. Memory is the peak resident size of a
+process of its own, above what its inputs take. float32; tokens, masks and logits are random, the mask without pattern.
 """
 
 import argparse
@@ -22,21 +22,28 @@ GAMMA, LAM = 1.0, 0.95
 HEAD = (1024, 576, 49152)
 """Rows, width, vocabulary."""
 CHUNK = 2048
+TURN = 0.01
+"""Seconds that a run of a short call lasts."""
 clock: Callable[[], float] = time.perf_counter
 Row = tuple[str, float, str, float, str]
 
 
 def medians(*sides: Callable[[], object], seconds: float = 3.0, most: int = 200) -> list[float]:
-    """Milliseconds of each side: the median of repetitions that take turns."""
+    """Milliseconds per call of each side: the median of runs that take turns."""
+    calls: list[int] = []
     for side in sides:
         side()
+        start = time.perf_counter()
+        side()
+        calls.append(max(1, round(TURN / (time.perf_counter() - start))))
     times: list[list[float]] = [[] for _ in sides]
     end = time.perf_counter() + seconds
     while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < most):
-        for side, taken in zip(sides, times, strict=True):
+        for side, taken, repeated in zip(sides, times, calls, strict=True):
             start = clock()
-            side()
-            taken.append(clock() - start)
+            for _ in range(repeated):
+                side()
+            taken.append((clock() - start) / repeated)
     return [1e3 * statistics.median(taken) for taken in times]
 
 

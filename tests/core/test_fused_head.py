@@ -241,6 +241,7 @@ def test_bad_arguments(changed, error, message):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.compiled
 def test_compiled_equals_eager():
     """One graph gives the same outputs and gradients as eager execution."""
     torch.manual_seed(0)

@@ -135,6 +135,7 @@ def test_empty_time():
     assert subject.scan.linear_recurrence(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0, 3)
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_compilation_serves_an_octave():
     """With dynamic shapes, all lengths of an octave share a graph: at most two per octave are compiled."""

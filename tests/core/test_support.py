@@ -118,6 +118,7 @@ def test_vmap_equals_batch(logits, spec):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.compiled
 def test_compiled_equals_eager():
     """One graph gives the same support."""
     spec = {"temperature": 0.7, "top_k": 5, "top_p": 0.8}
