@@ -101,6 +101,16 @@ def check_shape(like_name: str, expected: tuple[int, ...], **tensors: Tensor) ->
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} like {like_name}")
 
 
+def check_number(**tensors: Tensor) -> None:
+    """Refuse tensors that are not one floating-point number."""
+    check_floating(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.ndim:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected (): one number for all; take one entry of it"
+            )
+
+
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Promote to one common dtype of at least float32.
 

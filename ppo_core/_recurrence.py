@@ -60,12 +60,12 @@ def _traced(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
     y = after.unsqueeze(-1)
     if time > group:
         total, product = xs[-1], cs[-1]
-        for x_t, c_t in zip(xs[-2::-1], cs[-2::-1], strict=True):
-            total, product = torch.addcmul(x_t, c_t, total), c_t * product
+        for t in range(group - 2, -1, -1):
+            total, product = torch.addcmul(xs[t], cs[t], total), cs[t] * product
         y = _traced(total, product, after)
     ahead = [y]
-    for x_t, c_t in zip(xs[:0:-1], cs[:0:-1], strict=True):
-        ahead.append(torch.addcmul(x_t, c_t, ahead[-1]))
+    for t in range(group - 1, 0, -1):
+        ahead.append(torch.addcmul(xs[t], cs[t], ahead[-1]))
     return torch.stack(ahead[::-1], dim=-1).flatten(-2)
 
 
@@ -108,8 +108,8 @@ class _LookAhead(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
         x, coef, after = (
-            a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
-            for a, dim in zip(args, in_dims, strict=True)
+            arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            for arg, dim in zip(args, in_dims, strict=True)
         )
         return _apply(x, coef, after), 0
 

@@ -108,9 +108,8 @@ def grpo(
     if not scale_by_std:
         return centred
     spread = centred.square().sum(-1, keepdim=True) / max(scores.shape[-1] - correction, 1)
-    # The root has no derivative at 0: a group without spread takes a detour around it.
-    std = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), 0.0)
-    return centred / torch.where(spread > 0, std + eps, 1.0)
+    # The root has no derivative at 0: a group without spread, whose deviations are 0, is divided by something else.
+    return centred / (torch.where(spread > 0, spread, 1.0).sqrt() + eps)
 
 
 def _centred(scores: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_device, check_same_shape, check_shape, widen
+from ppo_core._checks import check_floating, check_integer, check_same_device, check_shape, widen
 
 
 class HeadOutput(NamedTuple):
@@ -72,7 +72,8 @@ def fused_logprobs(
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (vocab, {hidden.shape[-1]}) like hidden")
     if bias is not None:
         check_floating(bias=bias)
-        check_same_shape("the first axis of weight", weight[:, 0], bias=bias)
+        check_shape("weight without its width", tuple(weight.shape[:1]), bias=bias)
+        check_same_device("weight", weight, bias=bias)
     for name, value in {"temperature": temperature, "softcap": softcap, "chunk_size": chunk_size}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}, expected a number above 0")

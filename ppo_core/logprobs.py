@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_shape, check_vocabulary_axis, widen
+from ppo_core._checks import check_floating, check_integer, check_same_device, check_shape, check_vocabulary_axis, widen
 
 
 def token_logprobs(
@@ -28,7 +28,8 @@ def token_logprobs(
     check_floating(logits=logits)
     check_integer(tokens=tokens)
     check_vocabulary_axis(logits=logits)
-    check_same_shape("logits without its vocabulary axis", logits[..., 0], tokens=tokens)
+    check_shape("logits without its vocabulary axis", tuple(logits.shape[:-1]), tokens=tokens)
+    check_same_device("logits", logits, tokens=tokens)
     (logits,) = widen(logits)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ppo_core._checks import (
     check_boolean,
     check_floating,
+    check_number,
     check_same_device,
     check_same_shape,
     check_shape,
@@ -58,8 +59,7 @@ def compute_rewards(
     check_shape("kl without its time axis", tuple(kl.shape[:-1]), scores=scores)
     check_same_device("kl", kl, scores=scores)
     if isinstance(kl_coef, Tensor):
-        check_floating(kl_coef=kl_coef)
-        check_shape("one number", (), kl_coef=kl_coef)
+        check_number(kl_coef=kl_coef)
         check_same_device("kl", kl, kl_coef=kl_coef)
     scores, kl = widen(scores, kl)
     penalty = -kl_coef * keep(kl, mask)

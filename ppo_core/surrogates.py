@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core import kl
-from ppo_core._checks import check_boolean, check_floating, check_same_shape
+from ppo_core._checks import check_floating, check_same_shape
 from ppo_core.averages import Average, average
 
 
@@ -76,8 +76,7 @@ def weighted_k1_surrogate(
         ValueError: shapes or devices differ.
     """
     check_floating(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    check_boolean(mask=mask)
-    check_same_shape("logprobs", logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    check_same_shape("logprobs", logprobs, old_logprobs=old_logprobs)
     ratio = kl.k1(logprobs, old_logprobs.detach(), mask).exp()
     return average(ratio * kl.k1(logprobs, ref_logprobs.detach(), mask), mask)
 
@@ -101,7 +100,7 @@ def k3_surrogate(
         TypeError: a tensor is not floating point, or ``mask`` is not boolean.
         ValueError: shapes or devices differ.
     """
-    check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_floating(ref_logprobs=ref_logprobs)
     ref_logprobs = ref_logprobs.detach()
     gradient = kl.k2(logprobs, ref_logprobs, mask)
     value = kl.k3(logprobs.detach(), ref_logprobs, mask)

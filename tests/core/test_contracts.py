@@ -1,6 +1,7 @@
 """What every function of a kind has in common. The functions are discovered: see contracts.py."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -305,10 +306,19 @@ def refuses(path, kinds, spoil, error):
     call, refused = example(path), 0
     for p in FUNCTIONS[path].parameters:
         for wrong in spoil(p, call.arguments[p.name]) if p.what in kinds else ():
-            with pytest.raises(error, match=rf"\b{p.name}\b"):
+            with pytest.raises(error, match=rf"^{p.name} (is|has) | like {p.name}\b") as caught:
                 call(**{p.name: wrong})
+            says_what_to_do(path, str(caught.value))
             refused += 1
     return refused
+
+
+def says_what_to_do(path, message):
+    """An error names an argument, what it is and what was expected; another one to be like is an argument as well."""
+    names = "|".join(re.escape(p.name) for p in FUNCTIONS[path].parameters)
+    assert re.match(rf"({names})(\.\w+)? (is|has) .*expected ", message), message
+    _, _, other = message.partition(" like ")
+    assert not other or re.match(rf"({names})\b[^;]*(; move it with \w+\.to\(({names})\.device\))?$", other), message
 
 
 @of_kind(contracts.NUMERIC)

@@ -128,6 +128,17 @@ def test_what_a_compiler_sees_is_the_same(case):
         assert_close(scan(case), expected, scale=1e2)
 
 
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, None), (None, None, 0)])
+def test_mapping_over_one_argument_shares_the_others(mapped):
+    """vmap over x, coef or after alone answers like a loop, wherever the mapped axis is."""
+    args = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 3), (2, 3), (2,))]
+    which = next(i for i, axis in enumerate(mapped) if axis is not None)
+    many = torch.randn(4, *args[which].shape, dtype=torch.float64)
+    expected = [subject.scan.linear_recurrence(*args[:which], one, *args[which + 1 :]) for one in many]
+    given = [*args[:which], many.movedim(0, mapped[which]), *args[which + 1 :]]
+    assert_close(torch.func.vmap(subject.scan.linear_recurrence, in_dims=mapped)(*given), torch.stack(expected))
+
+
 def test_empty_time():
     """No steps give no results."""
     empty = torch.zeros(2, 0)
