@@ -70,12 +70,13 @@ def check_same_device(like_name: str, like: Tensor, **tensors: Tensor) -> None:
 
 def check_bundles(**bundles: tuple[Tensor, ...]) -> None:
     """Refuse named tuples whose fields, all together, are not floating-point tensors of one shape on one device."""
-    fields = {
-        f"{name}.{field}": value
-        for name, bundle in bundles.items()
+    fields: dict[str, Tensor] = {}
+    for name, bundle in bundles.items():
         # Of the type: older compilers cannot iterate over the attribute of an instance.
-        for field, value in zip(getattr(type(bundle), "_fields", ()), bundle, strict=True)
-    }
+        names = getattr(type(bundle), "_fields", None)
+        if names is None:
+            raise TypeError(f"{name} is a {type(bundle).__name__}, expected a named tuple of tensors")
+        fields |= {f"{name}.{field}": value for field, value in zip(names, bundle, strict=True)}
     check_floating(**fields)
     like_name, like = next(iter(fields.items()))
     check_same_shape(like_name, like, **fields)

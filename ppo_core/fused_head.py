@@ -7,6 +7,7 @@ vocabulary rather than of rows: the weight and its gradient are walked through o
 all that is done to it.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -66,13 +67,13 @@ def fused_logprobs(
     """
     check_floating(hidden=hidden, weight=weight)
     check_integer(tokens=tokens)
-    check_shape("hidden without its last axis", tuple(hidden.shape[:-1]), tokens=tokens)
+    check_shape("hidden without its width axis", tuple(hidden.shape[:-1]), tokens=tokens)
     check_same_device("hidden", hidden, weight=weight, tokens=tokens)
     if weight.ndim != 2 or weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (vocab, {hidden.shape[-1]}) like hidden")
     if bias is not None:
         check_floating(bias=bias)
-        check_shape("weight without its width", tuple(weight.shape[:1]), bias=bias)
+        check_shape("weight without its width axis", tuple(weight.shape[:1]), bias=bias)
         check_same_device("weight", weight, bias=bias)
     for name, value in {"temperature": temperature, "softcap": softcap, "chunk_size": chunk_size}.items():
         if value is not None and not value > 0:
@@ -210,8 +211,9 @@ def _locate(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
-    """Run in the dtype of the arguments: autocast would round the logits to half precision."""
-    with torch.autocast(args[0].device.type, enabled=False):
+    """Run in the dtype of the arguments: autocast, where there is such a thing, would round the logits."""
+    device = args[0].device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return function.apply(*args)  # pyright: ignore
 
 

@@ -68,7 +68,7 @@ def restrict_to_support(
         temperature: > 0, dimensionless.
         top_k: how many tokens to keep, None or 0 for all. Tokens tied with the k-th are all kept.
         top_p: probability to keep, in [0, 1], None or 1 for all. The most likely token is always kept; of tied tokens
-            those with the larger id are kept first.
+            those are kept that ``torch.sort`` puts last.
 
     Returns:
         Same shape, float32 or wider, unnormalised.
@@ -95,7 +95,7 @@ def restrict_to_support(
         least = logits.detach().topk(top_k, dim=-1).values[..., -1:]
         logits = torch.where(logits.detach() < least, -torch.inf, logits)
     if top_p is not None and top_p < 1:
-        ascending, order = logits.detach().sort(dim=-1, stable=True)
+        ascending, order = logits.detach().sort(dim=-1)
         unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         unlikely = torch.cat((unlikely[..., :-1], torch.zeros_like(unlikely[..., -1:])), dim=-1)
         logits = torch.where(torch.zeros_like(unlikely).scatter(-1, order, unlikely), -torch.inf, logits)

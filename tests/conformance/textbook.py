@@ -312,7 +312,7 @@ def rloo(scores):
 
 def grpo(scores, *, scale_by_std, correction, eps):
     def standardise(group):
-        centred = group - group.mean()
+        centred = (group[:, None] - group).mean(-1)  # x - mean, as the mean of differences: exact under an offset
         squares = (centred**2).sum()
         if not scale_by_std or squares == 0:
             return centred

@@ -160,7 +160,8 @@ def test_order_of_rows_does_not_matter(path, data, order):
 @given(data=st.data())
 def test_vmap_batch_and_loop_agree(path, data):
     """A function of one sequence, mapped by vmap, run in a loop or given the batch at once, answers the same."""
-    call = data.draw(calls(path, batch=(3,)), label="call")
+    rows = data.draw(st.sampled_from((3, 1)), label="rows")
+    call = data.draw(calls(path, batch=(rows,)), label="call")
 
     def is_mapped(p):
         is_given = isinstance(call.arguments[p.name], (torch.Tensor, tuple))
@@ -181,7 +182,7 @@ def test_vmap_batch_and_loop_agree(path, data):
                 )
             )
         )
-        for row in range(3)
+        for row in range(rows)
     ]
     stacked = [torch.stack(results) for results in zip(*loop, strict=True)]
     same(list(torch.func.vmap(one)(*mapped)), stacked)
@@ -231,6 +232,16 @@ def test_no_random_number_is_drawn(path, data):
     first = call()
     assert torch.equal(torch.get_rng_state(), before)
     identical(call(), first)
+
+
+@of_kind(contracts.NUMERIC)
+def test_the_device_is_that_of_the_arguments(path):
+    """Arguments on another device are answered there, in the same shapes, and no value is asked for on the way."""
+    call = example(path)
+    moved = call.but(lambda x: x.to("meta"), where=lambda p: p.is_tensor or p.what == "bundle")
+    for there, here in zip(moved(), call(), strict=True):
+        assert there.device.type == "meta"
+        assert there.shape == here.shape
 
 
 # Precision
@@ -318,7 +329,9 @@ def says_what_to_do(path, message):
     names = "|".join(re.escape(p.name) for p in FUNCTIONS[path].parameters)
     assert re.match(rf"({names})(\.\w+)? (is|has) .*expected ", message), message
     _, _, other = message.partition(" like ")
-    assert not other or re.match(rf"({names})\b[^;]*(; move it with \w+\.to\(({names})\.device\))?$", other), message
+    field = r"(\.\w+)?"
+    advice = rf"; move it with \w+{field}\.to\(({names}){field}\.device\)"
+    assert not other or re.match(rf"({names}){field}( without its \w+ axis)?({advice})?$", other), message
 
 
 @of_kind(contracts.NUMERIC)
@@ -391,3 +404,12 @@ def test_broken_bundles_are_refused(path):
                 broken = bundle._replace(**{field: change(getattr(bundle, field))})
                 with pytest.raises(error, match=rf"\b{p.name}\.{field}\b"):
                     call(**{p.name: broken})
+        for wrong in (tuple(bundle), list(bundle), None):
+            with pytest.raises(TypeError, match=rf"^{p.name} is "):
+                call(**{p.name: wrong})
+        # Fields that agree with one another, but not with the other arguments.
+        if len(call.floats) > 1:
+            for change in (lambda x: x.to("meta"), lambda x: x.new_ones((5, 4))):
+                with pytest.raises(ValueError, match=rf"\b{p.name}\.\w+ (is|has) |\blike {p.name}\b") as caught:
+                    call(**{p.name: contracts.map_tensors(change, bundle)})
+                says_what_to_do(path, str(caught.value))

@@ -57,6 +57,13 @@ def test_logprobs_normalise(case):
     assert all((x <= 1e-12).all() for x in every)
 
 
+def test_one_distribution_needs_no_other_axes():
+    """A vector of logits with one token gives one log-probability and one entropy."""
+    logits, token = torch.tensor([0.0, math.log(3.0)]), torch.tensor(1)
+    assert_close(subject.logprobs.token_logprobs(logits, token), torch.tensor(math.log(0.75)))
+    assert subject.logprobs.token_entropy(logits).shape == ()
+
+
 @given(case=rows(shift=NUMBERS))
 def test_shift_invariance(case):
     """Adding one number to all logits of a position changes neither log-probability nor entropy."""

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,12 @@ def test_moments_over_an_axis(case):
     for dim in ((0, 1), (-1, 0)):
         got = subject.moments.masked_moments(x, case.mask, dim=dim)
         assert_close(tuple(got), of(kept_values(x, case.mask)))
+
+
+@pytest.mark.parametrize(("n", "correction"), [(0.0, 0), (1.0, 1), (2.0, 2), (1.0, 2)])
+def test_variance_without_degrees_of_freedom_is_zero(n, correction):
+    """Where n <= correction the variance is 0, whatever the sum of squares."""
+    assert_close(subject.moments.variance(Moments(*map(torch.tensor, (n, 3.0, 5.0))), correction=correction), 0.0)
 
 
 @given(a=populations(), b=populations(), c=populations())

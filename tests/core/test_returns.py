@@ -77,6 +77,18 @@ def products(xs):
 # Returns.
 
 
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_n_steps_are_kept_steps_in_long_sequences_too(n):
+    """Of 500 steps with holes, the kept ones are answered as if the others had never been."""
+    generator = torch.Generator().manual_seed(n)
+    rewards, values = torch.randn(2, 500, generator=generator, dtype=torch.float64)
+    mask = torch.rand(500, generator=generator) < 0.6
+    options = {"gamma": 0.9, "n": n}
+    whole = subject.returns.n_step_returns(rewards, values, mask, **options)
+    alone = subject.returns.n_step_returns(rewards[mask], values[mask], mask[mask], **options)
+    assert_close(whole[mask], alone)
+
+
 @given(case=per_step())
 def test_reward_to_go_is_the_discounted_sum(case):
     """G_t is the sum of every later kept reward, times all discounts on the way, and of the bootstrap at the end."""

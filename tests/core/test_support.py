@@ -26,9 +26,9 @@ def restrict(logits, spec):
 
 
 def support_of(logits, *, temperature, top_k, top_p):
-    """Ids kept of one row, by counting: most likely first, the larger id first among equals."""
+    """Ids kept of one row, by counting, most likely first; which of equals are kept is nobody's business."""
     scaled = [x / temperature for x in logits]
-    order = sorted(range(len(scaled)), key=lambda v: (-scaled[v], -v))
+    order = sorted(range(len(scaled)), key=lambda v: -scaled[v])
     if top_k:
         order = [v for v in order if scaled[v] >= scaled[order[min(top_k, len(order)) - 1]]]
     if top_p is None or top_p == 1:
@@ -52,7 +52,8 @@ def test_support_is_the_set_of_the_definition(logits, spec):
     for row, restricted in zip(logits.tolist(), restrict(logits, spec), strict=True):
         kept, on_the_edge = support_of(row, **spec)
         if not on_the_edge:
-            assert set(restricted.isfinite().nonzero().flatten().tolist()) == kept
+            found = restricted.isfinite().nonzero().flatten().tolist()
+            assert sorted(row[v] for v in found) == sorted(row[v] for v in kept)
 
 
 @given(logits=LOGITS, spec=SPECS)
@@ -65,6 +66,16 @@ def test_equals_the_warpers_of_transformers(logits, spec):
     if spec["top_p"] is not None and spec["top_p"] < 1:
         scores = process.TopPLogitsWarper(spec["top_p"])(None, scores)
     torch.testing.assert_close(restrict(logits, spec), scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [2, 4, 64])
+def test_half_of_a_uniform_distribution_is_half_of_the_tokens(vocab):
+    """Probability that is reached exactly is enough; of equals the same ones are kept as in transformers."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.zeros(1, vocab)
+    restricted = restrict(logits, {"temperature": 1.0, "top_k": None, "top_p": 0.5})
+    assert restricted.isfinite().sum() == vocab // 2
+    assert torch.equal(restricted, process.TopPLogitsWarper(0.5)(None, logits))
 
 
 @given(logits=LOGITS, spec=SPECS)

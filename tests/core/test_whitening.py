@@ -56,6 +56,15 @@ def test_mean_is_kept_without_shift(case):
     assert_close(around, torch.where(case.mask, centred + mean, 0.0))
 
 
+@pytest.mark.parametrize(("shift_mean", "expected"), [(True, [0.0, 0.0]), (False, [0.5, 0.5])])
+def test_a_population_without_spread_has_nothing_to_scale_by(shift_mean, expected):
+    """By the statistics of constants and with eps 0, whatever is whitened comes out as 0, or as their mean."""
+    constant = Moments(*map(torch.tensor, (2.0, 0.5, 0.0)))
+    x, mask = torch.tensor([1.0, 2.0]), torch.tensor([True, True])
+    got = subject.whitening.whiten(x, mask, constant, shift_mean=shift_mean, correction=1, eps=0.0)
+    assert_close(got, torch.tensor(expected))
+
+
 @given(case=cases("x", kept=1, value=NUMBERS, correction=CORRECTION, eps=EPS, shift_mean=st.booleans()))
 def test_constants_give_finite_values(case):
     """A constant, or a single entry, whitens to exactly 0 (to the constant without shift), with a finite gradient."""
