@@ -49,7 +49,7 @@ def check_vocabulary_axis(**tensors: Tensor) -> None:
     """Refuse tensors without a last (vocabulary) axis."""
     for name, tensor in tensors.items():
         if tensor.ndim < 1:
-            raise ValueError(f"{name} has no axes, expected [*batch, time, vocab]; add one with {name}[None]")
+            raise ValueError(f"{name} has no axes, expected [*batch, vocab]; add one with {name}[None]")
 
 
 def check_same_shape(like_name: str, like: Tensor, **tensors: Tensor) -> None:

@@ -7,19 +7,18 @@ from torch import Tensor
 from ppo_core._checks import check_floating, check_integer, check_same_device, check_shape, check_vocabulary_axis, widen
 
 
-def token_logprobs(
-    logits: Float[Tensor, "*batch time vocab"], tokens: Int64[Tensor, "*batch time"]
-) -> Float[Tensor, "*batch time"]:
+def token_logprobs(logits: Float[Tensor, "*batch vocab"], tokens: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """log softmax(logits)[token], in nats, without building the whole log-softmax.
 
     logits_token - logsumexp(logits)
 
     Args:
-        logits: unnormalised scores; ``logits[..., t, :]`` predicts ``tokens[..., t]``. -inf rules a token out.
+        logits: unnormalised scores; ``logits[..., t, :]`` predicts ``tokens[..., t]``, with any axes in front, as a
+            rule batch and time. -inf rules a token out.
         tokens: token ids in [0, vocab).
 
     Returns:
-        [*batch, time], <= 0, float32 or wider.
+        The shape of ``tokens``, <= 0, float32 or wider.
 
     Raises:
         TypeError: ``logits`` is not floating point or ``tokens`` is not int64.
@@ -35,7 +34,7 @@ def token_logprobs(
     return chosen - logits.logsumexp(-1)
 
 
-def token_entropy(logits: Float[Tensor, "*batch time vocab"]) -> Float[Tensor, "*batch time"]:
+def token_entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """-sum_v p_v log p_v with p = softmax(logits), in nats, between 0 and log(vocab).
 
     Computed as logsumexp(logits) - sum_v p_v logits_v. Tokens ruled out by -inf contribute 0. Differentiable, so
@@ -81,8 +80,7 @@ def restrict_to_support(
     policy can give a sampled token a probability of 0 here (log-probability -inf), once it falls out of the support.
     """
     check_floating(logits=logits)
-    if logits.ndim < 1:
-        raise ValueError("logits has no axes, expected [*batch, vocab]; add one with logits[None]")
+    check_vocabulary_axis(logits=logits)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0; greedy decoding has no density")
     if top_k is not None and top_k < 0:
