@@ -36,7 +36,7 @@ def _scan(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
     time = x.shape[-1]
     group = time if time <= _FEW else _GROUP
     x, coef = _padded(x, coef, -time % group)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x)
     xs, cs, places = _steps(x, group), _steps(coef, group), _steps(out, group)
     y = after.unsqueeze(-1)
     if time > group:

@@ -40,8 +40,7 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim:
 
     Units are those of ``x``. Raises as :func:`keep`.
     """
-    kept = keep(x, mask)
-    return kept.sum() if dim is None else kept.sum(dim)
+    return keep(x, mask).sum(dim)
 
 
 def masked_mean(
@@ -53,8 +52,7 @@ def masked_mean(
     denominator or return NaN for an empty mask; here an empty selection has mean 0 by definition.
     """
     total = masked_sum(x, mask, dim=dim)
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return total / count.clamp(min=1)
+    return total / mask.sum(dim).clamp(min=1)
 
 
 def last_kept(mask: Bool[Tensor, "*batch time"]) -> Bool[Tensor, "*batch time"]:

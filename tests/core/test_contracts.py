@@ -264,6 +264,20 @@ def test_narrow_inputs_are_computed_in_float32(path, data, dtype):
 @of_kind(contracts.DIFFERENTIABLE)
 @FEWER
 @given(data=st.data())
+def test_dtypes_can_be_mixed(path, data):
+    """One argument in bfloat16 beside others in float64 is widened to theirs, in value and in the gradient's sense."""
+    call = data.draw(calls(path, rounded=True), label="call")
+    names = [name for name, value in call.floats.items() if isinstance(value, torch.Tensor)]
+    if len(call.floats) > 1 and names:
+        narrow = data.draw(st.sampled_from(names), label="narrow")
+        mixed = call.but(lambda x: x.bfloat16(), where=lambda p: p.name == narrow)
+        same(mixed(), call())
+        gradients(mixed)
+
+
+@of_kind(contracts.DIFFERENTIABLE)
+@FEWER
+@given(data=st.data())
 def test_float64_stays_float64(path, data):
     """float64 is answered in float64, and as accurately: float64 beside it does not lose to anything narrower."""
     call = data.draw(calls(path), label="call")

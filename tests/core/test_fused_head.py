@@ -217,11 +217,33 @@ def test_tiles_never_hold_the_whole_vocabulary():
     assert largest <= 64 * 10
 
 
+@pytest.mark.parametrize(("frozen", "products"), [((), 4), (("weight",), 3), (("hidden",), 3)])
+def test_products_for_a_frozen_part_are_not_made(frozen, products):
+    """One product per tile forward, and backward one to have the logits again and one for each part that learns."""
+    if not subject.is_ours:
+        pytest.skip("how it is computed is its own affair")
+    made = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal made
+            made += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return func(*args, **(kwargs or {}))
+
+    parts = {"hidden": torch.randn(3, 2), "weight": torch.randn(5, 2)}
+    for name, part in parts.items():
+        part.requires_grad_(name not in frozen)
+    with Count():
+        out = subject.fused_head.fused_logprobs(*parts.values(), torch.arange(3), **PLAIN, chunk_size=5)
+        (out.logprobs + out.entropy).sum().backward()
+    assert made == products
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
         ({"hidden": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "hidden has dtype"),
-        ({"weight": torch.zeros(5, 3)}, ValueError, "weight has shape"),
+        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight has shape \(5, 3\), expected \(vocab, 2\) like hidden"),
         ({"weight": torch.zeros(2)}, ValueError, "weight has shape"),
         ({"tokens": torch.zeros(3)}, TypeError, "tokens has dtype"),
         ({"tokens": torch.zeros(4, dtype=torch.int64)}, ValueError, "tokens has shape"),

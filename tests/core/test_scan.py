@@ -119,6 +119,46 @@ def test_directional_derivative(case):
     assert gradcheck(subject.scan.linear_recurrence, inputs, check_forward_ad=True, check_backward_ad=False)
 
 
+def test_the_depth_grows_with_the_logarithm():
+    """Sixteen times the steps take about as many operations more as four times did: there is no loop over time."""
+    if not subject.is_ours:
+        pytest.skip("how it is computed is its own affair")
+
+    def operations(time):
+        count = 0
+
+        class Count(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal count
+                count += 1
+                return func(*args, **(kwargs or {}))
+
+        with Count():
+            subject.scan.linear_recurrence(torch.ones(1, time), torch.ones(1, time))
+        return count
+
+    short, longer, longest = map(operations, (256, 1024, 4096))
+    assert short < 150
+    assert longest - longer == longer - short < 50
+
+
+def test_little_is_kept_for_the_gradient():
+    """Between forward and backward no more is held than the arguments and what lies ahead of each step."""
+    if not subject.is_ours:
+        pytest.skip("how it is computed is its own affair")
+    kept = 0
+
+    def pack(x):
+        nonlocal kept
+        kept += x.numel()
+        return x
+
+    x, coef = torch.randn(2, 2, 1000).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        subject.scan.linear_recurrence(x, coef)
+    assert kept <= 4 * x.numel()
+
+
 @given(case=sequences(longest=20))
 def test_what_a_compiler_sees_is_the_same(case):
     """The form that is compiled, run without a compiler, equals the other."""
