@@ -1,5 +1,6 @@
 """What every function of a kind has in common. The functions are discovered: see contracts.py."""
 
+import itertools
 import math
 import re
 
@@ -327,10 +328,17 @@ def example(path):
 
 
 def refuses(path, kinds, spoil, error):
-    """Every argument of some kinds, once spoilt, is refused with an error that names it. Answers how many were."""
-    call, refused = example(path), 0
-    for p in FUNCTIONS[path].parameters:
-        for wrong in spoil(p, call.arguments[p.name]) if p.what in kinds else ():
+    """Every argument of some kinds, once spoilt, is refused with an error that names it. Answers how many were.
+
+    With all optional arguments given, and with none.
+    """
+    refused, whole = 0, example(path)
+    bare = contracts.replace(
+        whole, arguments={p.name: None if p.optional else whole.arguments[p.name] for p in whole.function.parameters}
+    )
+    for call, p in itertools.product((whole, bare), FUNCTIONS[path].parameters):
+        is_there = p.what in kinds and call.arguments[p.name] is not None
+        for wrong in spoil(p, call.arguments[p.name]) if is_there else ():
             with pytest.raises(error, match=rf"^{p.name} (is|has) | like {p.name}\b") as caught:
                 call(**{p.name: wrong})
             says_what_to_do(path, str(caught.value))
@@ -375,7 +383,7 @@ def test_wrong_shape_is_refused(path):
         for axis in range(x.ndim):
             dim = p.dims[max(0, len(p.dims) - x.ndim + axis)]
             for other in (x.shape[axis] + 1, x.shape[axis] - 1, 1):
-                if other != x.shape[axis] and any(dim in q.dims for q in tensors if q is not p):
+                if other != x.shape[axis] and any(dim in q.dims for q in tensors if q is not p and not q.optional):
                     yield torch.cat((x, x), dim=axis).narrow(axis, 0, other)
 
     assert refuses(path, ("float", "bool", "int"), spoil, ValueError) or len(tensors) < 2
@@ -419,7 +427,7 @@ def test_broken_bundles_are_refused(path):
                 with pytest.raises(error, match=rf"\b{p.name}\.{field}\b"):
                     call(**{p.name: broken})
         for wrong in (tuple(bundle), list(bundle), None):
-            with pytest.raises(TypeError, match=rf"^{p.name} is "):
+            with pytest.raises(TypeError, match=rf"^{p.name} is a {type(wrong).__name__}, expected "):
                 call(**{p.name: wrong})
         # Fields that agree with one another, but not with the other arguments.
         if len(call.floats) > 1:

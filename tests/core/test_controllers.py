@@ -89,7 +89,7 @@ def test_kl_that_is_no_number_is_refused(case):
 @given(case=updates(excess=st.integers(0, 1000)))
 def test_too_many_sequences_are_refused(case):
     """n_steps of 5 horizons or more, or below 0, is refused by name: the factor could reach 0."""
-    with pytest.raises(ValueError, match=rf"^n_steps is .*= {5 * case.horizon}; "):
+    with pytest.raises(ValueError, match=rf"^n_steps is .*= {5 * case.horizon}; raise the horizon or "):
         adapt(case, n_steps=5 * case.horizon + case.excess)
     with pytest.raises(ValueError, match="n_steps"):
         adapt(case, n_steps=-1 - case.excess)

@@ -166,6 +166,21 @@ def test_half_precision(case, dtype):
     assert_close(tuple(actual), tuple(score(exact)), scale=1e3)
 
 
+def test_autocast_changes_nothing():
+    """Under autocast float32 is not rounded to bfloat16: values and gradients are the same to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(5, 8, generator=generator)
+
+    def run(enabled):
+        parts = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = subject.fused_head.fused_logprobs(*parts, torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2)
+            return [*out, *torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), parts)]
+
+    for inside, outside in zip(run(True), run(False), strict=True):
+        assert torch.equal(inside, outside)
+
+
 def test_frozen_weight_gets_no_gradient():
     """Only what requires a gradient is given one, and the others' products are not computed."""
     hidden, weight = torch.randn(3, 2).requires_grad_(), torch.randn(5, 2)

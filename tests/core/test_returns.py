@@ -378,8 +378,8 @@ def test_grpo_does_not_cancel():
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_offsets_of_groups_leave_no_trace(offset):
     """In float32, {0, 1, 3} stays {-4/3, -1/3, 5/3} under any offset, although its mean is no float32 number."""
-    scores = torch.tensor([0.0, 1.0, 3.0]) + torch.tensor([[-offset], [offset]])
-    expected = torch.tensor([[-4.0, -1.0, 5.0]] * 2) / 3
+    scores = torch.tensor([0.0, 1.0, 3.0]) + torch.tensor([[-offset], [0.0], [offset]])
+    expected = torch.tensor([[-4.0, -1.0, 5.0]] * 3) / 3
     assert_close(subject.advantages.grpo(scores, scale_by_std=False, correction=1, eps=0.0), expected)
     assert_close(subject.advantages.rloo(scores), 1.5 * expected)
 

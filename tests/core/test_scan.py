@@ -166,6 +166,8 @@ def test_what_a_compiler_sees_is_the_same(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert_close(scan(case), expected, scale=1e2)
+        first = case.but(x=case.x[0], coef=case.coef[0], after=case.after[0])
+        assert_close(scan(first), expected[0], scale=1e2)
 
 
 @pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, None), (None, None, 0)])
