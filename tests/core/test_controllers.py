@@ -89,7 +89,8 @@ def test_kl_that_is_no_number_is_refused(case):
 @given(case=updates(excess=st.integers(0, 1000)))
 def test_too_many_sequences_are_refused(case):
     """n_steps of 5 horizons or more, or below 0, is refused by name: the factor could reach 0."""
-    with pytest.raises(ValueError, match=rf"^n_steps is .*= {5 * case.horizon}; raise the horizon or "):
+    advice = rf"^n_steps is .*= {5 * case.horizon}; raise the horizon or " if subject.is_ours else "n_steps"
+    with pytest.raises(ValueError, match=advice):
         adapt(case, n_steps=5 * case.horizon + case.excess)
     with pytest.raises(ValueError, match="n_steps"):
         adapt(case, n_steps=-1 - case.excess)
@@ -99,7 +100,7 @@ def test_too_many_sequences_are_refused(case):
 @given(case=updates(bad=st.sampled_from((0.0, -1.0, math.nan, math.inf))))
 def test_meaningless_settings_are_refused(name, case):
     """A target or horizon that is not positive and finite is refused by name."""
-    with pytest.raises(ValueError, match=rf"^{name} is "):
+    with pytest.raises(ValueError, match=rf"^{name} is " if subject.is_ours else name):
         adapt(case, **{name: case.bad})
 
 
