@@ -40,11 +40,7 @@ def _scan(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
     xs, cs, places = _steps(x, group), _steps(coef, group), _steps(out, group)
     y = after.unsqueeze(-1)
     if time > group:
-        total, product = torch.addcmul(xs[-2], cs[-2], xs[-1]), cs[-2] * cs[-1]
-        for t in range(group - 3, -1, -1):
-            torch.addcmul(xs[t], cs[t], total, out=total)
-            torch.mul(product, cs[t], out=product)
-        y = _scan(total, product, after)
+        y = _scan(*_composed(xs, cs), after)
     # From the last step of every group to its first; what lies ahead of a step is what the next one comes to.
     places[-1].copy_(y)
     for t in range(group - 1, 0, -1):
@@ -59,14 +55,19 @@ def _traced(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
     xs, cs = _steps(x, group), _steps(coef, group)
     y = after.unsqueeze(-1)
     if time > group:
-        total, product = xs[-1], cs[-1]
-        for t in range(group - 2, -1, -1):
-            total, product = torch.addcmul(xs[t], cs[t], total), cs[t] * product
-        y = _traced(total, product, after)
+        y = _traced(*_composed(xs, cs), after)
     ahead = [y]
     for t in range(group - 1, 0, -1):
         ahead.append(torch.addcmul(xs[t], cs[t], ahead[-1]))
     return torch.stack(ahead[::-1], dim=-1).flatten(-2)
+
+
+def _composed(xs: tuple[Tensor, ...], cs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The steps of every group as one step of the same form."""
+    total, product = xs[-1], cs[-1]
+    for t in range(len(xs) - 2, -1, -1):
+        total, product = torch.addcmul(xs[t], cs[t], total), cs[t] * product
+    return total, product
 
 
 def _padded(x: Tensor, coef: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -115,4 +116,4 @@ class _LookAhead(torch.autograd.Function):
 
 
 def _apply(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
-    return _LookAhead.apply(x, coef, after)  # pyright: ignore
+    return _LookAhead.apply(x, coef, after)  # pyright: ignore  (torch leaves apply untyped)
