@@ -38,18 +38,17 @@ def check_integer(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.int64; convert with {name}.long()")
 
 
-def check_time_axis(**tensors: Tensor) -> None:
-    """Refuse tensors without a last (time) axis."""
+def check_axis(axis: str, **tensors: Tensor) -> None:
+    """Refuse tensors without a last axis, which is called ``axis``."""
     for name, tensor in tensors.items():
         if tensor.ndim < 1:
-            raise ValueError(f"{name} has no axes, expected [*batch, time]; add one with {name}[None]")
+            raise ValueError(f"{name} has no axes, expected [*batch, {axis}]; add one with {name}[None]")
 
 
-def check_vocabulary_axis(**tensors: Tensor) -> None:
-    """Refuse tensors without a last (vocabulary) axis."""
-    for name, tensor in tensors.items():
-        if tensor.ndim < 1:
-            raise ValueError(f"{name} has no axes, expected [*batch, vocab]; add one with {name}[None]")
+def check_without_axis(axis: str, like_name: str, like: Tensor, **tensors: Tensor) -> None:
+    """Refuse tensors that do not match ``like`` without its last axis, which is called ``axis``."""
+    check_shape(f"{like_name} without its {axis} axis", tuple(like.shape[:-1]), **tensors)
+    check_same_device(like_name, like, **tensors)
 
 
 def check_same_shape(like_name: str, like: Tensor, **tensors: Tensor) -> None:

@@ -3,6 +3,18 @@
 import torch
 from torch import Tensor
 
+from ppo_core._checks import check_boolean, check_floating, check_same_shape, widen
+
+
+def select_kept(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`ppo_core.masking.keep`, and the mask as numbers of the same dtype."""
+    check_floating(x=x)
+    check_boolean(mask=mask)
+    check_same_shape("x", x, mask=mask)
+    (x,) = widen(x)
+    kept = as_numbers(mask, x.dtype)
+    return select(kept, x), kept
+
 
 def select(kept: Tensor, x: Tensor) -> Tensor:
     """``x`` where ``kept`` is 1, and 0 where it is 0, in value and in gradient, whatever x holds there.

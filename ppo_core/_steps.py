@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ppo_core._checks import (
+    check_axis,
     check_boolean,
     check_floating,
-    check_same_device,
     check_same_shape,
-    check_shape,
-    check_time_axis,
+    check_without_axis,
     widen,
 )
 from ppo_core._recurrence import look_ahead
@@ -40,13 +39,9 @@ def observe(
     """Check the arguments that all temporal functions share; None as bootstrap is 0."""
     check_floating(rewards=rewards, values=values)
     check_boolean(mask=mask)
-    check_time_axis(rewards=rewards)
+    check_axis("time", rewards=rewards)
     check_same_shape("rewards", rewards, values=values, mask=mask)
-    if bootstrap is None:
-        bootstrap = rewards.new_zeros(rewards.shape[:-1])
-    check_floating(bootstrap=bootstrap)
-    check_shape("rewards without its time axis", tuple(rewards.shape[:-1]), bootstrap=bootstrap)
-    check_same_device("rewards", rewards, bootstrap=bootstrap)
+    bootstrap = what_follows("rewards", rewards, bootstrap=bootstrap)
     rewards, values, bootstrap = widen(rewards, values, bootstrap)
     kept = as_numbers(mask, rewards.dtype)
     return Observed(
@@ -57,6 +52,16 @@ def observe(
         _per_step("gamma", gamma, kept),
         _per_step("lam", lam, kept),
     )
+
+
+def what_follows(like_name: str, like: Tensor, **after: Tensor | None) -> Tensor:
+    """What stands behind the last step, checked: one number for each sequence of ``like``, 0 when None."""
+    ((name, given),) = after.items()
+    if given is None:
+        return like.new_zeros(like.shape[:-1])
+    check_floating(**{name: given})
+    check_without_axis("time", like_name, like, **{name: given})
+    return given
 
 
 def _per_step(name: str, x: PerStep, kept: Tensor) -> float | Tensor:
@@ -70,6 +75,8 @@ def _per_step(name: str, x: PerStep, kept: Tensor) -> float | Tensor:
 
 def chain(seen: Observed, coef: float | Tensor) -> Tensor:
     """The coefficients of a recurrence over kept tokens only: 1 on masked ones."""
+    # where(kept, coef, 1) without a branch per entry. 1 is added to what 1 was taken from, so that a kept entry is off
+    # by at most one rounding of 1, and not at all from 0.5 to 2.
     return ((coef - 1) * seen.kept).add_(1)
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppo_core._checks import check_floating, widen
+from ppo_core._checks import check_axis, check_floating, widen
 from ppo_core._steps import PerStep, lambda_targets, observe
 
 
@@ -114,8 +114,7 @@ def grpo(
 
 def _centred(scores: Tensor) -> Tensor:
     check_floating(scores=scores)
-    if scores.ndim < 1:
-        raise ValueError("scores has no axes, expected [*batch, group]; add one with scores[None]")
+    check_axis("group", scores=scores)
     (scores,) = widen(scores)
     # The second mean removes what rounding left of a large offset.
     centred = scores - scores.mean(-1, keepdim=True)

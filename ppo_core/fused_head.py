@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_device, check_shape, widen
+from ppo_core._checks import check_floating, check_integer, check_same_device, check_without_axis, widen
 
 
 class HeadOutput(NamedTuple):
@@ -67,14 +67,13 @@ def fused_logprobs(
     """
     check_floating(hidden=hidden, weight=weight)
     check_integer(tokens=tokens)
-    check_shape("hidden without its width axis", tuple(hidden.shape[:-1]), tokens=tokens)
-    check_same_device("hidden", hidden, weight=weight, tokens=tokens)
+    check_without_axis("width", "hidden", hidden, tokens=tokens)
+    check_same_device("hidden", hidden, weight=weight)
     if weight.ndim != 2 or weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (vocab, {hidden.shape[-1]}) like hidden")
     if bias is not None:
         check_floating(bias=bias)
-        check_shape("weight without its width axis", tuple(weight.shape[:1]), bias=bias)
-        check_same_device("weight", weight, bias=bias)
+        check_without_axis("width", "weight", weight, bias=bias)
     for name, value in {"temperature": temperature, "softcap": softcap, "chunk_size": chunk_size}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}, expected a number above 0")
@@ -214,7 +213,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ..
     """Run in the dtype of the arguments: autocast, where there is such a thing, would round the logits."""
     device = args[0].device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        return function.apply(*args)  # pyright: ignore
+        return function.apply(*args)  # pyright: ignore  (torch leaves apply untyped)
 
 
 def _one_after_the_other(
@@ -224,7 +223,7 @@ def _one_after_the_other(
     entries: list[tuple[Tensor | None, ...]] = []
     for i in range(info.batch_size):
         here = (a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
-        entries.append(function.apply(*here))  # pyright: ignore
+        entries.append(function.apply(*here))  # pyright: ignore  (as above)
     outputs = [
         None if column[0] is None else torch.stack([x for x in column if x is not None])
         for column in zip(*entries, strict=True)

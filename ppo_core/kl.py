@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppo_core._checks import check_boolean, check_floating, check_same_device, check_same_shape, check_shape, widen
+from ppo_core._checks import check_boolean, check_floating, check_same_shape, check_without_axis, widen
 
 
 def k1(
@@ -77,8 +77,7 @@ def full(
     check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_boolean(mask=mask)
     check_same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs)
-    check_shape("logprobs without its vocabulary axis", tuple(logprobs.shape[:-1]), mask=mask)
-    check_same_device("logprobs", logprobs, mask=mask)
+    check_without_axis("vocab", "logprobs", logprobs, mask=mask)
     logprobs, ref_logprobs = widen(logprobs, ref_logprobs)
     counts = mask.unsqueeze(-1) & ~torch.isneginf(torch.where(mask.unsqueeze(-1), logprobs, 0.0))
     policy = torch.where(counts, logprobs, 0.0)

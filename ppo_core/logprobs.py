@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_integer, check_same_device, check_shape, check_vocabulary_axis, widen
+from ppo_core._checks import check_axis, check_floating, check_integer, check_without_axis, widen
 
 
 def token_logprobs(logits: Float[Tensor, "*batch vocab"], tokens: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -26,9 +26,8 @@ def token_logprobs(logits: Float[Tensor, "*batch vocab"], tokens: Int64[Tensor, 
     """
     check_floating(logits=logits)
     check_integer(tokens=tokens)
-    check_vocabulary_axis(logits=logits)
-    check_shape("logits without its vocabulary axis", tuple(logits.shape[:-1]), tokens=tokens)
-    check_same_device("logits", logits, tokens=tokens)
+    check_axis("vocab", logits=logits)
+    check_without_axis("vocab", "logits", logits, tokens=tokens)
     (logits,) = widen(logits)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
@@ -45,7 +44,7 @@ def token_entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batc
         ValueError: ``logits`` has no axes.
     """
     check_floating(logits=logits)
-    check_vocabulary_axis(logits=logits)
+    check_axis("vocab", logits=logits)
     (logits,) = widen(logits)
     possible = torch.where(torch.isneginf(logits), 0.0, logits)
     return logits.logsumexp(-1) - (logits.softmax(-1) * possible).sum(-1)
@@ -80,7 +79,7 @@ def restrict_to_support(
     policy can give a sampled token a probability of 0 here (log-probability -inf), once it falls out of the support.
     """
     check_floating(logits=logits)
-    check_vocabulary_axis(logits=logits)
+    check_axis("vocab", logits=logits)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0; greedy decoding has no density")
     if top_k is not None and top_k < 0:

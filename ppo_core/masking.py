@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppo_core._checks import check_boolean, check_floating, check_same_shape, check_time_axis, widen
-from ppo_core._select import as_numbers, select
+from ppo_core._checks import check_axis, check_boolean
+from ppo_core._select import select_kept
 
 Axes = int | tuple[int, ...] | None
 
@@ -28,11 +28,7 @@ def keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tens
         TypeError: ``x`` is not floating point or ``mask`` is not boolean.
         ValueError: shapes or devices differ.
     """
-    check_floating(x=x)
-    check_boolean(mask=mask)
-    check_same_shape("x", x, mask=mask)
-    (x,) = widen(x)
-    return select(as_numbers(mask, x.dtype), x)
+    return select_kept(x, mask)[0]
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, dim: Axes = None) -> Float[Tensor, "*rest"]:
@@ -63,7 +59,7 @@ def last_kept(mask: Bool[Tensor, "*batch time"]) -> Bool[Tensor, "*batch time"]:
         ValueError: ``mask`` has no time axis.
     """
     check_boolean(mask=mask)
-    check_time_axis(mask=mask)
+    check_axis("time", mask=mask)
     if not mask.shape[-1]:
         return mask
     place = torch.arange(1, mask.shape[-1] + 1, device=mask.device)

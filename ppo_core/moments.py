@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import check_bundles
-from ppo_core._select import as_numbers, select
-from ppo_core.masking import Axes, keep
+from ppo_core._select import select, select_kept
+from ppo_core.masking import Axes
 
 
 class Moments(NamedTuple):
@@ -39,8 +39,7 @@ def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, 
         TypeError, ValueError: as :func:`ppo_core.masking.keep`.
     """
     axes = tuple(range(x.ndim)) if dim is None else dim
-    selected = keep(x, mask)
-    kept = as_numbers(mask, selected.dtype)
+    selected, kept = select_kept(x, mask)
     count = kept.sum(axes, keepdim=True)
     mean = selected.sum(axes, keepdim=True) / count.clamp(min=1)
     centred = select(kept, selected - mean)

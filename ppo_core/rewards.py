@@ -6,13 +6,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import (
+    check_axis,
     check_boolean,
     check_floating,
     check_number,
     check_same_device,
     check_same_shape,
-    check_shape,
-    check_time_axis,
+    check_without_axis,
     widen,
 )
 from ppo_core.masking import keep, last_kept
@@ -54,10 +54,9 @@ def compute_rewards(
     """
     check_floating(scores=scores, kl=kl)
     check_boolean(mask=mask)
-    check_time_axis(kl=kl)
+    check_axis("time", kl=kl)
     check_same_shape("kl", kl, mask=mask)
-    check_shape("kl without its time axis", tuple(kl.shape[:-1]), scores=scores)
-    check_same_device("kl", kl, scores=scores)
+    check_without_axis("time", "kl", kl, scores=scores)
     if isinstance(kl_coef, Tensor):
         check_number(kl_coef=kl_coef)
         check_same_device("kl", kl, kl_coef=kl_coef)

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppo_core._checks import check_floating, check_same_device, check_same_shape, check_shape, check_time_axis, widen
+from ppo_core._checks import check_axis, check_floating, check_same_shape, widen
 from ppo_core._recurrence import look_ahead
+from ppo_core._steps import what_follows
 
 
 def linear_recurrence(
@@ -31,12 +32,8 @@ def linear_recurrence(
         ValueError: no time axis; shapes or devices differ.
     """
     check_floating(x=x, coef=coef)
-    check_time_axis(x=x)
+    check_axis("time", x=x)
     check_same_shape("x", x, coef=coef)
-    if after is None:
-        after = x.new_zeros(x.shape[:-1])
-    check_floating(after=after)
-    check_shape("x without its time axis", tuple(x.shape[:-1]), after=after)
-    check_same_device("x", x, after=after)
+    after = what_follows("x", x, after=after)
     x, coef, after = widen(x, coef, after)
     return torch.addcmul(x, coef, look_ahead(x, coef, after))
