@@ -87,3 +87,6 @@ def _resolve(reference: str) -> Any:
 
 
 subject = Subject(_resolve(os.environ.get(VARIABLE) or "ppo_core"))
+
+only_ours = pytest.mark.skipif(not subject.is_ours, reason="absent: how it is computed is its own affair")
+"""For what ppo_core promises beyond the specification: how it computes, and what it is made of."""

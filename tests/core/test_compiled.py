@@ -6,12 +6,12 @@ from torch._dynamo.utils import counters
 
 from tests.core import contracts
 from tests.core.contracts import example, gradients
-from tests.core.subject import subject
+from tests.core.subject import only_ours, subject
 from tests.core.test_contracts import same
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(not subject.is_ours, reason="absent: a promise of ppo_core, not of the specification"),
+    only_ours,
 ]
 
 LENGTHS = (5, 6, 7, 9, 12, 15)

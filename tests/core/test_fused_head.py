@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 
 from tests.core.close import assert_close
 from tests.core.strategies import NUMBERS, POSITIVE, UNIT, Case, gradient, tensors
-from tests.core.subject import subject
+from tests.core.subject import only_ours, subject
+from tests.operations import Operations
 
 PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None}
 
@@ -214,44 +215,24 @@ def test_second_derivative_is_refused():
 
 def test_tiles_never_hold_the_whole_vocabulary():
     """No intermediate, forward or backward, has as many entries as [rows, vocab]."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
     hidden, weight = torch.randn(64, 2).requires_grad_(), torch.randn(100, 2).requires_grad_()
-    with Watch():
+    with Operations() as operations:
         out = subject.fused_head.fused_logprobs(hidden, weight, torch.arange(64), **PLAIN, chunk_size=10)
         (out.logprobs + out.entropy).sum().backward()
-    assert largest <= 64 * 10
+    assert operations.largest().numel <= 64 * 10
 
 
+@only_ours
 @pytest.mark.parametrize(("frozen", "products"), [((), 4), (("weight",), 3), (("hidden",), 3)])
 def test_products_for_a_frozen_part_are_not_made(frozen, products):
     """One product per tile forward, and backward one to have the logits again and one for each part that learns."""
-    if not subject.is_ours:
-        pytest.skip("how it is computed is its own affair")
-    made = 0
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal made
-            made += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-            return func(*args, **(kwargs or {}))
-
     parts = {"hidden": torch.randn(3, 2), "weight": torch.randn(5, 2)}
     for name, part in parts.items():
         part.requires_grad_(name not in frozen)
-    with Count():
+    with Operations() as operations:
         out = subject.fused_head.fused_logprobs(*parts.values(), torch.arange(3), **PLAIN, chunk_size=5)
         (out.logprobs + out.entropy).sum().backward()
-    assert made == products
+    assert operations.count("mm", "addmm", "addmm_") == products
 
 
 @pytest.mark.parametrize(

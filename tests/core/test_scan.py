@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 
 from tests.core.close import assert_close
 from tests.core.strategies import NUMBERS, Case, tensors
-from tests.core.subject import subject
+from tests.core.subject import only_ours, subject
+from tests.operations import Operations
 
 SIGNED = st.integers(-10, 10).map(lambda n: n / 8)
 
@@ -119,33 +120,23 @@ def test_directional_derivative(case):
     assert gradcheck(subject.scan.linear_recurrence, inputs, check_forward_ad=True, check_backward_ad=False)
 
 
+@only_ours
 def test_the_depth_grows_with_the_logarithm():
     """Sixteen times the steps take about as many operations more as four times did: there is no loop over time."""
-    if not subject.is_ours:
-        pytest.skip("how it is computed is its own affair")
 
-    def operations(time):
-        count = 0
-
-        class Count(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal count
-                count += 1
-                return func(*args, **(kwargs or {}))
-
-        with Count():
+    def needed(time):
+        with Operations() as operations:
             subject.scan.linear_recurrence(torch.ones(1, time), torch.ones(1, time))
-        return count
+        return len(operations.ran)
 
-    short, longer, longest = map(operations, (256, 1024, 4096))
+    short, longer, longest = map(needed, (256, 1024, 4096))
     assert short < 150
     assert longest - longer == longer - short < 50
 
 
+@only_ours
 def test_little_is_kept_for_the_gradient():
     """Between forward and backward no more is held than the arguments and what lies ahead of each step."""
-    if not subject.is_ours:
-        pytest.skip("how it is computed is its own affair")
     kept = 0
 
     def pack(x):

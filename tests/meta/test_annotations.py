@@ -5,9 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.core.subject import subject
+from tests.core.subject import only_ours
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -15,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 WRONG_ON_PURPOSE = "refused or bad_ or checked or compil"
 
 
-@pytest.mark.skipif(not subject.is_ours, reason="absent: annotations of ppo_core")
+@only_ours
 def test_annotations_are_true():
     """Every call of the fast property files has the shapes and dtypes that the annotations promise."""
     files = sorted(

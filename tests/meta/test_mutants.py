@@ -3,10 +3,10 @@
 import pytest
 
 from tests.core.contracts import FUNCTIONS
-from tests.core.subject import subject
+from tests.core.subject import only_ours
 from tests.meta.mutants import MUTANTS, killed, run_property
 
-pytestmark = pytest.mark.skipif(not subject.is_ours, reason="mutants are made of ppo_core")
+pytestmark = only_ours
 
 
 def test_there_are_many():

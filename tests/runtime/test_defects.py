@@ -34,8 +34,8 @@ from ppo_runtime.forward import evaluate, lay_out, logits_at
 from ppo_runtime.heads import LMHead, hidden_states, mask_positions
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.scoring import ScoreProcessor
+from tests.operations import Operations
 from tests.runtime import test_checkpoint as resuming
-from tests.runtime.largest import LargestTensor
 from tests.runtime.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch, make_trainer
 
@@ -486,8 +486,9 @@ def test_defect_18_logits_of_the_batch_are_never_held(monkeypatch: pytest.Monkey
         trainer = wide_trainer(vocabulary)
         queries, responses, scores = make_batch()
         tokens = sum(map(len, responses))
-        with LargestTensor(torch.Size((vocabulary, 16))) as largest:
+        with Operations() as operations:
             trainer.step(queries, responses, scores)
+        largest = operations.largest((vocabulary, 16))
         assert largest.numel < tokens * vocabulary / 2, f"{largest.operator} made {tuple(largest.shape)}"
 
     check()

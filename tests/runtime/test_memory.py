@@ -14,7 +14,7 @@ from ppo_runtime import (
     PPOTrainer,
     forward,
 )
-from tests.runtime.largest import LargestTensor
+from tests.operations import Largest, Operations
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 
@@ -24,7 +24,7 @@ VOCABULARY, WIDTH = 2000, 16
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
-def largest_in_a_step(family: str = "llama", *, lora: bool = False, **settings: Any) -> tuple[LargestTensor, int]:
+def largest_in_a_step(family: str = "llama", *, lora: bool = False, **settings: Any) -> tuple[Largest, int]:
     """The largest tensor of a step that isn't shaped like the embeddings, and how many entries [B, T, V] has."""
     parent = AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
     base = tiny_model(family, vocab_size=VOCABULARY)
@@ -32,9 +32,9 @@ def largest_in_a_step(family: str = "llama", *, lora: bool = False, **settings: 
     fields: dict[str, Any] = SETTINGS | {"ppo_epochs": 1} | settings
     trainer = PPOTrainer(PPOConfig(**fields), model, None, tiny_tokenizer())
     queries, responses, scores = make_batch()
-    with LargestTensor(torch.Size((VOCABULARY, WIDTH))) as largest:
+    with Operations() as operations:
         trainer.step(queries, responses, scores)
-    return largest, len(responses) * max(map(len, responses)) * VOCABULARY
+    return operations.largest((VOCABULARY, WIDTH)), len(responses) * max(map(len, responses)) * VOCABULARY
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_no_tensor_of_a_step_has_a_vocabulary_for_every_token(
 def test_the_observer_sees_logits() -> None:
     """Both in forward and in backward: the mode that the other tests rely on."""
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(300, 16)
-    with LargestTensor(weight.shape) as largest:
+    with Operations() as forwards:
         loss = (hidden @ weight.T).sum()
-    assert largest.shape == (7, 300)
-    with LargestTensor(weight.shape) as largest:
+    assert forwards.largest(weight.shape).shape == (7, 300)
+    with Operations() as backwards:
         loss.backward()
-    assert largest.numel == 7 * 300
+    assert backwards.largest(weight.shape).numel == 7 * 300
