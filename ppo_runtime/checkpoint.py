@@ -187,7 +187,7 @@ def _restore_rank(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])  # noqa: NPY002  as above
     random.setstate(state["python"])
 
 

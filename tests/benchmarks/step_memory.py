@@ -41,7 +41,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One step in this process."""
     torch.manual_seed(0)
     if options.head == "dense":
-        forward.fused_logprobs = dense  # type: ignore[assignment]
+        forward.fused_logprobs = dense
         forward.SCORING_TOKENS = 10**9
     model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model, dtype=torch.float32)
     config = PPOConfig(

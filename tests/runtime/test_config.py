@@ -73,5 +73,5 @@ def test_a_horizon_that_could_turn_the_coefficient_negative_is_refused() -> None
 def test_frozen() -> None:
     config = PPOConfig()
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        config.batch_size = 3  # type: ignore[misc]
+        config.batch_size = 3
     assert attrs.evolve(config, batch_size=3).batch_size == 3

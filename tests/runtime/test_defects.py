@@ -333,10 +333,10 @@ def test_defect_11_the_best_policy_is_best_on_raw_scores() -> None:
             use_score_scaling=True, use_score_norm=True, push_to_hub_if_best_kwargs={"repo_id": "policy"}, ppo_epochs=1
         )
         pushed: list[int] = []
-        trainer.push_to_hub = lambda **_: pushed.append(trainer.current_step)  # type: ignore[method-assign]
+        trainer.push_to_hub = lambda **_: pushed.append(trainer.current_step)
         if scaled:
             own, push = ScoreProcessor(trainer.config, ALONE), trainer._push_if_best
-            trainer._push_if_best = lambda raw: push(own(raw))  # type: ignore[method-assign]
+            trainer._push_if_best = lambda raw: push(own(raw))
         queries, responses, _ = make_batch()
         for mean in (0.0, 100.0, 101.0, 50.0):
             trainer.step(queries, responses, [torch.tensor(mean + spread) for spread in (-1.0, 1.0) * 3])
@@ -419,7 +419,7 @@ def test_defect_15_the_controller_reads_the_penaltys_own_estimator() -> None:
     def check(estimator: str) -> None:
         trainer = make_trainer(kl_penalty=estimator, ref_model=tiny_model("llama", seed=1))
         seen: list[float] = []
-        trainer.kl_ctl.update = lambda current, n_steps: seen.append(current)  # type: ignore[method-assign]
+        trainer.kl_ctl.update = lambda current, n_steps: seen.append(current)
         stats = trainer.step(*make_batch())
         difference = stats["objective/logprobs"] - stats["objective/ref_logprobs"]
         expected = abs(difference).sum() / 6
@@ -545,7 +545,7 @@ def test_defect_20_messages_name_values() -> None:
         assert "queries" in message
         assert "list" in message
 
-    check(refused(lambda: make_trainer().step("text", [], [])))  # type: ignore[arg-type]
+    check(refused(lambda: make_trainer().step("text", [], [])))
     fails(check, "Elements in {name} must be a list of tensors")
 
     def literal_placeholders(source: str) -> list[str]:

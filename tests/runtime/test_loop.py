@@ -97,7 +97,7 @@ def test_a_trainer_without_dataset_is_told_so() -> None:
 
 def test_a_dataloader_without_batches_is_an_error_and_not_an_endless_loop() -> None:
     trainer = make_trainer()
-    trainer.dataloader = []  # type: ignore[assignment]
+    trainer.dataloader = []
     with pytest.raises(ValueError, match="gave no batch"):
         train(trainer, _vowels, steps=1, console=_quiet())
 

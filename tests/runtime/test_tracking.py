@@ -105,7 +105,7 @@ def test_jsonl_is_always_written(tmp_path: Path) -> None:
 
 def test_unknown_trackers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log_with is 'mlflow', expected one of None, 'tensorboard', 'wandb'"):
-        make_trackers("mlflow", tmp_path, {}, "ppo", {})  # type: ignore[arg-type]
+        make_trackers("mlflow", tmp_path, {}, "ppo", {})
 
 
 @pytest.mark.parametrize("kwargs", [{"filename_suffix": ".mine"}, {"tensorboard": {"filename_suffix": ".mine"}}])
@@ -166,7 +166,7 @@ class FakeWandb:
 
 def test_wandb_gets_settings_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     tracker = WandbTracker("austen", tmp_path / "w", {"seed": 1}, entity="me")
     tracker.log(4, {"a": 1.0}, {"log": [{"query": "a"}, {"reward": 2.0}]})
     tracker.close()

@@ -154,7 +154,7 @@ def test_wrong_kinds_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match="tokenizer is None"):
         PPOTrainer(PPOConfig(), wrapped)
     with pytest.raises(TypeError, match="config is a dict"):
-        PPOTrainer({}, wrapped, None, tiny_tokenizer())  # type: ignore[arg-type]
+        PPOTrainer({}, wrapped, None, tiny_tokenizer())
 
 
 def test_a_given_plain_reference_and_shared_layers_exclude_each_other() -> None:
