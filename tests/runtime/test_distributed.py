@@ -3,8 +3,6 @@
 Run as a script, this file is one of the two processes.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +28,7 @@ from ppo_runtime.distributed import (
     sum_gradients,
     world_from_environment,
 )
+from tests.runtime.processes import run_ranks
 
 ALONE = World(rank=0, size=1)
 CUT = 4  # rank 0 has the first four of eleven rows, rank 1 the rest
@@ -167,34 +166,7 @@ def be_one_rank(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What both ranks make of every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # As torchrun does, hold the store here: no port is guessed, so none can be taken meanwhile.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": "2",
-    }
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, complaint = process.communicate(timeout=120)
-            assert process.returncode == 0, complaint
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,96 @@
+"""The trainer on two ranks: what one process makes of the union, and a checkpoint that goes on bit for bit.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ppo_runtime import PPOTrainer
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from tests.core.close import assert_close
+from tests.runtime import test_checkpoint, trainers
+from tests.runtime.processes import run_ranks
+
+SETTINGS: dict[str, Any] = {"ppo_epochs": 2, "whiten_rewards": True, "use_score_scaling": True, "use_score_norm": True}
+
+
+def outcome(trainer: PPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics, and weights under names."""
+    return {
+        "stats": [{name: x for name, x in stats.items() if not name.startswith("time/")} for stats in history],
+        "weights": {name: x.detach().clone() for name, x in trainer.model.state_dict().items()},
+    }
+
+
+def steps(rows: slice, count: int) -> dict[str, Any]:
+    """Two steps on some of six rows, each update on the whole batch."""
+    trainer = trainers.make_trainer(batch_size=count, mini_batch_size=count, **SETTINGS)
+    batches = [trainers.make_batch(seed=seed) for seed in range(2)]
+    return outcome(trainer, [trainer.step(*(part[rows] for part in batch)) for batch in batches])
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    """One step, a checkpoint, and another step by a trainer made anew."""
+    first = test_checkpoint.make_trainer()
+    history = test_checkpoint.run(first, 1)
+    save_checkpoint(first, folder / "checkpoint")
+    second = test_checkpoint.make_trainer()
+    load_checkpoint(second, folder / "checkpoint")
+    return outcome(second, history + test_checkpoint.run(second, 1))
+
+
+def be_one_rank(folder: Path) -> None:
+    torch.set_num_threads(1)
+    straight = test_checkpoint.make_trainer()
+    rank = straight.world.rank
+    results = {
+        "steps": steps(slice(3 * rank, 3 * rank + 3), 3),
+        "straight": outcome(straight, test_checkpoint.run(straight, 2)),
+        "interrupted": interrupted(folder),
+    }
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks did."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"), warnings="default")
+
+
+@pytest.mark.parametrize("case", ["steps", "straight", "interrupted"])
+def test_ranks_hold_the_same_weights_and_statistics(ranks: list[dict[str, Any]], case: str) -> None:
+    first, second = (rank[case] for rank in ranks)
+    assert all(torch.equal(x, second["weights"][name]) for name, x in first["weights"].items())
+    test_checkpoint.assert_same_history(first["stats"], second["stats"])
+
+
+def test_two_ranks_do_what_one_does_with_all_rows(ranks: list[dict[str, Any]]) -> None:
+    """Weights, and every statistic, after two steps with everything that is normalised over a batch."""
+    alone = steps(slice(None), 6)
+    for name, x in ranks[0]["steps"]["weights"].items():
+        assert_close(x, alone["weights"][name], scale=1e2)
+    for ours, theirs in zip(ranks[0]["steps"]["stats"], alone["stats"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        test_checkpoint.assert_same_history(rank["interrupted"]["stats"], rank["straight"]["stats"])
+        for name, x in rank["straight"]["weights"].items():
+            assert torch.equal(x, rank["interrupted"]["weights"][name]), name
+
+
+if __name__ == "__main__":
+    be_one_rank(Path(sys.argv[1]))
