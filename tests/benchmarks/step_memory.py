@@ -1,8 +1,9 @@
 """Peak memory of one step: ``python -m tests.benchmarks.step_memory --model DIR [--batch 16] [--response 128]``.
 
 Every row is a process of its own, which loads the policy and its reference, makes one step, and reports its peak
-resident size before and after. "fused" is what `step` does; "dense" takes the logits of all tokens of a pass at once.
-Responses are of random length up to ``--response``, prompts of 8 to 24 random tokens, in float32.
+resident size before and after, and the largest tensor that an operation of the step made (other than one shaped like
+the weights). "fused" is what `step` does; "dense" takes the logits of all tokens of a pass at once. Responses are of
+random length up to ``--response``, prompts of 8 to 24 random tokens, in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, forward
 from ppo_runtime.heads import LMHead, logits_at
+from tests.operations import Operations
 from tests.runtime.tiny import tiny_tokenizer
 
 
@@ -54,7 +56,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     lengths[0] = options.response
     responses = [torch.randint(3, model.config.vocab_size, (length,)) for length in lengths]
     loaded, started = peak_mib(), time.perf_counter()
-    trainer.step(queries, responses, [torch.tensor(float(i % 3)) for i in range(options.batch)])
+    with Operations() as operations:
+        trainer.step(queries, responses, [torch.tensor(float(i % 3)) for i in range(options.batch)])
+    largest = operations.largest(*{tuple(parameter.shape) for parameter in model.parameters()})
     weights = sum(parameter.numel() * 4 for parameter in model.parameters()) / 2**20
     return {
         "head": options.head,
@@ -62,6 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "loaded_mib": round(loaded),
         "peak_mib": round(peak_mib()),
         "weights_mib": round(weights),
+        "largest_tensor_mib": round(largest.numel * 4 / 2**20),
+        "largest_tensor": f"{tuple(largest.shape)} by {largest.operator}",
         "logits_of_the_batch_mib": round(options.batch * options.response * model.config.vocab_size * 4 / 2**20),
     }
 
