@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World
 from ppo_runtime.inner import transformers_model
+from ppo_runtime.seeding import mixed
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")
@@ -48,7 +49,7 @@ class PromptBatches(Sampler[list[int]]):
         if not self._go_on:
             self.epoch, self.consumed = self.epoch + 1, 0
         self._go_on = False
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(_mixed(self.seed, self.epoch)))
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
         shared = self.rows - self.rows % self.world.size
         batches = order[self.world.rank : shared : self.world.size].split(self.batch_size)[: len(self)]
         for batch in batches[self.consumed :]:
@@ -63,11 +64,6 @@ class PromptBatches(Sampler[list[int]]):
         """Go on from there with the next iteration; from an epoch's end that is the next epoch."""
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self._go_on = self.epoch >= 0 and self.consumed < len(self)
-
-
-def _mixed(seed: int, epoch: int) -> int:
-    """One seed of two numbers, so that seed 0's second epoch is not seed 1's first."""
-    return (seed * 1_000_003 + epoch) % 2**63
 
 
 def prepare_dataloader(

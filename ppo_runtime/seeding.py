@@ -11,3 +11,8 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  users' score functions and collators may use the legacy generator
     torch.manual_seed(seed)
+
+
+def mixed(seed: int, number: int) -> int:
+    """One seed of two numbers, so that seed 0's second epoch (or rank) is not seed 1's first."""
+    return (seed * 1_000_003 + number) % 2**63

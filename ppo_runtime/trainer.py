@@ -25,7 +25,7 @@ from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.scoring import ScoreProcessor
-from ppo_runtime.seeding import set_seed
+from ppo_runtime.seeding import mixed, set_seed
 from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
 from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import make_trackers
@@ -74,8 +74,9 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         config = PPOConfig() if config is None else config
         assembly.check_kinds(config, model, tokenizer)
         assert model is not None
-        set_seed(config.seed)
         self.world = world_from_environment()
+        # Ranks that drew the same numbers would answer the same prompt with the same words.
+        set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
         self.config = attrs.evolve(
             config, is_encoder_decoder=model.is_encoder_decoder, is_peft_model=model.is_peft_model
         )

@@ -48,6 +48,12 @@ def interrupted(folder: Path) -> dict[str, Any]:
     return outcome(second, history + test_checkpoint.run(second, 1))
 
 
+def sampled() -> list[int]:
+    """What a trainer answers to a prompt that every rank has."""
+    trainer = trainers.make_trainer()
+    return trainer.generate(torch.tensor([5, 6]), max_new_tokens=20, do_sample=True, top_k=0)[0].tolist()
+
+
 def be_one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     straight = test_checkpoint.make_trainer()
@@ -56,6 +62,7 @@ def be_one_rank(folder: Path) -> None:
         "steps": steps(slice(3 * rank, 3 * rank + 3), 3),
         "straight": outcome(straight, test_checkpoint.run(straight, 2)),
         "interrupted": interrupted(folder),
+        "sampled": sampled(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -83,6 +90,10 @@ def test_two_ranks_do_what_one_does_with_all_rows(ranks: list[dict[str, Any]]) -
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["sampled"] != ranks[1]["sampled"]
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
