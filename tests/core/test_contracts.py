@@ -350,13 +350,18 @@ def refuses(path, kinds, spoil, error):
 
 
 def says_what_to_do(path, message):
-    """An error names an argument, what it is and what was expected; another one to be like is an argument as well."""
+    """An error names an argument, what it is and what was expected, and so another argument to be like, or an axis."""
     names = "|".join(re.escape(p.name) for p in FUNCTIONS[path].parameters)
     assert re.match(rf"({names})(\.\w+)? (is|has) .*expected ", message), message
     _, _, other = message.partition(" like ")
     field = r"(\.\w+)?"
     advice = rf"; move it with \w+{field}\.to\(({names}){field}\.device\)"
     assert not other or re.match(rf"({names}){field}( without its \w+ axis)?({advice})?$", other), message
+    axes = {p.name: p.dims[-1] for p in FUNCTIONS[path].tensors if p.dims}
+    for name, axis in re.findall(r"(\w+) without its (\w+) axis", message):
+        assert axis == axes[name], message
+    for axis, name in re.findall(r"expected \[\*batch, (\w+)\]; add one with (\w+)\[None\]", message):
+        assert axis == axes[name], message
 
 
 @of_kind(contracts.NUMERIC)
