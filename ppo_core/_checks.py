@@ -46,7 +46,8 @@ def check_axis(axis: str, **tensors: Tensor) -> None:
 
 
 def check_without_axis(axis: str, like_name: str, like: Tensor, **tensors: Tensor) -> None:
-    """Refuse tensors that do not match ``like`` without its last axis, which is called ``axis``."""
+    """Refuse tensors that do not match ``like`` without its last axis, which is called ``axis`` and has to be there."""
+    check_axis(axis, **{like_name: like})
     check_shape(f"{like_name} without its {axis} axis", tuple(like.shape[:-1]), **tensors)
     check_same_device(like_name, like, **tensors)
 

@@ -26,7 +26,6 @@ def token_logprobs(logits: Float[Tensor, "*batch vocab"], tokens: Int64[Tensor, 
     """
     check_floating(logits=logits)
     check_integer(tokens=tokens)
-    check_axis("vocab", logits=logits)
     check_without_axis("vocab", "logits", logits, tokens=tokens)
     (logits,) = widen(logits)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -6,7 +6,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppo_core._checks import (
-    check_axis,
     check_boolean,
     check_floating,
     check_number,
@@ -54,7 +53,6 @@ def compute_rewards(
     """
     check_floating(scores=scores, kl=kl)
     check_boolean(mask=mask)
-    check_axis("time", kl=kl)
     check_same_shape("kl", kl, mask=mask)
     check_without_axis("time", "kl", kl, scores=scores)
     if isinstance(kl_coef, Tensor):

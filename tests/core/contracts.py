@@ -154,6 +154,12 @@ class Function:
         return any(p.what in ("float", "bundle") for p in self.parameters)
 
     @property
+    def inner_axis(self) -> str | None:
+        """The last axis of an argument that another one lacks: what the function looks along."""
+        dims = [p.dims for p in self.tensors if p.many]
+        return next((mine[-1] for mine in dims if mine[:-1] in dims), None)
+
+    @property
     def steps(self) -> str | None:
         """The axis that stands for time: ``time``, or the last of ``*shape`` where that is all a mask says."""
         if self.is_temporal:
@@ -199,6 +205,7 @@ NUMERIC = paths(lambda f: f.is_numeric)
 DIFFERENTIABLE = paths(lambda f: f.is_differentiable)
 MASKED = paths(lambda f: f.is_masked)
 STEPWISE = paths(lambda f: f.steps is not None)
+INWARD = paths(lambda f: f.inner_axis is not None)
 BATCHED = paths(lambda f: any(p.many for p in f.tensors) or (not f.tensors and f.is_numeric))
 
 

@@ -409,6 +409,16 @@ def test_wrong_rank_is_refused(path):
         assert refuses(path, ("float", "bool", "int"), lambda _, x: [x.new_zeros(())], ValueError)
 
 
+@of_kind(contracts.INWARD)
+def test_numbers_in_place_of_all_tensors_are_refused(path):
+    """Where one argument has an axis that another lacks, tensors without any axes have no such axis: ValueError."""
+    call, axis = example(path), FUNCTIONS[path].inner_axis
+    numbers = {p.name: call.arguments[p.name].new_zeros(()) for p in FUNCTIONS[path].tensors if p.many}
+    with pytest.raises(ValueError, match=rf" has no axes, expected \[\*batch, {axis}\]") as caught:
+        call(**numbers)
+    says_what_to_do(path, str(caught.value))
+
+
 @of_kind(contracts.NUMERIC)
 def test_wrong_device_is_refused(path):
     """A tensor on another device than the others: ValueError, by name."""

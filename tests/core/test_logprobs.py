@@ -2,14 +2,13 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.close import assert_close
 from tests.core.strategies import NUMBERS, Case, cases, gradient, tensors
-from tests.core.subject import only_ours, subject
+from tests.core.subject import subject
 
 
 @st.composite
@@ -149,12 +148,3 @@ def test_half_precision_logits_are_scored_in_float32(logits, token, dtype):
     token_logprobs, token_entropy = subject.logprobs.token_logprobs, subject.logprobs.token_entropy
     assert_close(token_logprobs(half, tokens), token_logprobs(half.double(), tokens), dtype=torch.float32)
     assert_close(token_entropy(half), token_entropy(half.double()), dtype=torch.float32)
-
-
-@only_ours
-def test_one_logit_is_no_distribution():
-    """Without a vocabulary axis there is nothing to choose from: refused, by name."""
-    one, token = torch.tensor(0.5), torch.tensor(0)
-    for call in (lambda: subject.logprobs.token_logprobs(one, token), lambda: subject.logprobs.token_entropy(one)):
-        with pytest.raises(ValueError, match=r"^logits has no axes, expected \[\*batch, vocab\]; add one with "):
-            call()
