@@ -97,7 +97,6 @@ def check_broadcasts(like_name: str, like: Tensor, **tensors: Tensor) -> None:
 def check_shape(like_name: str, expected: tuple[int, ...], **tensors: Tensor) -> None:
     """Refuse tensors whose shape is not ``expected``, which is the shape of (or follows from) ``like_name``."""
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} like {like_name}")
 

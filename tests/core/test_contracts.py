@@ -345,6 +345,8 @@ def refuses(path, kinds, spoil, error):
             with pytest.raises(error, match=rf"^{p.name} (is|has) | like {p.name}\b") as caught:
                 call(**{p.name: wrong})
             says_what_to_do(path, str(caught.value))
+            kind = f" is a {type(wrong).__name__}, expected a torch.Tensor"
+            assert isinstance(wrong, torch.Tensor) or kind in str(caught.value)
             refused += 1
     return refused
 
