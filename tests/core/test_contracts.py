@@ -416,9 +416,11 @@ def test_numbers_in_place_of_all_tensors_are_refused(path):
     """Where one argument has an axis that another lacks, tensors without any axes have no such axis: ValueError."""
     call, axis = example(path), FUNCTIONS[path].inner_axis
     numbers = {p.name: call.arguments[p.name].new_zeros(()) for p in FUNCTIONS[path].tensors if p.many}
-    with pytest.raises(ValueError, match=rf" has no axes, expected \[\*batch, {axis}\]") as caught:
-        call(**numbers)
-    says_what_to_do(path, str(caught.value))
+    bare = {p.name: None for p in FUNCTIONS[path].parameters if p.optional}
+    for arguments in (numbers, numbers | bare):
+        with pytest.raises(ValueError, match=rf" has no axes, expected \[\*batch, {axis}\]") as caught:
+            call(**arguments)
+        says_what_to_do(path, str(caught.value))
 
 
 @of_kind(contracts.NUMERIC)
