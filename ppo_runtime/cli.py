@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="PPO for language models.")
 
 EMBEDDED_LEARNING_RATE = 3e-4
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 5e-5
 
 
 @app.callback()
