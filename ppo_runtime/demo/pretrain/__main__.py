@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def pretrain(
     stream, held_out = encode(tokenizer, kept), encode(tokenizer, unseen)
     log.info("%d tokens to train on, %d held out", len(stream), len(held_out))
 
+    checkpoint = output / "checkpoint.pt"
     torch.manual_seed(seed)
     model = build_model(tokenizer)
     regularise(model, dropout)
@@ -53,7 +55,7 @@ def pretrain(
         held_out,
         steps=steps,
         seed=seed,
-        checkpoint=output / "checkpoint.pt",
+        checkpoint=checkpoint,
         resume=resume,
         evaluate_every=evaluate_every,
         save_seconds=save_seconds,
@@ -64,6 +66,8 @@ def pretrain(
     prompts = make_prompts(chapters, seed)
     export(model, tokenizer, prompts, output)
     shipped = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
+    loss = held_out_loss(shipped, held_out)
+    log.info("held-out loss %.4f, perplexity %.2f", loss, math.exp(loss))
     write_card(
         output / "README.md",
         chapters,
@@ -71,7 +75,7 @@ def pretrain(
         parameters=shipped.num_parameters(),
         tokens=len(stream),
         tokens_out=len(held_out),
-        loss=held_out_loss(shipped, held_out),
+        loss=loss,
         steps=steps,
         best_step=best.step,
         dropout=dropout,
@@ -79,7 +83,7 @@ def pretrain(
         evaluate_every=evaluate_every,
         compile=" --compile" if compiled else "",
     )
-    (output / "checkpoint.pt").unlink()
+    checkpoint.unlink()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 from ppo_runtime.demo.pretrain.model import CONTEXT, EOS, PAD, VOCABULARY
 from ppo_runtime.demo.pretrain.novels import Chapter
 from ppo_runtime.demo.pretrain.training import BATCH, CLIP, PEAK_RATE, WARMUP, WEIGHT_DECAY
-
-log = logging.getLogger(__name__)
 
 CARD = """\
 # A small Austen
@@ -102,7 +99,6 @@ def write_card(
     """
     # An end-of-text token stands for the end of a paragraph's line, which is a byte as well.
     held_out_bytes = sum(len(text.encode()) + 1 for c in chapters if c.held_out for text in c.paragraphs)
-    log.info("held-out loss %.4f, perplexity %.2f", loss, math.exp(loss))
     card = CARD.format(
         context=CONTEXT,
         vocabulary=VOCABULARY,
