@@ -25,6 +25,11 @@ def restrict(logits, spec):
     return subject.logprobs.restrict_to_support(logits, **spec)
 
 
+def warpers():
+    """Those of transformers, which the core itself does without."""
+    return pytest.importorskip("transformers.generation.logits_process", reason="absent: transformers, to compare with")
+
+
 def support_of(logits, *, temperature, top_k, top_p):
     """Ids kept of one row, by counting, most likely first; which of equals are kept is nobody's business."""
     scaled = [x / temperature for x in logits]
@@ -59,7 +64,7 @@ def test_support_is_the_set_of_the_definition(logits, spec):
 @given(logits=LOGITS, spec=SPECS)
 def test_equals_the_warpers_of_transformers(logits, spec):
     """What transformers samples from, its own warpers applied in its own order, is what is scored."""
-    process = pytest.importorskip("transformers.generation.logits_process")
+    process = warpers()
     scores = process.TemperatureLogitsWarper(spec["temperature"])(None, logits)
     if spec["top_k"]:
         scores = process.TopKLogitsWarper(spec["top_k"])(None, scores)
@@ -71,7 +76,7 @@ def test_equals_the_warpers_of_transformers(logits, spec):
 @pytest.mark.parametrize("vocab", [2, 4, 64])
 def test_half_of_a_uniform_distribution_is_half_of_the_tokens(vocab):
     """Probability that is reached exactly is enough; of equals the same ones are kept as in transformers."""
-    process = pytest.importorskip("transformers.generation.logits_process")
+    process = warpers()
     logits = torch.zeros(1, vocab)
     restricted = restrict(logits, {"temperature": 1.0, "top_k": None, "top_p": 0.5})
     assert restricted.isfinite().sum() == vocab // 2

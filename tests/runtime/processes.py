@@ -48,4 +48,5 @@ def run_ranks(script: str, folder: Path, *, ranks: int = 2, warnings: str = "err
         for process in processes:
             process.kill()
             process.communicate()
+    # Not weights_only: statistics hold numpy arrays, and the files are of the processes just run.
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

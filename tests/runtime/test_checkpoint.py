@@ -16,6 +16,7 @@ from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from tests.runtime.trainers import untimed
 
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -53,7 +54,7 @@ def run(trainer: PPOTrainer, steps: int) -> list[dict[str, Any]]:
             noise = random.random() + np.random.random()  # noqa: NPY002  as a user's score function may
             scores = [response.float().mean() / 50 + noise for response in responses]
             stats = trainer.step(queries, responses, scores)
-            history.append({name: value for name, value in stats.items() if not name.startswith("time/")})
+            history.append(untimed(stats))
             if len(history) == steps:
                 break
     return history

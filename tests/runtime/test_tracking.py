@@ -110,7 +110,7 @@ def test_unknown_trackers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kwargs", [{"filename_suffix": ".mine"}, {"tensorboard": {"filename_suffix": ".mine"}}])
 def test_tensorboard_writes_curves_and_texts(tmp_path: Path, kwargs: dict) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for tracker in make_trackers("tensorboard", tmp_path, kwargs, "ppo", {}):

@@ -30,7 +30,7 @@ def logged(tmp_path: Path, **settings: Any) -> Any:
 
 @pytest.mark.timeout(300)
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -95,7 +95,7 @@ def test_wandb_gets_steps_curves_table_and_configuration(tmp_path: Path, monkeyp
 
 
 def test_tensorboard_has_the_table(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged(tmp_path, log_with="tensorboard")
