@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.data import PromptBatches
 from ppo_runtime.distributed import agree_any
+from ppo_runtime.redact import plain_settings, without_secrets
 
 if TYPE_CHECKING:
     from ppo_runtime.trainer import PPOTrainer
@@ -198,11 +199,11 @@ def _batches(trainer: "PPOTrainer") -> PromptBatches | None:
 
 
 def _configuration(trainer: "PPOTrainer") -> dict[str, Any]:
-    return {name: value for name, value in trainer.config.to_dict().items() if name not in _INDIFFERENT}
+    return {name: value for name, value in plain_settings(trainer.config).items() if name not in _INDIFFERENT}
 
 
 def _warn_of_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(now, default=str))
+    then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
     changed = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for name in sorted({*then, *now})

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import attrs
 
+from ppo_runtime.redact import without_secrets
+
 KL_PENALTIES = ("kl", "abs", "mse", "full")
 TRACKERS = (None, "tensorboard", "wandb")
 TrackerName = Literal["tensorboard", "wandb"]
@@ -60,6 +62,10 @@ def _script_name() -> str:
     return Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "ppo"
 
 
+def _without_secrets(value: object) -> str:
+    return repr(without_secrets(value))
+
+
 _POSITIVE = _number(0.0, math.inf, low_open=True)
 _NOT_NEGATIVE = _number(0.0, math.inf, low_open=False)
 _FRACTION = _number(0.0, 1.0, low_open=False)
@@ -98,7 +104,7 @@ class PPOConfig:
     """Drop columns of a ``datasets.Dataset`` that neither the model nor the trainer reads."""
     drop_last: bool = _flag(True)
     """Drop a last batch shorter than ``batch_size``; False trains on it as well."""
-    tracker_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    tracker_kwargs: dict[str, Any] = attrs.field(factory=dict, repr=_without_secrets)
     """For the tracker of ``log_with``, plain or under its name: {"wandb": {"entity": "us"}}."""
     accelerator_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Not used: this runtime has no accelerate. Anything in it is refused."""
@@ -106,7 +112,7 @@ class PPOConfig:
     """Where metrics go, as "logging_dir" or else "project_dir"; it takes nothing else."""
     tracker_project_name: str = "ppo"
     """Project of a Weights & Biases run."""
-    push_to_hub_if_best_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    push_to_hub_if_best_kwargs: dict[str, Any] = attrs.field(factory=dict, repr=_without_secrets)
     """Arguments of ``push_to_hub``, "repo_id" among them: the policy is uploaded whenever its batch has the highest
     mean raw score so far. Empty: never."""
     compare_steps: int = _count(1)

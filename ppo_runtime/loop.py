@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.distributed import agree_any
+from ppo_runtime.redact import plain_settings
 from ppo_runtime.statistics import scalars
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
             "steps_done": trainer.current_step,
             "kl_coef": trainer.kl_ctl.value,
             "acceleration": attrs.asdict(trainer.acceleration),
-            "config": trainer.config.to_dict(),
+            "config": plain_settings(trainer.config),
         }
         (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
     if not all(math.isfinite(p.sum().item()) for p in trainer.model.parameters()):

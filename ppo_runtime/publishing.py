@@ -12,6 +12,7 @@ from ppo_runtime.distributed import World
 from ppo_runtime.hub import upload
 from ppo_runtime.model_card import is_ours, write_model_card
 from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.redact import hide
 from ppo_runtime.statistics import global_moments
 
 logger = logging.getLogger(__name__)
@@ -81,9 +82,12 @@ class Publishing:
         mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), self.world).mean)
         if self.best_score is not None and mean <= self.best_score:
             return
+        kwargs = self.config.push_to_hub_if_best_kwargs
         try:
-            self.push_to_hub(**self.config.push_to_hub_if_best_kwargs)
+            self.push_to_hub(**kwargs)
         except Exception as error:  # whatever network, hub and disk can come up with
-            logger.warning("the best policy so far (mean score %.4g) could not be uploaded: %s", mean, error)
+            logger.warning(
+                "the best policy so far (mean score %.4g) could not be uploaded: %s", mean, hide(str(error), kwargs)
+            )
             return
         self.best_score = mean

@@ -24,6 +24,7 @@ from ppo_runtime.generating import Generating
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.publishing import Publishing
+from ppo_runtime.redact import plain_settings
 from ppo_runtime.scoring import ScoreProcessor
 from ppo_runtime.seeding import mixed, set_seed
 from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
@@ -254,7 +255,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
                 self.config.logging_dir,
                 self.config.tracker_kwargs,
                 self.config.tracker_project_name,
-                self.config.to_dict() | {"acceleration": attrs.asdict(self.acceleration)},
+                plain_settings(self.config) | {"acceleration": attrs.asdict(self.acceleration)},
             )
         return self._trackers
 

@@ -1,0 +1,59 @@
+"""Settings as a record of them may be kept: without tokens, keys and passwords."""
+
+import re
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any
+
+import attrs
+
+HIDDEN = "(hidden)"
+_SECRET_KEY = re.compile(r"(^|_)(token|password|passwd|passphrase|secret|api_?key|authorization|credentials?)$")
+# As the hubs and trackers make them; long enough that no word of a sentence looks like one.
+_SECRET_TEXT = re.compile(r"\b(hf|api_org|ghp|gho|github_pat|sk)_[A-Za-z0-9_]{16,}")
+
+
+def plain_settings(config: Any) -> dict[str, Any]:
+    """A configuration's fields as a run's records keep them: plain values, and no secret among them."""
+    return without_secrets({field.name: getattr(config, field.name) for field in attrs.fields(type(config))})
+
+
+def without_secrets(value: Any) -> Any:
+    """A tree of settings, every secret in it replaced by :data:`HIDDEN`, and objects by the name of their kind.
+
+    A secret is what stands under a key such as "token", "api_key" or "password", and a text that looks like a hub's
+    token wherever it stands. An object could print anything, so that nothing of it is kept.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if _names_a_secret(key) and isinstance(item, str | bytes) and item else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return (
+            type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else [*map(without_secrets, value)]
+        )
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(HIDDEN, value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return without_secrets(fspath(value)) if isinstance(value, PathLike) else f"<{type(value).__name__}>"
+
+
+def hide(text: str, *settings: Mapping[str, Any]) -> str:
+    """A text, such as an error's, without the secrets that some settings hold."""
+    for secret in _secrets(settings):
+        text = text.replace(secret, HIDDEN)
+    return _SECRET_TEXT.sub(HIDDEN, text)
+
+
+def _names_a_secret(key: Any) -> bool:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(key)).replace("-", "_").lower()
+    return _SECRET_KEY.search(words) is not None
+
+
+def _secrets(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        own = [item for key, item in value.items() if _names_a_secret(key) and isinstance(item, str) and item]
+        return own + _secrets(list(value.values()))
+    return [secret for item in value for secret in _secrets(item)] if isinstance(value, list | tuple) else []

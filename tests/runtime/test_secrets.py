@@ -1,0 +1,122 @@
+"""A token that a configuration carries is in nothing that a run writes, logs or prints."""
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from datasets import Dataset
+from rich.console import Console
+
+from ppo_runtime import PPOConfig, publishing
+from ppo_runtime.loop import train
+from ppo_runtime.redact import HIDDEN, plain_settings, without_secrets
+from tests.runtime.test_tracking import FakeWandb
+from tests.runtime.trainers import make_trainer
+
+TOKEN = "hf_" + "qWxYz0123456789" * 2
+SECRET = "horse-battery-staple"
+SETTINGS: dict[str, Any] = {
+    "push_to_hub_if_best_kwargs": {"repo_id": "me/policy", "token": TOKEN},
+    "tracker_kwargs": {"wandb": {"entity": "us", "settings": {"api_key": SECRET}}},
+}
+
+
+def _run(tmp_path: Path, *, steps: int, **more: Any) -> Any:
+    rows = Dataset.from_dict({"query": ["a"] * 6, "input_ids": [[5, 6]] * 6})
+    settings = SETTINGS | {"project_kwargs": {"logging_dir": str(tmp_path)}, "ppo_epochs": 1} | more
+    trainer = make_trainer(dataset=rows, **settings)
+    train(
+        trainer,
+        lambda _, texts: [0.5] * len(texts),
+        steps=steps,
+        generation_kwargs={"max_new_tokens": 2},
+        output_dir=tmp_path,
+        checkpoint_every=1,
+        resume=True,
+        console=Console(file=io.StringIO()),
+    )
+    return trainer
+
+
+def test_no_file_and_no_log_of_a_run_holds_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The upload fails with a message that holds the token; the run then goes on with another one."""
+    caplog.set_level(logging.DEBUG)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def fail(*_: Any, token: str, **__: Any) -> None:
+        raise RuntimeError(f"no such user: {token}")
+
+    monkeypatch.setattr(publishing, "upload", fail)
+    trainer = _run(tmp_path, steps=1, log_with="wandb")
+    _run(
+        tmp_path,
+        steps=2,
+        log_with="wandb",
+        push_to_hub_if_best_kwargs={"repo_id": "me/policy", "token": "another-" + SECRET},
+    )
+    trainer.create_model_card(str(tmp_path / "card"))
+    written = {path: path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"run.json", "state.json", "metrics.jsonl", "README.md"} <= {path.name for path in written}
+    shown = {"log": caplog.text, "tracker": str(fake.settings), "repr": repr(trainer.config)}
+    for place, text in {**written, **shown}.items():
+        assert TOKEN not in text, place
+        if place != "tracker":
+            assert SECRET not in text, place
+    assert "could not be uploaded" in caplog.text
+    assert "push_to_hub_if_best_kwargs was" not in caplog.text
+    assert fake.settings["settings"] == {"api_key": SECRET}, "the tracker itself gets its key"
+    assert TOKEN not in str(fake.settings["config"])
+    assert SECRET not in str(fake.settings["config"])
+    assert "me/policy" in written[tmp_path / "run.json"], "what is no secret stays"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["token", "hf_token", "api_key", "apiKey", "WANDB_API_KEY", "password", "passwd", "client_secret", "Authorization"],
+)
+def test_what_is_called_a_secret_is_one(key: str) -> None:
+    assert without_secrets({"a": [{key: SECRET}]}) == {"a": [{key: HIDDEN}]}
+
+
+def test_what_says_nothing_is_kept() -> None:
+    settings = {"token": None, "create_pr": True, "max_new_tokens": 3, "tokens": (1, 2), "token_type": False}
+    assert without_secrets(settings) == settings
+
+
+def test_a_hub_token_is_known_by_its_looks() -> None:
+    assert without_secrets({"url": f"https://user:{TOKEN}@host", "n": 1}) == {
+        "url": f"https://user:{HIDDEN}@host",
+        "n": 1,
+    }
+
+
+def test_an_object_is_named_and_not_printed() -> None:
+    @attrs.frozen
+    class Session:
+        key: str
+
+    assert SECRET not in str(plain_settings(PPOConfig(tracker_kwargs={"session": Session(SECRET)})))
+
+
+def test_a_record_holds_every_field() -> None:
+    config = PPOConfig(batch_size=8, project_kwargs={"logging_dir": Path("here")})
+    assert plain_settings(config) == config.to_dict() | {"project_kwargs": {"logging_dir": "here"}}
+
+
+def test_a_checkpoint_that_still_holds_a_token_does_not_tell_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _run(tmp_path, steps=1)
+    state = tmp_path / "checkpoint" / "state.json"
+    assert HIDDEN in state.read_text()
+    state.write_text(state.read_text().replace(HIDDEN, "once-" + SECRET))
+    _run(tmp_path, steps=2, seed=1)
+    assert "seed was 0 and is 1" in caplog.text
+    assert SECRET not in caplog.text
