@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def transformers_model(model: Any) -> Any:
     """The transformers model inside a wrapper and inside PEFT, with any adapter layers in it."""
     model = pretrained_model(model)
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(transformers_model(model).forward).parameters else "past_key_values"
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

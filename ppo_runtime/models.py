@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from ppo_runtime.hub import upload
 from ppo_runtime.inner import (
     add_adapter,
+    cache_argument,
     hub_arguments,
     is_adapter,
     is_peft_model,
@@ -156,12 +157,15 @@ class PreTrainedModelWrapper(nn.Module):
         """(lm_logits [B, L, V], loss or None, value [B, L]); logits and values in float32.
 
         The loss is the model's own and needs `labels`. For an encoder-decoder L is the decoder's length, and
-        `decoder_input_ids` come by keyword.
+        `decoder_input_ids` come by keyword. A cache may be given as `past_key_values` or, its newer name, `cache`.
         """
-        if past_key_values is None:
+        given = kwargs.pop("cache", None)
+        if given is not None and past_key_values is not None:
+            raise ValueError("got both cache and past_key_values, which are two names of one argument; pass one")
+        if (cache := past_key_values if given is None else given) is None:
             kwargs.setdefault("use_cache", False)  # a cache would not be returned, so why fill one
         else:
-            kwargs["past_key_values"] = past_key_values
+            kwargs[cache_argument(self)] = cache
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         value = self.v_head(output[self._hidden_states][-1]).squeeze(-1)

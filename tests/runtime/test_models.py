@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from ppo_runtime.modes import dropout_off, without_dropout
-from tests.runtime.tiny import FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
+from tests.runtime.tiny import CAUSAL_FAMILIES, FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
 
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -79,15 +79,52 @@ def test_values_are_computed_in_float32_under_autocast() -> None:
     assert torch.equal(value, model.v_head.summary(hidden))
 
 
-def test_a_cache_may_be_passed() -> None:
-    model = wrapped()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_a_cache_may_be_passed_by_either_name(family: str, name: str) -> None:
+    model = wrapped(family)
     whole = outputs(model)
-    cache = transformers.DynamicCache(config=model.config)
+    given: Any = {name: transformers.DynamicCache(config=model.config)}
     mask = torch.ones_like(IDS)
-    first = model(IDS[:, :3], past_key_values=cache, attention_mask=mask[:, :3], use_cache=True)
-    last = model(IDS[:, 3:], past_key_values=cache, attention_mask=mask, use_cache=True)
+    first = model(IDS[:, :3], attention_mask=mask[:, :3], use_cache=True, **given)
+    last = model(IDS[:, 3:], attention_mask=mask, use_cache=True, **given)
     for index in (0, 2):
         torch.testing.assert_close(torch.cat((first[index], last[index]), 1), whole[index], rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoders_cache_goes_to_its_decoder() -> None:
+    model = wrapped("t5")
+    whole = outputs(model, "t5")
+    config = model.config
+    cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(config=config) for _ in range(2)))
+    ids, parts = IDS.flip(1), []
+    for start, stop in ((0, 3), (3, 4)):
+        parts.append(model(IDS, decoder_input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True))
+    for index in (0, 2):
+        torch.testing.assert_close(torch.cat([part[index] for part in parts], 1), whole[index], rtol=1e-4, atol=1e-4)
+
+
+class OlderModel(transformers.GPT2LMHeadModel):
+    """As a model of an earlier release, or of a repository's own code: it knows `past_key_values` alone."""
+
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        assert "cache" not in kwargs
+        self.seen = past_key_values
+        return super().forward(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_model_is_given_its_cache_by_the_name_that_it_knows(name: str) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(OlderModel(tiny_model().config).eval())
+    cache = transformers.DynamicCache(config=model.config)
+    model(IDS, **{name: cache})
+    assert model.pretrained_model.seen is cache
+
+
+def test_two_caches_are_one_too_many() -> None:
+    cache = transformers.DynamicCache()
+    with pytest.raises(ValueError, match="both cache and past_key_values"):
+        wrapped()(IDS, past_key_values=cache, cache=cache)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
