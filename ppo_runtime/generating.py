@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppo_runtime import inputs
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.references import reference_context
@@ -32,10 +33,6 @@ class Generating:
     def device(self) -> torch.device:
         """Where the policy lives."""
         return self.model.device
-
-    @property
-    def _context(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
 
     def generate(
         self,
@@ -68,11 +65,11 @@ class Generating:
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
         queries = inputs.token_rows("query_tensor", queries, vocab_size=self.model.config.vocab_size, allow_empty=False)
         new_tokens = generation_kwargs.get("max_new_tokens") or 1
-        inputs.fits_context(
-            "query_tensor",
-            [len(query) + new_tokens for query in queries],
-            self._context,
-            what="prompt + max_new_tokens",
+        Context.of(self.model).check(
+            [len(query) for query in queries],
+            [new_tokens] * len(queries),
+            names=("query_tensor", "query_tensor"),
+            response="max_new_tokens",
         )
         prompt_width = self.config.pad_max_input_len if self.config.pad_for_acceleration else 0
         if prompt_width:
@@ -83,6 +80,9 @@ class Generating:
             models.append((self.ref_model, nullcontext()))
         elif generate_ref_response:
             models.append((self.model, reference_context(self.model)))
+        if self.model.is_encoder_decoder:
+            # The step scores behind this token, so no other may be in force in the policy or the reference.
+            generation_kwargs.setdefault("decoder_start_token_id", decoder_start(self.model))
         eos = generation_kwargs.get("eos_token_id")
         answers: list[Any] = []
         for model, context in models:

@@ -104,8 +104,8 @@ def lm_head(model: nn.Module) -> LMHead:
             f"the LM head of {type(inner).__name__} is a {type(head).__module__}.{type(head).__name__}, "
             "expected a plain torch.nn.Linear; compute full logits instead"
         )
-    bias = head.bias if head.bias is not None else getattr(inner, "final_logits_bias", None)
-    return LMHead(head.weight, bias, getattr(inner.config, "final_logit_softcapping", None), _scale(inner.config))
+    softcap = getattr(inner.config, "final_logit_softcapping", None)
+    return LMHead(head.weight, _bias(head, inner), softcap, _scale(inner.config))
 
 
 def logits_at(head: LMHead, hidden: Tensor) -> Tensor:
@@ -169,6 +169,14 @@ def _splittable(model: nn.Module) -> Any:
     if not inner.config.is_encoder_decoder and inner.base_model is inner:
         raise SplitError(f"{type(inner).__name__} keeps no trunk apart from its head; compute full logits instead")
     return inner
+
+
+def _bias(head: nn.Linear, inner: Any) -> Tensor | None:
+    """The head's own bias and the buffer [1, V] that BART's kin add to their logits, as [V]."""
+    buffer = getattr(inner, "final_logits_bias", None)
+    if buffer is None:
+        return head.bias
+    return buffer.reshape(-1) if head.bias is None else head.bias + buffer.reshape(-1)
 
 
 def _scale(config: Any) -> float:

@@ -99,12 +99,12 @@ def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
     return [mask.bool() for mask in masks]
 
 
-def fits_context(name: str, lengths: Sequence[int], limit: int | None, *, what: str) -> None:
-    """Refuse rows longer than the model's context."""
+def fits_context(name: str, lengths: Sequence[int], limit: int | None, *, what: str, part: str = "") -> None:
+    """Refuse rows longer than the model's context, or that of a part of it."""
     for index, length in enumerate(lengths):
         if limit is not None and length > limit:
             raise ValueError(
-                f"{name}[{index}]: {what} is {length} tokens, but the model's context is {limit}; "
+                f"{name}[{index}]: {what} is {length} tokens, but the model's{part} context is {limit}; "
                 "shorten the prompt or generate fewer tokens"
             )
 

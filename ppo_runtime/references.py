@@ -19,6 +19,8 @@ LAYER_PATTERNS = (
     "transformer.h.{layer}",  # GPT-2, GPT-J, Bloom
     "model.decoder.layers.{layer}",  # OPT, BART
     "model.encoder.layers.{layer}",  # BART
+    "led.decoder.layers.{layer}",  # LED
+    "led.encoder.layers.{layer}",  # LED
     "gpt_neox.layers.{layer}",  # GPT-NeoX, Pythia
     "model.layers.{layer}",  # LLaMA, Qwen, Mistral, Gemma
     "encoder.block.{layer}",  # T5

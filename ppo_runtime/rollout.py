@@ -62,12 +62,24 @@ def _setting(model: Any, generation_kwargs: dict[str, Any], name: str) -> Any:
 
 def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids [B, L] padded on the left to ``width`` at least, and a mask made from lengths, never from token ids."""
+    return _pad(rows, pad_token_id, width, first=lambda length, row: length - len(row))
+
+
+def right_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
+    """The same with padding on the right."""
+    return _pad(rows, pad_token_id, width, first=lambda _length, _row: 0)
+
+
+def _pad(
+    rows: Sequence[Tensor], pad_token_id: int, width: int, *, first: Callable[[int, Tensor], int]
+) -> tuple[Tensor, Tensor]:
     length = max(width, *(len(row) for row in rows))
     ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long, device=rows[0].device)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, length - len(row) :] = row
-        mask[index, length - len(row) :] = 1
+        start = first(length, row)
+        ids[index, start : start + len(row)] = row
+        mask[index, start : start + len(row)] = 1
     return ids, mask
 
 
@@ -98,7 +110,9 @@ def generate_responses(
     """
     responses: list[Tensor] = []
     for start in range(0, len(queries), batch_size):
-        ids, mask = left_pad(queries[start : start + batch_size], pad_token_id, width=prompt_width)
+        # Encoders count positions from the row's first entry, padding or not, and so the step reads them too.
+        pad = right_pad if is_encoder_decoder else left_pad
+        ids, mask = pad(queries[start : start + batch_size], pad_token_id, width=prompt_width)
         kwargs = SamplingSpec.plain_unless_asked(pretrained_model(model), generation_kwargs)
         if length_sampler is not None:
             kwargs["max_new_tokens"] = length_sampler()

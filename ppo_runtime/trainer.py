@@ -16,6 +16,7 @@ from ppo_core.rewards import compute_rewards
 from ppo_runtime import assembly, inputs
 from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.data import prepare_dataloader
 from ppo_runtime.distributed import broadcast_parameters, gather_rows, world_from_environment
 from ppo_runtime.estimates import estimate
@@ -265,7 +266,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
 
     @property
     def _start_token(self) -> int | None:
-        return self.model.config.decoder_start_token_id if self.model.is_encoder_decoder else None
+        return decoder_start(self.model) if self.model.is_encoder_decoder else None
 
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
         """The batch as the model reads it; as wide as the static padding asks for."""
@@ -301,8 +302,8 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         scores = inputs.score_vector(scores, count=len(queries))
         masks = inputs.mask_rows(response_masks, responses)
         responses, masks = inputs.without_start_token(responses, masks, self._start_token)
-        lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
-        inputs.fits_context("queries", lengths, self._context, what="prompt + response")
+        lengths = [len(query) for query in queries], [len(response) for response in responses]
+        Context.of(self.model).check(*lengths, names=("queries", "responses"), response="response")
         return queries, responses, scores, masks
 
     def _update_controller(self, kl: float, n_steps: int) -> None:

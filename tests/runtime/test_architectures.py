@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,33 @@ import torch
 from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.context import decoder_start
 from ppo_runtime.forward import evaluate, lay_out
 from ppo_runtime.modes import dropout_off
-from tests.runtime.tiny import EOS_ID, FAMILIES, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.runtime.tiny import (
+    ALL_FAMILIES,
+    EOS_ID,
+    PAD_ID,
+    SEQ2SEQ_FAMILIES,
+    T5_KIN,
+    VOCAB_SIZE,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tests.runtime.trainers import make_batch, make_trainer
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", ALL_FAMILIES)
+encoder_decoders = pytest.mark.parametrize("family", SEQ2SEQ_FAMILIES)
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5}
 
 
 def wrapper(family: str) -> Any:
-    return AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+    return AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
 
 
 def evaluated(model: Any, queries: list[Tensor], responses: list[Tensor], **widths: int) -> tuple[Tensor, ...]:
     """Log-probabilities, entropies and values of a batch in one pass, padded together."""
-    start = model.config.decoder_start_token_id if model.is_encoder_decoder else None
+    start = decoder_start(model) if model.is_encoder_decoder else None
     rows = lay_out(
         queries,
         responses,
@@ -65,9 +77,11 @@ def test_generate_step_save_load(family: str, tmp_path: Path) -> None:
         plain.state_dict().items(), trainer.model.pretrained_model.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
-    tokens = {"input_ids": queries[0][None]} | ({"decoder_input_ids": responses[0][None]} if family == "t5" else {})
+    tokens = {"input_ids": queries[0][None]} | (
+        {"decoder_input_ids": responses[0][None]} if family in SEQ2SEQ_FAMILIES else {}
+    )
     with torch.no_grad(), dropout_off(trainer.model):
-        assert torch.equal(plain(**tokens).logits, trainer.model(**tokens)[0])
+        assert_close(plain(**tokens).logits, trainer.model(**tokens)[0])
 
 
 @families
@@ -93,8 +107,8 @@ def test_logprobs_are_those_of_the_models_own_logits(family: str) -> None:
     queries, responses, _ = make_batch()
     logprobs, _, seen = evaluated(model, queries, responses)
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        if family == "t5":
-            start = torch.tensor([model.config.decoder_start_token_id])
+        if family in SEQ2SEQ_FAMILIES:
+            start = torch.tensor([decoder_start(model)])
             decoder = torch.cat((start, response[:-1]))
             logits, _, values = model(query[None], decoder_input_ids=decoder[None])
             logits, values = logits[0], values[0]
@@ -122,7 +136,7 @@ def test_padding_with_eos_changes_nothing(family: str) -> None:
 
 @families
 def test_greedy_generation_does_not_know_its_batch(family: str) -> None:
-    """Left padding (the prompts differ in length) leaves greedy responses as they are one by one."""
+    """Padding (the prompts differ in length) leaves greedy responses as they are one by one."""
     trainer = make_trainer(family)
     queries = [torch.tensor([5, 6, 7, 8, 9, 10, 11]), torch.tensor([30, 31]), torch.tensor([12])]
     options = {"return_prompt": False, "max_new_tokens": 8, "do_sample": False}
@@ -149,6 +163,74 @@ def test_several_eos_ids(family: str) -> None:
         queries, batch_size=6, return_prompt=False, eos_token_id=list(range(VOCAB_SIZE)), **SAMPLING
     )
     assert [len(response) for response in explicit] == [1] * 6
+
+
+@encoder_decoders
+def test_shared_layers_stay_and_the_others_train(family: str) -> None:
+    """The embeddings and the bottom of both stacks are the reference's own tensors; what lies above them moves."""
+    trainer = make_trainer(family, num_shared_layers=1, learning_rate=1e-2)
+    policy = dict(trainer.model.named_parameters())
+    reference = dict(trainer.ref_model.named_parameters())
+    shared = {name for name in policy if name in reference and policy[name] is reference[name]}
+    layers = {match[0] for name in shared if (match := re.search(r"(en|de)coder\.(block|layers)\.\d+", name))}
+    stack = "block" if family in T5_KIN else "layers"
+    assert layers == {f"encoder.{stack}.0", f"decoder.{stack}.0"}
+    assert any("shared" in name for name in shared)
+    before = {name: parameter.detach().clone() for name, parameter in policy.items()}
+    stats = trainer.step(*make_batch())
+    assert stats["ppo/policy/first_minibatch_ratio_deviation"] <= 1e-4
+    for name, parameter in policy.items():
+        if "_global." not in name:  # LED's, for global attention, which nothing here asks for
+            assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+    assert shared == {name for name, parameter in policy.items() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "response"), [("bart", 64, 64), ("marian", 64, 64), ("led", 64, 32), ("t5", None, None)]
+)
+def test_an_encoder_decoder_has_room_for_a_prompt_and_for_a_response(
+    family: str, prompt: int | None, response: int | None
+) -> None:
+    """A prompt counts against the encoder's positions, a response against the decoder's; relative ones never end."""
+    trainer = make_trainer(family, batch_size=1, mini_batch_size=1, ppo_epochs=1)
+    query, answer, score = torch.full((prompt or 70,), 5), torch.full((response or 70,), 6), torch.tensor(1.0)
+    trainer.generate(query, max_new_tokens=len(answer), do_sample=True, top_k=0, eos_token_id=None)
+    trainer.step([query], [answer], [score])
+    for too_long, part in (((query.repeat(2), answer), "encoder"), ((query, answer.repeat(2)), "decoder")):
+        if prompt is None:
+            trainer.step([too_long[0]], [too_long[1]], [score])
+            continue
+        message = rf"\[0\]: .* is \d+ tokens, but the model's {part}'s context is \d+"
+        with pytest.raises(ValueError, match=message):
+            trainer.step([too_long[0]], [too_long[1]], [score])
+        with pytest.raises(ValueError, match=message):
+            trainer.generate(too_long[0], max_new_tokens=len(too_long[1]))
+
+
+def test_the_decoder_begins_with_the_start_token_or_with_bos() -> None:
+    """What generation puts in front of a response is what the step scores it behind."""
+    model = tiny_model("mbart")
+    assert model.config.decoder_start_token_id is None
+    assert decoder_start(model) == EOS_ID  # its BOS
+    assert model.generation_config is not None
+    model.generation_config.decoder_start_token_id = 7
+    assert decoder_start(model) == 7
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=1, accel="eager"), wrapper("mbart").from_pretrained(model), None, tiny_tokenizer()
+    )
+    response = trainer.generate(torch.tensor([5, 6]), max_new_tokens=1, do_sample=False)[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6]]), decoder_input_ids=torch.tensor([[7]])).logits
+    assert response.tolist() == [int(logits[0, 0].argmax())]
+    assert trainer.prepare_model_inputs([torch.tensor([5])], [torch.tensor([8, 9])])["decoder_input_ids"][0, 0] == 7
+
+    model.generation_config.decoder_start_token_id = [7, 8]
+    with pytest.raises(ValueError, match=r"decoder_start_token_id of .* is \[7, 8\], expected one token id"):
+        trainer.generate(torch.tensor([5, 6]), max_new_tokens=1)
+    for config in (model.generation_config, model.config):
+        config.decoder_start_token_id = config.bos_token_id = None
+    with pytest.raises(ValueError, match="names neither decoder_start_token_id nor bos_token_id"):
+        trainer.generate(torch.tensor([5, 6]), max_new_tokens=1)
 
 
 def test_the_trainer_takes_the_models_list_of_eos_ids() -> None:

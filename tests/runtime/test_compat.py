@@ -421,8 +421,8 @@ def test_an_encoder_decoder_from_generation_to_disk(tmp_path: Path) -> None:
     responses = trainer.generate(queries, max_new_tokens=6, do_sample=True, top_k=0)
     set_seed(0)
     raw = trainer.model.generate(
-        input_ids=torch.tensor([[5, 6, 7], [0, 0, 8], [0, 9, 10], [0, 11, 12]]),
-        attention_mask=torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1], [0, 1, 1]]),
+        input_ids=torch.tensor([[5, 6, 7], [8, 0, 0], [9, 10, 0], [11, 12, 0]]),
+        attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]]),
         max_new_tokens=6,
         do_sample=True,
         top_k=0,

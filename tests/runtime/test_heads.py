@@ -21,7 +21,15 @@ from ppo_runtime.heads import (
 )
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from ppo_runtime.references import reference_context
-from tests.runtime.tiny import CAUSAL_FAMILIES, FAMILIES, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model
+from tests.runtime.tiny import (
+    ALL_FAMILIES,
+    CAUSAL_FAMILIES,
+    PAD_ID,
+    SEQ2SEQ_FAMILIES,
+    VOCAB_SIZE,
+    tiny_lora,
+    tiny_model,
+)
 
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -37,21 +45,23 @@ ONES = torch.ones_like(REAL)
 
 
 def wrapped(family: str, **kwargs: Any) -> Any:
-    wrapper = AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
     return wrapper.from_pretrained(tiny_model(family), **kwargs)
 
 
 def split_hidden(model: nn.Module, family: str) -> Tensor:
-    if family == "t5":
+    if family in SEQ2SEQ_FAMILIES:
         return seq2seq_hidden_states(model, REAL, ONES, REAL.flip(1))
     return hidden_states(model, REAL, ONES, mask_positions(ONES))
 
 
 def own_output(model: nn.Module, family: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    return model(REAL, attention_mask=ONES, **({"decoder_input_ids": REAL.flip(1)} if family == "t5" else {}))
+    return model(
+        REAL, attention_mask=ONES, **({"decoder_input_ids": REAL.flip(1)} if family in SEQ2SEQ_FAMILIES else {})
+    )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_split_gives_the_models_own_logits_values_and_gradients(family: str) -> None:
     model = wrapped(family)
     weights = torch.randn(*REAL.shape, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
@@ -73,7 +83,7 @@ def test_split_gives_the_models_own_logits_values_and_gradients(family: str) -> 
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_check_split_accepts_every_family_plain_wrapped_and_with_an_adapter(family: str) -> None:
     check_split(tiny_model(family))
     check_split(wrapped(family))

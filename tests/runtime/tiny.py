@@ -17,16 +17,25 @@ from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    LEDConfig,
     LlamaConfig,
+    LongT5Config,
+    M2M100Config,
+    MarianConfig,
+    MBartConfig,
     MistralConfig,
+    MT5Config,
     OPTConfig,
+    PegasusConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     T5Config,
+    UMT5Config,
 )
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -37,7 +46,12 @@ PAD_ID, EOS_ID = 0, 1
 TOKENS = {"pad_token_id": PAD_ID, "bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "vocab_size": VOCAB_SIZE}
 
 CAUSAL_FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "mistral", "gemma2")
+T5_KIN = ("t5", "mt5", "umt5", "longt5")
+BART_KIN = ("bart", "mbart", "pegasus", "marian", "led", "m2m_100")
+SEQ2SEQ_FAMILIES = (*T5_KIN, *BART_KIN)
+# One encoder-decoder for what is the same for all of them; `ALL_FAMILIES` where it may differ.
 FAMILIES = (*CAUSAL_FAMILIES, "t5")
+ALL_FAMILIES = (*CAUSAL_FAMILIES, *SEQ2SEQ_FAMILIES)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,6 +80,14 @@ def tiny_config(family: str, *, dropout: float = 0.0, layers: int = 2, **overrid
         "attention_dropout": dropout,
         "initializer_range": 0.1,
     }
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": layers}
+    t5 |= {"dropout_rate": dropout, "decoder_start_token_id": PAD_ID}
+    bart: dict[str, Any] = {"d_model": 16, "encoder_layers": layers, "decoder_layers": layers}
+    bart |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    bart |= {"dropout": dropout, "attention_dropout": dropout, "init_std": 0.3}
+    # Given in full: the class's default is a token of another vocabulary, forced upon the end of every response.
+    bart |= {"forced_eos_token_id": None, "decoder_start_token_id": EOS_ID}
+    both_sides = {"max_position_embeddings": 64}
     makers: dict[str, tuple[Any, dict[str, Any]]] = {
         "gpt2": (
             GPT2Config,
@@ -93,14 +115,28 @@ def tiny_config(family: str, *, dropout: float = 0.0, layers: int = 2, **overrid
             Gemma2Config,
             gated | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 2.0},
         ),
-        "t5": (
-            T5Config,
-            {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": layers}
-            | {"dropout_rate": dropout, "decoder_start_token_id": PAD_ID},
+        "t5": (T5Config, t5),
+        "mt5": (MT5Config, t5),
+        "umt5": (UMT5Config, t5),
+        # Blocks as short as these tests' prompts, so that where a row lies in them makes a difference.
+        "longt5": (
+            LongT5Config,
+            t5 | {"encoder_attention_type": "transient-global", "local_radius": 3, "global_block_size": 4},
         ),
+        "bart": (BartConfig, bart | both_sides),
+        # Without a start token of its own: its decoder begins with BOS.
+        "mbart": (MBartConfig, bart | both_sides | {"decoder_start_token_id": None}),
+        "pegasus": (PegasusConfig, bart | both_sides | {"decoder_start_token_id": PAD_ID}),
+        "marian": (MarianConfig, bart | both_sides | {"decoder_start_token_id": PAD_ID}),
+        "led": (
+            LEDConfig,
+            bart
+            | {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 32},
+        ),
+        "m2m_100": (M2M100Config, bart | both_sides),
     }
     if family not in makers:
-        raise ValueError(f"family is {family!r}, expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"family is {family!r}, expected one of {', '.join(ALL_FAMILIES)}")
     maker, fields = makers[family]
     return maker(**(TOKENS | fields | overrides))
 
@@ -114,6 +150,9 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = parent.from_config(config)
+        # The bias of BART's kin is a buffer of zeros until a checkpoint fills it.
+        if isinstance(bias := getattr(model, "final_logits_bias", None), torch.Tensor):
+            bias.normal_()
     return model.eval()
 
 
@@ -121,6 +160,6 @@ def tiny_lora(family: str = "gpt2", **fields: Any) -> Any:
     """A LoRA configuration over the linear layers of a family's trunk."""
     from peft import LoraConfig
 
-    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if family in SEQ2SEQ_FAMILIES else "CAUSAL_LM"
     defaults = {"r": 2, "target_modules": "all-linear", "fan_in_fan_out": family == "gpt2"}
     return LoraConfig(task_type=task, **(defaults | fields))

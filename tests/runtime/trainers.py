@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.trainer import set_seed
-from tests.runtime.tiny import tiny_model, tiny_tokenizer
+from tests.runtime.tiny import SEQ2SEQ_FAMILIES, tiny_model, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 6,
@@ -30,7 +30,7 @@ def make_trainer(
 ) -> PPOTrainer:
     """A trainer around a tiny random model; ``settings`` go to PPOConfig."""
     set_seed(0)
-    parent = AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+    parent = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
     model = parent.from_pretrained(tiny_model(family, dropout=dropout))
     return PPOTrainer(
         PPOConfig(**(SETTINGS | settings)),
