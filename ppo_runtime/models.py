@@ -243,7 +243,7 @@ class PreTrainedModelWrapper(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute activations in backward; takes effect only in training mode (see `modes.without_dropout`)."""
+        """Recompute activations in backward; in force in the trainer's updates, in whichever mode the model is."""
         model = transformers_model(self)
         # The older name warns in recent releases of transformers, and the newer is missing from early ones.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -28,21 +29,25 @@ def dropout_off(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(*modules: nn.Module) -> Iterator[None]:
-    """Training mode as it is, with every dropout probability 0 inside.
+    """Modes as they are, with every dropout probability 0 and gradient checkpointing in force inside.
 
-    transformers checkpoints activations only in training mode, hence not `eval()`. A checkpointed layer runs
-    again during backward, so `backward()` belongs inside this context as well: outside, the second run drops
-    units that the first one kept, which torch reports as a CheckpointError where it notices.
+    transformers recomputes activations only in training mode, and hands models over in evaluation mode: inside, the
+    modules that have checkpointing switched on are in training mode, and the others in whichever they were. A
+    checkpointed layer runs again during backward, so `backward()` belongs inside this context as well: outside, the
+    second run drops units that the first one kept, which torch reports as a CheckpointError where it notices.
 
     Covers `nn.Dropout` and its kin, and float attributes named after dropout (`attention_dropout`, `layerdrop`,
     `drop_prob`) or router jitter, which is where transformers' models keep them.
     """
-    changed: list[tuple[nn.Module, str, float]] = []
+    changed: list[tuple[nn.Module, str, Any]] = []
     try:
         for part in {part for module in modules for part in module.modules()}:
-            for name in _random_attributes(part):
+            wanted: dict[str, Any] = dict.fromkeys(_random_attributes(part), 0.0)
+            if getattr(part, "gradient_checkpointing", False) is True and not part.training:
+                wanted["training"] = True
+            for name, value in wanted.items():
                 changed.append((part, name, getattr(part, name)))
-                setattr(part, name, 0.0)
+                setattr(part, name, value)
         yield
     finally:
         for part, name, value in changed:
