@@ -51,6 +51,8 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
         ``directory`` as a path.
 
     Raises:
+        ValueError: weights or the optimiser's moments are not finite, or the last step was broken off while it was
+            moving them. A checkpoint that is there is kept.
         TypeError: the optimiser or the scheduler holds something that JSON and tensors cannot express.
         RuntimeError: another rank could not write its part.
     """
@@ -64,6 +66,7 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
     agree_any(False, world)  # nobody writes before the directory is there
     complete = False
     try:
+        _check_worth_keeping(trainer)
         _write_json(draft / f"rank-{world.rank}.json", _plain(_rank_state(trainer), f"rank-{world.rank}"))
         if world.rank == 0:
             _write_shared(trainer, draft)
@@ -149,6 +152,24 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     kept = set(model.state_dict(keep_vars=True).values())
     buffers = {name: buffer for name, buffer in model.named_buffers() if buffer in kept}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad} | buffers
+
+
+def _check_worth_keeping(trainer: "PPOTrainer") -> None:
+    """Refuse what no run could go on from."""
+    if trainer.broken_off is not None:
+        raise ValueError(
+            f"{trainer.broken_off}, and so the weights are between two steps: no checkpoint is made of them; make one "
+            "after the next whole step, or load the last one"
+        )
+    weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    moments: dict[str, Tensor] = {}
+    _plain(trainer.optimizer.state_dict(), "optimizer", moments)
+    for name, tensor in (weights | moments).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} holds numbers that are not finite: no checkpoint is made of them; load the last one, and "
+                "lower learning_rate or set max_grad_norm"
+            )
 
 
 def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:

@@ -6,7 +6,8 @@ in the same order. In a world of one, none of them needs a process group.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from hashlib import sha256
 from itertools import chain
@@ -147,7 +148,27 @@ def gather_rows(x: Shaped[Tensor, " rows"], world: World) -> Shaped[Tensor, " al
 
 def agree_any(flag: bool, world: World) -> bool:
     """Whether the flag is set on any rank: the same answer everywhere, so that all stop or skip together."""
-    return bool(_gather(torch.tensor([int(flag)]), world).any())
+    return bool(agree_largest(flag, world))
+
+
+def agree_largest(number: int, world: World) -> int:
+    """The largest of the ranks' integers, the same everywhere."""
+    return int(_gather(torch.tensor([int(number)]), world).max())
+
+
+@contextmanager
+def all_or_none(world: World) -> Iterator[None]:
+    """Work without collectives that every rank must get through: where one fails, all of them raise.
+
+    Otherwise the others would wait for it in their next collective.
+    """
+    try:
+        yield
+    except BaseException:
+        agree_any(True, world)
+        raise
+    if agree_any(False, world):
+        raise RuntimeError("another rank refused what it was given, or failed: see its message. Nothing changed here")
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

@@ -1,11 +1,15 @@
 """Checks at the trainer's door: bad input is named and refused before anything has changed."""
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
 def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> list[Tensor]:
@@ -39,30 +43,41 @@ def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> l
 
 
 def score_vector(scores: Any, *, count: int) -> Tensor:
-    """Check one finite number per sequence; returns float32 [count]."""
-    if isinstance(scores, Tensor) or not isinstance(scores, Sequence):
+    """Check one finite number per sequence; returns float32 [count].
+
+    Numbers may be tensors on any device, Python's or numpy's; True counts 1, for verdicts of a checker.
+    """
+    if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
         raise ValueError(f"scores is a {type(scores).__name__}, expected a list of 0-d or 1-element tensors")
     if len(scores) != count:
         raise ValueError(f"scores has {len(scores)} entries, expected {count} like queries")
-    values: list[float] = []
-    for index, score in enumerate(scores):
-        if isinstance(score, Tensor):
-            if score.numel() != 1:
-                raise ValueError(
-                    f"scores[{index}] has shape {tuple(score.shape)}, expected a 0-d or 1-element tensor: "
-                    "one score per sequence"
-                )
-            value = float(score.item())
-        elif isinstance(score, int | float) and not isinstance(score, bool):
-            value = float(score)
-        else:
-            raise ValueError(f"scores[{index}] is a {type(score).__name__}, expected a 0-d or 1-element tensor")
-        if not math.isfinite(value):
+    return torch.tensor([_score(index, score) for index, score in enumerate(scores)], dtype=torch.float32)
+
+
+def _score(index: int, score: Any) -> float:
+    where = f"scores[{index}]"
+    if isinstance(score, Tensor):
+        if score.numel() != 1:
             raise ValueError(
-                f"scores[{index}] is {value}, expected a finite number; mend the score function or drop the row"
+                f"{where} has shape {tuple(score.shape)}, expected a 0-d or 1-element tensor: one score per sequence"
             )
-        values.append(value)
-    return torch.tensor(values, dtype=torch.float32)
+        if score.is_meta or score.is_complex():
+            kind = "on the meta device, where tensors hold no numbers" if score.is_meta else f"of dtype {score.dtype}"
+            raise ValueError(f"{where} is {kind}, expected a real number")
+        score = score.item()
+    if not isinstance(score, numbers.Real | np.bool_):
+        raise ValueError(f"{where} is a {type(score).__name__}, expected a 0-d or 1-element tensor")
+    try:
+        value = float(score)
+    except OverflowError:
+        value = math.inf  # an integer of more than 308 digits
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, expected a finite number; mend the score function or drop the row")
+    if abs(value) > LARGEST_SCORE:
+        raise ValueError(
+            f"{where} is {value:.6g}, expected a number that float32 can hold, up to 3.4e38; scale the scores"
+        )
+    return value
 
 
 def same_count(count: int, **lists: Sequence[Any]) -> None:

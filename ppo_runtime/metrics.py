@@ -42,7 +42,7 @@ METRICS: Mapping[str, Metric] = {
     "ppo/policy/ratio": Metric("1", f"{_UPDATE}; pi / pi_old"),
     "ppo/policy/first_minibatch_ratio_deviation": Metric("1", "max |pi / pi_old - 1| before the first update"),
     "ppo/policy/grad_norm": Metric("1", "optimiser steps; before clipping"),
-    "ppo/policy/skipped_updates": Metric("updates", "left out because of ratio_threshold"),
+    "ppo/policy/skipped_updates": Metric("updates", "left out: beyond ratio_threshold, not finite, or no kept token"),
     "ppo/policy/epochs": Metric("epochs", "begun in this step; fewer than ppo_epochs after an early stop"),
     "ppo/returns/mean": Metric("score", _TOKEN),
     "ppo/returns/var": Metric("score^2", f"{_TOKEN}; Bessel"),

@@ -42,6 +42,7 @@ def write_model_card(
     base_model: str | None,
     is_encoder_decoder: bool,
     steps: int,
+    broken_off: str | None = None,
 ) -> Path:
     """Write README.md into a directory, which is made if need be, and return its path.
 
@@ -49,6 +50,7 @@ def write_model_card(
     """
     base = base_model if base_model and not Path(base_model).exists() and base_model.count("/") <= 1 else None
     auto_class = "AutoModelForSeq2SeqLMWithValueHead" if is_encoder_decoder else "AutoModelForCausalLMWithValueHead"
+    partly = f" and a part of another: {broken_off}" if broken_off else ""
     header = ["tags:", "- ppo", "- reinforcement-learning", "- value-head"]
     if base:
         header.append(f"base_model: {base}")
@@ -61,7 +63,7 @@ def write_model_card(
 
 A language model{f", based on {base}," if base else ""} trained with Proximal Policy Optimization: responses were
 scored, and a penalty on the KL divergence kept the policy close to the model it started from. After {steps} steps of
-{config.batch_size} sequences{_ranks(config)}. The value head that was trained beside it lies in
+{config.batch_size} sequences{_ranks(config)}{partly}. The value head that was trained beside it lies in
 `value_head.safetensors`.
 
 ## Use

@@ -30,6 +30,8 @@ class Publishing:
     current_step: int
     best_score: float | None
     """Highest mean raw score of an uploaded batch so far; only looked at with ``push_to_hub_if_best_kwargs``."""
+    broken_off: str | None
+    """What broke the last step off while it was moving the weights; None after a whole step."""
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
@@ -54,6 +56,7 @@ class Publishing:
                 base_model=getattr(self.model.config, "name_or_path", None),
                 is_encoder_decoder=self.model.is_encoder_decoder,
                 steps=self.current_step,
+                broken_off=self.broken_off,
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

@@ -69,7 +69,7 @@ def step_statistics(
         "objective/kl_coef": kl_coef,
         "ppo/learning_rate": learning_rate,
         "ppo/loss/total": stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"],
-        "ppo/policy/skipped_updates": outcome.skipped_updates,
+        "ppo/policy/skipped_updates": outcome.skipped.total(),
         "ppo/policy/epochs": outcome.epochs,
         "ppo/val/var_explained": var_explained(stats["ppo/val/error"], stats["ppo/returns/var"]),
     }

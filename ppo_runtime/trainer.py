@@ -18,20 +18,22 @@ from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.data import prepare_dataloader
-from ppo_runtime.distributed import broadcast_parameters, gather_rows, world_from_environment
+from ppo_runtime.distributed import all_or_none, broadcast_parameters, gather_rows, world_from_environment
 from ppo_runtime.estimates import estimate
 from ppo_runtime.forward import Rows, lay_out, score_rollout
 from ppo_runtime.generating import Generating
+from ppo_runtime.guards import SkipLog
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
+from ppo_runtime.refusals import refuse_unusable
 from ppo_runtime.scoring import ScoreProcessor
 from ppo_runtime.seeding import mixed, set_seed
 from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
 from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import make_trackers
-from ppo_runtime.update import Targets, optimise
+from ppo_runtime.update import Progress, Targets, optimise
 
 __all__ = ["PPOTrainer", "set_seed"]
 
@@ -102,8 +104,10 @@ class PPOTrainer(Generating, Piecewise, Publishing):
             None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         )
         self.current_step = 0
+        self.broken_off = None
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._trackers: list[Any] | None = None
+        self._say_skipped = SkipLog()
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -131,22 +135,36 @@ class PPOTrainer(Generating, Piecewise, Publishing):
             numpy arrays.
 
         Raises:
-            ValueError: anything about the input that does not fit, by name; nothing has changed then.
+            ValueError: anything about the input that does not fit, or scores, log-probabilities or values that cannot
+                be trained on, by name; nothing has changed then.
+            RuntimeError: the same on another rank.
+
+        Whatever else ends a step early leaves everything as it was before, but for an optimiser that has stepped
+        already: ``broken_off`` then says so.
         """
+        with self._undone_unless_whole() as progress:
+            return self._step(queries, responses, scores, response_masks, progress)
+
+    def _step(
+        self, queries: Any, responses: Any, scores: Any, response_masks: Any, progress: Progress
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         times: dict[str, float] = {}
         config, model = self.config, self.model
-        queries, responses, raw_scores, response_masks = self._check_step(queries, responses, scores, response_masks)
-        rows = self._lay_out(queries, responses, response_masks)
-        self._push_if_best(raw_scores)
-        scores_now = self.scores(raw_scores).to(self.device)
+        with all_or_none(self.world):
+            queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
+            rows = self._lay_out(queries, responses, masks)
+            with _clock(times, "forward_pass"):
+                scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
+        scores_now = self.scores(raw).to(self.device)
 
-        with _clock(times, "forward_pass"):
-            scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
         with _clock(times, "compute_rewards"):
             rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=self.kl_ctl.value)
         with _clock(times, "compute_advantages"):
             aims = estimate(rewards.rewards, scored.values, rows.mask, config, self.world)
+            with all_or_none(self.world):
+                refuse_unusable(scored, aims, rewards.rewards, scores_now, rows.mask, config, ranks=self.world.size)
+        self._push_if_best(raw)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with _clock(times, "optimize_step"):
             outcome = optimise(
@@ -157,6 +175,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
                 config,
                 generator=self.shuffle,
                 world=self.world,
+                progress=progress,
             )
         with _clock(times, "calc_stats"):
             stats = step_statistics(
@@ -186,6 +205,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         if config.optimize_device_cache and self._on_gpu:
             torch.cuda.empty_cache()
         self.current_step += 1
+        self._say_skipped(outcome.skipped, self.current_step)
         times["total"] = time.perf_counter() - started
         return stats | {f"time/ppo/{name}": seconds for name, seconds in times.items()}
 
@@ -240,6 +260,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         self.kl_ctl.state = attrs.evolve(self.kl_ctl.state, coef=state["kl_coef"])
         self.best_score = state["best_score"]
         self.scores.load_state_dict(state["scores"])
+        self.broken_off = None
 
     def close(self) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
@@ -305,6 +326,37 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         lengths = [len(query) for query in queries], [len(response) for response in responses]
         Context.of(self.model).check(*lengths, names=("queries", "responses"), response="response")
         return queries, responses, scores, masks
+
+    @contextmanager
+    def _undone_unless_whole(self) -> Iterator[Progress]:
+        """A step that does not end leaves the trainer as it was; where weights have moved, ``broken_off`` says so.
+
+        No copy of the weights is kept to go back to: it would be as large as the model.
+        """
+        before, order = self.state_dict(), self.shuffle.get_state()
+        progress = Progress()
+        try:
+            yield progress
+        except BaseException as error:
+            marked = self.broken_off
+            # What was uploaded in the meantime stays uploaded.
+            self.load_state_dict(before | {"best_score": self.best_score})
+            self.shuffle.set_state(order)
+            self._pending = (0, 0, {})
+            self.model.zero_grad(set_to_none=True)
+            self.broken_off = marked
+            if progress.begun:
+                self.broken_off = (
+                    f"step {self.current_step + 1} was broken off by {type(error).__name__} after {progress.begun} "
+                    "steps of the optimiser"
+                )
+                logger.warning(
+                    "%s: the weights are between two steps. No checkpoint is made of them; go back to the last one, or "
+                    "go on: the next whole step makes checkpoints possible again",
+                    self.broken_off,
+                )
+            raise
+        self.broken_off = None
 
     def _update_controller(self, kl: float, n_steps: int) -> None:
         try:

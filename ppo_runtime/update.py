@@ -1,16 +1,20 @@
 """The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import attrs
 import torch
 from torch import Tensor
 
 from ppo_core.averages import Average, average, mean_of, merge
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.distributed import World, agree_any, gather_averages, gather_rows, sum_gradients
+from ppo_runtime.distributed import World, agree_largest, gather_averages, gather_rows, sum_gradients
 from ppo_runtime.forward import Evaluation, Rows, evaluate
+from ppo_runtime.guards import Cause, cause_in_losses, clip_gradients
 from ppo_runtime.modes import without_dropout
 
 
@@ -42,8 +46,24 @@ class Outcome(NamedTuple):
     averages: dict[str, Average]
     first_ratio_deviation: Tensor
     """max |pi / pi_old - 1| before the first update; more than rounding means that the rollout's policy was another."""
-    skipped_updates: int
+    skipped: Counter[Cause]
+    """How many updates were left out, by cause."""
     epochs: int
+
+
+@attrs.define
+class Progress:
+    """How far the updates of a step have come, for whoever has to know when they are broken off."""
+
+    begun: int = 0
+    """Steps of the optimiser, one that was broken off included."""
+
+
+class Prepared(NamedTuple):
+    """Whether an update's gradients may be stepped on, and their norm before clipping."""
+
+    cause: Cause
+    norm: Tensor
 
 
 def optimise(
@@ -55,43 +75,48 @@ def optimise(
     *,
     generator: torch.Generator,
     world: World,
+    progress: Progress,
 ) -> Outcome:
     """Train on one batch.
 
     Every update divides by the number of tokens in its *whole* backward batch, over minibatches and ranks, so that
     the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
+    No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved.
     """
     plan = list(_plan(len(rows.mask), config, generator))
     weights = _tokens_per_update(plan, rows.mask, world)
     averages: dict[str, Average] = {}
     deviation = torch.zeros((), device=rows.mask.device)
-    skipped = epochs = updates = 0
+    skipped: Counter[Cause] = Counter()
+    epochs = updates = 0
 
-    with without_dropout(model):
+    with without_dropout(model), _gradients_cleared(model):
         for epoch, epoch_weights in zip(plan, weights, strict=True):
             epochs += 1
             epoch_averages: dict[str, Average] = {}
             for update, weight in zip(epoch, epoch_weights, strict=True):
-                optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 update_averages: dict[str, Average] = {}
                 for index in update:
                     losses = minibatch_losses(model, rows.select(index), targets, index, config)
                     total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
-                    (total / max(weight, 1.0)).backward()
+                    if weight:
+                        (total / weight).backward()
                     merge_into(update_averages, averages_of(losses))
                     if updates == 0:
                         deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
                 updates += 1
                 merge_into(epoch_averages, update_averages)
-                norm = apply_update(model, optimizer, update_averages, config, world)
-                if norm is None:
-                    skipped += 1
-                else:
+                cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
+                if cause is Cause.NONE:
+                    progress.begun += 1
+                    optimizer.step()
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
+                else:
+                    skipped[cause] += 1
             merge_into(averages, epoch_averages)
             if config.early_stopping and _has_moved(epoch_averages, config, world):
                 break
-    optimizer.zero_grad(set_to_none=True)
     return Outcome(averages, deviation, skipped, epochs)
 
 
@@ -111,24 +136,45 @@ def losses_of(now: Evaluation, targets: Targets, mask: Tensor, config: PPOConfig
     )
 
 
-def apply_update(
-    model: Any, optimizer: torch.optim.Optimizer, averages: dict[str, Average], config: PPOConfig, world: World
-) -> Tensor | None:
-    """Step on the gradients that an update's backward passes have left, summed over ranks and clipped.
+def prepare_update(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, Average],
+    config: PPOConfig,
+    world: World,
+    *,
+    weight: float,
+) -> Prepared:
+    """Make the gradients that an update's backward passes have left ready for a step: summed over ranks and clipped.
+
+    Args:
+        model: the policy.
+        optimizer: whose parameters count in the norm.
+        averages: what the update's minibatches found, on this rank.
+        config: for the thresholds.
+        world: ranks that decide together, so that none of them steps alone.
+        weight: kept tokens of the update over all ranks.
 
     Returns:
-        The gradient norm before clipping. None if the update's mean ratio exceeds ``ratio_threshold`` on any rank:
-        then neither weights nor moments see these gradients. (A loss times 0 would step on stale moments, and
-        inf * 0 is NaN.)
+        A cause other than NONE if no step may be made: then neither weights nor moments shall see these gradients. (A
+        loss times 0 would step on stale moments, and inf * 0 is NaN.)
     """
-    # Not ">": a ratio of NaN is too far as well.
-    near = bool(mean_of(averages["ppo/policy/ratio"]) <= config.ratio_threshold)
-    if agree_any(not near, world):
-        return None
+    cause = cause_in_losses(averages, config) if weight else Cause.EMPTY
+    cause = Cause(agree_largest(cause, world))
+    if cause is not Cause.NONE:
+        return Prepared(cause, torch.zeros(()))
     sum_gradients(model.parameters(), world)
-    norm = _clip(model, config.max_grad_norm)
-    optimizer.step()
-    return norm
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
+    return Prepared(Cause(agree_largest(cause, world)), norm)
+
+
+@contextmanager
+def _gradients_cleared(model: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _plan(batch: int, config: PPOConfig, generator: torch.Generator) -> Iterator[list[list[Tensor]]]:
@@ -180,9 +226,3 @@ def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) ->
     key = "ppo/policy/policykl"
     policy_kl = float(mean_of(gather_averages({key: averages[key]}, world)[key]))
     return policy_kl > 1.5 * config.target_kl
-
-
-def _clip(model: Any, max_norm: float | None) -> Tensor:
-    """The global gradient norm before clipping; every step, over a fresh list of parameters."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)

@@ -4,6 +4,7 @@
 package, so that their numbers are the same. Masks may be integers here, as they are in the reference.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,13 +24,14 @@ from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World, gather_averages
 from ppo_runtime.estimates import estimate
 from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, Rows, at_predictors, read_off, row_states
+from ppo_runtime.guards import Cause, SkipLog
 from ppo_runtime.heads import lm_head, logits_at
 from ppo_runtime.inputs import without_start_token
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off, without_dropout
 from ppo_runtime.references import reference_context
 from ppo_runtime.statistics import Rollout, merged, rollout_parts, var_explained
-from ppo_runtime.update import Losses, Targets, apply_update, averages_of, losses_of, merge_into
+from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 
 
 class Piecewise:
@@ -41,6 +43,7 @@ class Piecewise:
     kl_ctl: Any
     world: World
     current_step: int
+    _say_skipped: SkipLog
     # Minibatches whose gradients wait for an optimiser step: the step they belong to, how many, and their averages.
     _pending: tuple[int, int, dict[str, Average]] = (0, 0, {})
 
@@ -191,15 +194,19 @@ class Piecewise:
         step, count, averages = self._pending
         if count == 0 or step != self.current_step:
             count, averages = 0, {}
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
         with without_dropout(self.model):  # a checkpointed layer runs again here
             (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
         merge_into(averages, averages_of(losses))
         count += 1
         if count == self.config.gradient_accumulation_steps:
-            self._divide_gradients(averages["ppo/loss/policy"])
-            apply_update(self.model, self.optimizer, averages, self.config, self.world)
-            self.optimizer.zero_grad(set_to_none=True)
+            weight = self._divide_gradients(averages["ppo/loss/policy"])
+            cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
+            if cause is Cause.NONE:
+                self.optimizer.step()
+            else:
+                self._say_skipped(Counter({cause: 1}), self.current_step + 1)
+            self.model.zero_grad(set_to_none=True)
             count, averages = 0, {}
         self._pending = (self.current_step, count, averages)
         return self._minibatch_stats(losses, targets, kept, has_entropy=logits is not None)
@@ -269,9 +276,10 @@ class Piecewise:
         stats[TOKENS] = averages["ppo/loss/policy"].weight
         return stats
 
-    def _divide_gradients(self, tokens: Average) -> None:
-        """From a sum over tokens to a mean over those of all minibatches and ranks."""
+    def _divide_gradients(self, tokens: Average) -> float:
+        """From a sum over tokens to a mean over those of all minibatches and ranks, whose number is returned."""
         weight = float(gather_averages({"loss": tokens}, self.world)["loss"].weight)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(max(weight, 1.0))
+        return weight

@@ -31,6 +31,7 @@ from ppo_runtime.compat.stats import gather_stats, get_global_statistics
 from ppo_runtime.controllers import AdaptiveKLController
 from ppo_runtime.distributed import World
 from ppo_runtime.forward import evaluate, lay_out, logits_at
+from ppo_runtime.guards import Cause
 from ppo_runtime.heads import LMHead, hidden_states, mask_positions
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.scoring import ScoreProcessor
@@ -86,11 +87,11 @@ def test_defect_01_gradient_clipping_every_step(monkeypatch: pytest.MonkeyPatch)
     check()
     once: dict[int, Iterator[Any]] = {}
 
-    def foil(model: Any, max_norm: float) -> Tensor:
-        parameters = once.setdefault(id(model), filter(lambda p: p.grad is not None, model.parameters()))
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    def foil(parameters: list[torch.nn.Parameter], max_norm: float) -> tuple[Tensor, Cause]:
+        kept = once.setdefault(id(parameters[0]), filter(lambda p: p.grad is not None, parameters))
+        return torch.nn.utils.clip_grad_norm_(kept, max_norm), Cause.NONE
 
-    monkeypatch.setattr(update, "_clip", foil)
+    monkeypatch.setattr(update, "clip_gradients", foil)
     fails(check)
 
 
@@ -107,17 +108,17 @@ def test_defect_02_a_skipped_update_touches_nothing(monkeypatch: pytest.MonkeyPa
         assert same([entry["exp_avg"] for entry in trainer.optimizer.state.values()], moments)
 
     check()
-    apply = update.apply_update
+    prepare = update.prepare_update
 
-    def foil(model: Any, optimizer: Any, averages: dict[str, Average], config: PPOConfig, world: World) -> Any:
-        if mean_of(averages["ppo/policy/ratio"]) <= config.ratio_threshold:
-            return apply(model, optimizer, averages, config, world)
+    def foil(model: Any, *args: Any, **kwargs: Any) -> update.Prepared:
+        prepared = prepare(model, *args, **kwargs)
+        if prepared.cause is Cause.NONE:
+            return prepared
         for parameter in model.parameters():
             parameter.grad *= 0.0
-        optimizer.step()  # on stale moments; and had the loss been inf, on NaN
-        return None
+        return update.Prepared(Cause.NONE, prepared.norm)  # on stale moments; and had the loss been inf, on NaN
 
-    monkeypatch.setattr(update, "apply_update", foil)
+    monkeypatch.setattr(update, "prepare_update", foil)
     fails(check)
 
 

@@ -1,0 +1,87 @@
+"""Updates that would do harm are left out, on all ranks together: weights and moments never see them."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ppo_core.averages import Average, mean_of
+from ppo_runtime.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Cause(IntEnum):
+    """Why an update is left out. Where ranks see different causes, the largest counts for all."""
+
+    NONE = 0
+    """Nothing speaks against it."""
+    FAR = 1
+    LOSS = 2
+    GRADIENT = 3
+    OVERFLOW = 4
+    EMPTY = 5
+
+
+WHAT_TO_DO = {
+    Cause.FAR: "its mean ratio of probabilities is above ratio_threshold: lower learning_rate or ppo_epochs",
+    Cause.LOSS: "its loss is not finite: look at the scores, lower learning_rate, or set max_grad_norm",
+    Cause.GRADIENT: "its gradient is not finite although its loss is: look for an operation of the model that "
+    "overflows or has no derivative, half precision above all",
+    Cause.OVERFLOW: "the squares of its gradient overflow: set max_grad_norm, lower learning_rate, or scale the scores",
+    Cause.EMPTY: "response_masks keep none of its tokens: keep some, or drop such rows",
+}
+
+
+def cause_in_losses(averages: dict[str, Average], config: PPOConfig) -> Cause:
+    """What speaks against an update, seen from its losses; one transfer from the device."""
+    losses = averages["ppo/loss/policy"].total + averages["ppo/loss/value"].total
+    ratio, loss = torch.stack((mean_of(averages["ppo/policy/ratio"]), losses)).tolist()
+    if ratio > config.ratio_threshold:
+        return Cause.FAR
+    return Cause.NONE if math.isfinite(loss) and math.isfinite(ratio) else Cause.LOSS
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | None) -> tuple[Tensor, Cause]:
+    """Scale gradients down to ``max_norm``, or not at all without it.
+
+    Returns:
+        Their global norm before, and what speaks against a step on them; gradients are untouched then. Finite ones
+        whose squares overflow can be clipped. Without a bound they are no good to an optimiser, whose moments are
+        squares as well.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not math.isfinite(float(norm)):
+        # In float64 no square of a float32 overflows.
+        norm = torch.nn.utils.get_total_norm([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+        if not math.isfinite(float(norm)):
+            return norm, Cause.GRADIENT
+        if max_norm is None:
+            return norm, Cause.OVERFLOW
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm, Cause.NONE
+
+
+class SkipLog:
+    """Says of each cause, the first time it is met, what was left out and what to do."""
+
+    def __init__(self) -> None:
+        self._said: set[Cause] = set()
+
+    def __call__(self, skipped: Counter[Cause], step: int) -> None:
+        """Tell of the updates that were left out in a step, by cause."""
+        for cause in sorted(set(skipped) - self._said):
+            logger.warning(
+                "%d %s of step %d left out: %s. Said once; ppo/policy/skipped_updates counts them all",
+                skipped[cause],
+                "update" if skipped[cause] == 1 else "updates",
+                step,
+                WHAT_TO_DO[cause],
+            )
+        self._said.update(skipped)
