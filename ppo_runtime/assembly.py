@@ -13,7 +13,7 @@ from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.forward import Reference
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.references import create_reference_model, reference_context
+from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
 
 
 def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
@@ -68,9 +68,14 @@ def make_reference(
 ) -> tuple[Any, Reference, AccelChoice]:
     """The reference as the user sees it (None: the policy without its adapter), as a pass enters it, and what runs it.
 
+    A PEFT policy's own base, without its adapter, is what None stands for.
+
     Raises:
-        ValueError: ``ref_model`` has another vocabulary, or comes together with ``num_shared_layers``.
+        ValueError: ``ref_model`` has another vocabulary, shares parameters that train with ``model``, or comes together
+            with ``num_shared_layers``.
     """
+    if ref_model is not None and num_shared_layers is None and is_own_base(model, ref_model):
+        ref_model = None
     choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=False)
     if ref_model is None and model.is_peft_model:
         choice = attrs.evolve(choice, backend="eager", reason="eager torch: the reference is the policy itself")
@@ -94,9 +99,10 @@ def make_reference(
             f"ref_model has a vocabulary of {theirs}, expected {mine} like model: log-probabilities of the same "
             "token ids are compared; load both from the same family"
         )
+    check_apart(model, ref_model)
+    check_split(ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
-    check_split(ref_model)
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
     fast, choice = accelerate_frozen(inner, choice)
     return ref_model, lambda: nullcontext(fast), choice

@@ -7,11 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from ppo_runtime.inner import is_peft_model, pretrained_model
+from ppo_runtime.inner import is_peft_model, pretrained_model, transformers_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -56,6 +56,41 @@ def create_reference_model(model: ModelT, num_shared_layers: int | None = None, 
     reference = copy.deepcopy(model, memo)
     reference.requires_grad_(False)  # the shared tensors in the policy too
     return reference.eval()
+
+
+def is_own_base(model: Any, reference: Any) -> bool:
+    """Whether a reference is the very base model under a PEFT policy's adapter, and not that adapter with it."""
+    return (
+        is_peft_model(pretrained_model(model))
+        and not is_peft_model(pretrained_model(reference))
+        and transformers_model(reference) is transformers_model(model)
+    )
+
+
+def check_apart(model: nn.Module, reference: nn.Module) -> None:
+    """Refuse a reference that holds parameters which the policy trains; neither is changed.
+
+    Frozen by way of the reference, they would not train; training, they would move the reference. Parameters that are
+    frozen in the policy as well, as `create_reference_model(model, num_shared_layers)` leaves them, may be shared.
+
+    Raises:
+        ValueError: some are shared, by name.
+    """
+    theirs = {place for parameter in reference.parameters() for place in _places(parameter)}
+    mine = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    shared = [name for name, parameter in mine if theirs & _places(parameter)]
+    if shared:
+        raise ValueError(
+            f"ref_model shares {len(shared)} of the {len(mine)} parameters that train with model, such as "
+            f"{_sample(shared)}; expected a reference that stays as it is: pass ref_model=None for a copy of the policy "
+            "(or the policy without its adapter), or create_reference_model(model), or load one of its own"
+        )
+
+
+def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
+    """What tells one parameter from another: the object, and the memory, which another object may be a view of."""
+    memory = parameter.data_ptr() if parameter.device.type != "meta" and parameter.numel() else 0
+    return {("object", id(parameter))} | ({(str(parameter.device), memory)} if memory else set())
 
 
 def _shared_modules(model: nn.Module, count: int, pattern: str | None) -> Iterator[nn.Module]:
