@@ -25,6 +25,7 @@ from ppo_runtime.generating import Generating
 from ppo_runtime.guards import SkipLog
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.refusals import refuse_unusable
@@ -54,10 +55,11 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         tokenizer: needs an EOS or a padding token. Without a padding token EOS pads, which is harmless: masks are
             made from lengths. Without EOS no response ends early.
         dataset: rows with "input_ids" (and "query" for logs); becomes ``dataloader``.
-        optimizer: over the policy's trainable parameters; Adam at ``learning_rate`` if None.
+        optimizer: over the policy's trainable parameters, or some of them, which is said; Adam at ``learning_rate`` if
+            None.
         data_collator: from a list of rows to a batch; lists per column if None.
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
-        lr_scheduler: stepped once after every ``step``.
+        lr_scheduler: of that optimiser; stepped once after every ``step``.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -93,7 +95,10 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         self.ref_model, self._reference, self.acceleration = assembly.make_reference(
             model, ref_model, num_shared_layers, config
         )
-        self.optimizer = optimizer or assembly.make_optimizer(model, config)
+        check_trains(model)
+        self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
+        check_optimizer(self.optimizer, model)
+        check_scheduler(lr_scheduler, self.optimizer)
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(config, self.world)

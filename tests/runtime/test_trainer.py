@@ -180,3 +180,69 @@ def test_saved_models_load_in_plain_transformers(tmp_path: Any) -> None:
     logits, _, values = trainer.model(ids)
     assert torch.equal(plain(ids).logits, logits)
     assert torch.equal(again(ids)[2], values)
+
+
+def _adam(model: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, **options)
+
+
+# From the policy to (optimizer, lr_scheduler), and what is said of them.
+UNFIT: dict[str, tuple[Callable[[Any], tuple[Any, Any]], str]] = {
+    "optimiser of a copy": (lambda m: (_adam(copy.deepcopy(m)), None), "optimizer holds none of the .* parameters"),
+    "optimiser's class": (lambda m: (torch.optim.Adam, None), "optimizer is a class"),
+    "optimiser's name": (lambda m: ("adam", None), "optimizer is a str"),
+    "optimiser that wants a closure": (lambda m: (torch.optim.LBFGS(m.parameters()), None), r"step\(\) wants closure"),
+    "parameters": (lambda m: (list(m.parameters()), None), "optimizer is a list"),
+    "scheduler's name": (lambda m: (_adam(m), "cosine"), "lr_scheduler is a str"),
+    "scheduler's class": (lambda m: (_adam(m), torch.optim.lr_scheduler.LambdaLR), "lr_scheduler is a class"),
+    "scheduler of another optimiser": (
+        lambda m: (_adam(m), torch.optim.lr_scheduler.ConstantLR(_adam(m))),
+        "lr_scheduler is of another optimizer",
+    ),
+    "scheduler without its optimiser": (
+        lambda m: (None, torch.optim.lr_scheduler.ConstantLR(_adam(m))),
+        "lr_scheduler is of another optimizer.*optimizer=",
+    ),
+    "scheduler that wants a metric": (
+        lambda m: (optimizer := _adam(m), torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)),
+        r"lr_scheduler is a ReduceLROnPlateau, .*step\(\) .*metrics",
+    ),
+    "nothing trains": (lambda m: (None, m.requires_grad_(False) and None), "model has no parameter that trains"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_optimiser_or_scheduler_that_cannot_work_is_refused_when_the_trainer_is_made(case: str) -> None:
+    make, message = UNFIT[case]
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    optimizer, scheduler = make(model)
+    config = PPOConfig(batch_size=6, mini_batch_size=2, accel="eager")
+    with pytest.raises((ValueError, TypeError), match=message):
+        PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler)
+
+
+def test_an_optimiser_of_some_parameters_is_taken_and_the_others_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(optimizer_of=lambda model: torch.optim.Adam(model.v_head.parameters()))
+    assert "optimizer holds 2 of the 23 parameters that train" in caplog.text
+    caplog.clear()
+    make_trainer(optimizer_of=_adam)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)], milestones=[1]
+        ),
+        lambda optimizer: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ConstantLR(optimizer)]),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9),
+    ],
+    ids=["sequential", "chained", "one cycle"],
+)
+def test_schedulers_of_the_optimiser_work(make: Any) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    optimizer = _adam(model)
+    config = PPOConfig(batch_size=6, mini_batch_size=2, accel="eager")
+    trainer = PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=make(optimizer))
+    trainer.step(*make_batch())
