@@ -1,5 +1,6 @@
 """What a trainer is assembled from: checked models, special tokens, a reference, a controller and an optimiser."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -71,10 +72,16 @@ def make_reference(
     A PEFT policy's own base, without its adapter, is what None stands for.
 
     Raises:
-        ValueError: ``ref_model`` has another vocabulary, shares parameters that train with ``model``, or comes together
-            with ``num_shared_layers``.
+        ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``.
     """
-    if ref_model is not None and num_shared_layers is None and is_own_base(model, ref_model):
+    if ref_model is not None and num_shared_layers is not None:
+        warnings.warn(
+            f"num_shared_layers is {num_shared_layers} and ref_model is given, which is taken as it is: layers are "
+            "shared only with a reference that the trainer makes; leave one of the two out",
+            UserWarning,
+            stacklevel=3,
+        )
+    if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
     choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=False)
     if ref_model is None and model.is_peft_model:
@@ -88,11 +95,6 @@ def make_reference(
         return None, adapter_off, choice
     if ref_model is None:
         ref_model = create_reference_model(model, num_shared_layers)
-    elif num_shared_layers is not None:
-        raise ValueError(
-            f"num_shared_layers is {num_shared_layers} and ref_model is given; layers can only be shared with a "
-            "reference that the trainer makes: leave one of the two out"
-        )
     mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
     if mine != theirs:
         raise ValueError(

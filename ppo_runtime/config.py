@@ -1,22 +1,52 @@
 """Every setting of the trainer and the only home of its defaults."""
 
+import difflib
+import functools
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import attrs
 
+from ppo_runtime import former_settings
+from ppo_runtime.dataclass_view import JSONDict, with_dataclass_fields
 from ppo_runtime.redact import without_secrets
 
-KL_PENALTIES = ("kl", "abs", "mse", "full")
-TRACKERS = (None, "tensorboard", "wandb")
+KLPenalty = Literal["kl", "abs", "mse", "full"]
 TrackerName = Literal["tensorboard", "wandb"]
 ACCELERATORS = ("auto", "eager", "ipex")
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+if TYPE_CHECKING:
+    Options = dict[str, Any]
+else:  # what a command line's text is turned into
+    Options = JSONDict
+ValueT = TypeVar("ValueT")
+ConfigT = TypeVar("ConfigT", bound="type[PPOConfig]")
+
+LARGE_BATCH = 32
+"""From here on a minibatch of one sequence is more likely an oversight than a wish."""
+_OF_THE_RUN = "name the run before its trainer is made"
+FIXED = {
+    "exp_name": _OF_THE_RUN,
+    "log_with": _OF_THE_RUN,
+    "tracker_kwargs": _OF_THE_RUN,
+    "tracker_project_name": _OF_THE_RUN,
+    "project_kwargs": _OF_THE_RUN,
+    "seed": "call ppo_runtime.set_seed",
+    "accel": "choose before the trainer is made: its reference has been prepared",
+    "learning_rate": "set 'lr' in each of trainer.optimizer.param_groups",
+    "adap_kl_ctrl": "put another controller in place of trainer.kl_ctl",
+    "init_kl_coef": "set trainer.kl_ctl.value",
+    "target": "set trainer.kl_ctl.target",
+    "horizon": "set trainer.kl_ctl.horizon",
+    "is_encoder_decoder": "the trainer has it from its model",
+    "is_peft_model": "the trainer has it from its model",
+}
+"""What a trainer reads once, when it is made, and where to change that afterwards."""
 
 
 def _positive_integer(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
@@ -53,6 +83,21 @@ def _one_of(choices: tuple[Any, ...]) -> Validator:
     return check
 
 
+def _plain(value: ValueT) -> ValueT:
+    """A Python number in place of a scalar of numpy or torch."""
+    scalar: Any = value
+    return scalar.item() if getattr(scalar, "shape", None) == () else value
+
+
+def _options(value: Any, field: "attrs.Attribute[Any]") -> JSONDict:
+    try:
+        made: Any = JSONDict
+        return made({} if value is None else value)
+    except (TypeError, ValueError):
+        # Without the value, and without what has complained about it: it may hold a token.
+        raise ValueError(f"{field.name} is a {type(value).__name__}, expected a dictionary, or JSON for one") from None
+
+
 def _boolean(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{field.name} is {value!r}, expected True or False")
@@ -72,28 +117,63 @@ _FRACTION = _number(0.0, 1.0, low_open=False)
 _MAYBE_POSITIVE = _number(0.0, math.inf, low_open=True, optional=True)
 
 
+def _setting(default: Any, validator: Validator) -> Any:
+    return attrs.field(default=default, converter=_plain, validator=validator)
+
+
 def _flag(default: bool) -> Any:
-    return attrs.field(default=default, validator=_boolean)
+    return _setting(default, _boolean)
 
 
 def _count(default: int) -> Any:
-    return attrs.field(default=default, validator=_positive_integer)
+    return _setting(default, _positive_integer)
 
 
-@attrs.frozen(kw_only=True)
-class PPOConfig:
+_OPTIONS = attrs.Converter(_options, takes_field=True)
+
+
+def _with_former_names(cls: ConfigT) -> ConfigT:
+    """Let the constructor take what earlier releases of the reference called otherwise."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, **settings: Any) -> None:
+        settings = former_settings.translated(settings, stacklevel=2)
+        generated(self, **settings)
+        former_settings.warn_of_norm_alone(settings, stacklevel=2)
+
+    cls.__init__ = __init__
+    cls._generated_init = generated
+    return cls
+
+
+class _Standing:
+    # Not among what vars() shows. Absent while it is being made; then "free", or "in use" as a trainer's own.
+    __slots__ = ("_standing",)
+    _generated_init: ClassVar[Callable[..., None]]
+
+
+@_with_former_names
+@with_dataclass_fields
+@attrs.define(kw_only=True, slots=False, on_setattr=attrs.setters.NO_OP)
+class PPOConfig(_Standing):
     """Settings of a :class:`ppo_runtime.PPOTrainer`, named and defaulted as in the reference.
 
-    Frozen: change one with ``attrs.evolve(config, learning_rate=1e-6)``. A value out of range is a ValueError
-    here, with its name and what was expected, and not an odd curve later.
+    A value out of range is a ValueError here, with its name and what was expected, and not an odd curve later. That
+    holds for an assignment as well, which then changes nothing; to change several settings that must fit together,
+    ``attrs.evolve(config, batch_size=64, mini_batch_size=8)``.
+
+    A trainer works with a copy, ``trainer.config``. An assignment to that one is in force from then on, but for what
+    the trainer has already built from it: a dataloader keeps its batches, and the names in :data:`FIXED` are refused
+    with what to change instead.
     """
 
     # The run.
     exp_name: str = attrs.field(factory=_script_name)
     """Names the run; metrics go to ``runs/<exp_name>`` unless ``project_kwargs["logging_dir"]`` says otherwise."""
-    seed: int = attrs.field(default=0, validator=_natural)
+    seed: int = _setting(0, _natural)
     """Of everything random: sampling, the order of the data, the order of the minibatches."""
-    log_with: TrackerName | None = attrs.field(default=None, validator=_one_of(TRACKERS))
+    log_with: TrackerName | None = attrs.field(default=None, validator=_one_of((None, *get_args(TrackerName))))
     """A tracker beside the JSONL file that is always written."""
     task_name: str | None = None
     """These four go with the run's settings to the trackers; nothing is loaded by them."""
@@ -104,15 +184,15 @@ class PPOConfig:
     """Drop columns of a ``datasets.Dataset`` that neither the model nor the trainer reads."""
     drop_last: bool = _flag(True)
     """Drop a last batch shorter than ``batch_size``; False trains on it as well."""
-    tracker_kwargs: dict[str, Any] = attrs.field(factory=dict, repr=_without_secrets)
+    tracker_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """For the tracker of ``log_with``, plain or under its name: {"wandb": {"entity": "us"}}."""
-    accelerator_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    accelerator_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS)
     """Not used: this runtime has no accelerate. Anything in it is refused."""
-    project_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    project_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS)
     """Where metrics go, as "logging_dir" or else "project_dir"; it takes nothing else."""
     tracker_project_name: str = "ppo"
     """Project of a Weights & Biases run."""
-    push_to_hub_if_best_kwargs: dict[str, Any] = attrs.field(factory=dict, repr=_without_secrets)
+    push_to_hub_if_best_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """Arguments of ``push_to_hub``, "repo_id" among them: the policy is uploaded whenever its batch has the highest
     mean raw score so far. Empty: never."""
     compare_steps: int = _count(1)
@@ -125,7 +205,7 @@ class PPOConfig:
     # The optimisation.
     steps: int = _count(20000)
     """Sequences to train on in the whole run; ``total_ppo_epochs`` steps of ``batch_size``."""
-    learning_rate: float = attrs.field(default=1e-5, validator=_POSITIVE)
+    learning_rate: float = _setting(1e-5, _POSITIVE)
     batch_size: int = _count(256)
     """Sequences per ``step`` on each rank."""
     mini_batch_size: int = _count(1)
@@ -134,35 +214,35 @@ class PPOConfig:
     """Minibatches per optimiser step."""
     ppo_epochs: int = _count(4)
     """Passes over a batch."""
-    max_grad_norm: float | None = attrs.field(default=None, validator=_MAYBE_POSITIVE)
+    max_grad_norm: float | None = _setting(None, _MAYBE_POSITIVE)
     optimize_device_cache: bool = _flag(False)
     """Empty a GPU's allocator cache after every step."""
     early_stopping: bool = _flag(False)
     """Leave out the remaining epochs of a step once the policy has moved 1.5 ``target_kl`` away from the rollout's."""
-    target_kl: float = attrs.field(default=1.0, validator=_POSITIVE)
+    target_kl: float = _setting(1.0, _POSITIVE)
     """Nats per token between the rollout's policy and the present one."""
-    ratio_threshold: float = attrs.field(default=10.0, validator=_POSITIVE)
+    ratio_threshold: float = _setting(10.0, _POSITIVE)
     """An update whose mean pi / pi_old exceeds this is left out: neither weights nor moments change."""
 
     # The objective.
     adap_kl_ctrl: bool = _flag(True)
-    init_kl_coef: float = attrs.field(default=0.2, validator=_NOT_NEGATIVE)
+    init_kl_coef: float = _setting(0.2, _NOT_NEGATIVE)
     """Score units per nat."""
-    kl_penalty: str = attrs.field(default="kl", validator=_one_of(KL_PENALTIES))
-    target: float = attrs.field(default=6.0, validator=_POSITIVE)
+    kl_penalty: KLPenalty = attrs.field(default="kl", validator=_one_of(get_args(KLPenalty)))
+    target: float = _setting(6.0, _POSITIVE)
     """Nats per sequence that the adaptive controller holds."""
-    horizon: float = attrs.field(default=10000.0, validator=_POSITIVE)
+    horizon: float = _setting(10000.0, _POSITIVE)
     """Sequences over which the coefficient changes by at most 20 %."""
-    gamma: float = attrs.field(default=1.0, validator=_FRACTION)
-    lam: float = attrs.field(default=0.95, validator=_FRACTION)
-    cliprange: float = attrs.field(default=0.2, validator=_POSITIVE)
-    cliprange_value: float = attrs.field(default=0.2, validator=_POSITIVE)
-    vf_coef: float = attrs.field(default=0.1, validator=_NOT_NEGATIVE)
+    gamma: float = _setting(1.0, _FRACTION)
+    lam: float = _setting(0.95, _FRACTION)
+    cliprange: float = _setting(0.2, _POSITIVE)
+    cliprange_value: float = _setting(0.2, _POSITIVE)
+    vf_coef: float = _setting(0.1, _NOT_NEGATIVE)
     use_score_scaling: bool = _flag(False)
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = _flag(False)
     """Subtract the running mean first; only together with ``use_score_scaling``."""
-    score_clip: float | None = attrs.field(default=None, validator=_MAYBE_POSITIVE)
+    score_clip: float | None = _setting(None, _MAYBE_POSITIVE)
     """Keep scores, after scaling, within plus or minus this."""
     whiten_rewards: bool = _flag(False)
     """Scale the rewards per token to variance 1 over the batch and all ranks; their mean stays."""
@@ -170,9 +250,9 @@ class PPOConfig:
     # Static shapes for compiled graphs.
     pad_for_acceleration: bool = _flag(False)
     """Give every forward pass the same shape; longer rows are refused, never cut."""
-    pad_max_len: int = attrs.field(default=0, validator=_natural)
+    pad_max_len: int = _setting(0, _natural)
     """Width of prompt and response together; of the response alone for an encoder-decoder."""
-    pad_max_input_len: int = attrs.field(default=0, validator=_natural)
+    pad_max_input_len: int = _setting(0, _natural)
     """Width of the prompts in generation and in an encoder. 0: as wide as they are."""
 
     # Found out by the trainer.
@@ -181,6 +261,42 @@ class PPOConfig:
 
     def __attrs_post_init__(self) -> None:
         """Check what takes more than one field to check."""
+        self._check_together()
+        object.__setattr__(self, "_standing", "free")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign, after every check that the constructor makes; a refused value leaves the old one."""
+        standing = getattr(self, "_standing", None)
+        if standing is None or name == "_standing":
+            return object.__setattr__(self, name, value)
+        for known, changed in former_settings.translated({name: value}, stacklevel=2).items():
+            if known not in attrs.fields_dict(type(self)):
+                near = difflib.get_close_matches(known, attrs.fields_dict(type(self)), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise AttributeError(f"PPOConfig has no setting {known!r}{hint}")
+            if standing == "in use" and known in FIXED:
+                raise ValueError(
+                    f"{known} was read when the trainer was made, and setting it to {without_secrets(changed)!r} "
+                    f"would do nothing: {FIXED[known]}"
+                )
+            object.__setattr__(self, known, getattr(self._copy(**{known: changed}), known))
+            if known in ("use_score_norm", "use_score_scaling"):
+                former_settings.warn_of_norm_alone(vars(self), stacklevel=2)
+        return None
+
+    def _copy(self, **changes: Any) -> "PPOConfig":
+        """A checked copy; nothing is said again that was said of this one."""
+        copy = object.__new__(type(self))
+        type(self)._generated_init(copy, **(vars(self) | changes))
+        return copy
+
+    def in_use(self, **found_out: Any) -> "PPOConfig":
+        """A trainer's own copy, with what it has found out about its model."""
+        copy = self._copy(**found_out)
+        object.__setattr__(copy, "_standing", "in use")
+        return copy
+
+    def _check_together(self) -> None:
         if self.use_habana:
             raise ValueError("use_habana is True, but this runtime has no Habana backend; leave it False")
         if self.accelerator_kwargs:
@@ -193,8 +309,6 @@ class PPOConfig:
                 f"project_kwargs has {', '.join(map(repr, unknown))}, expected 'logging_dir' or 'project_dir' alone: "
                 "there is no accelerate to configure; checkpoints go where ppo_runtime.checkpoint is told"
             )
-        if self.use_score_norm and not self.use_score_scaling:
-            raise ValueError("use_score_norm is True and use_score_scaling False; set both, or use_score_norm=False")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError(
                 f"push_to_hub_if_best_kwargs has {sorted(self.push_to_hub_if_best_kwargs)}, expected 'repo_id' among "
@@ -224,6 +338,12 @@ class PPOConfig:
     def backward_batch_size(self) -> int:
         """Sequences per optimiser step on one rank."""
         return self.mini_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def updates_of_one_sequence(self) -> int:
+        """Optimiser steps per ``step`` if each of them sees one sequence of a large batch, else 0."""
+        lonely = self.global_backward_batch_size == 1 and self.batch_size >= LARGE_BATCH
+        return self.ppo_epochs * self.batch_size if lonely else 0
 
     @property
     def global_backward_batch_size(self) -> int:

@@ -1,11 +1,11 @@
 """The prompts' dataloader."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World
@@ -16,9 +16,21 @@ from ppo_runtime.seeding import mixed
 TRAINER_COLUMNS = ("label", "query", "response")
 
 
-def list_collator(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """A list per column: prompts differ in length, so nothing is stacked."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+def collate(rows: list[Any]) -> Any:
+    """A list per column: prompts differ in length, so nothing is stacked. Rows without columns are: as torch does it.
+
+    Raises:
+        ValueError: tuples or tensors whose shapes differ.
+    """
+    if isinstance(rows[0], Mapping):
+        return {name: [row[name] for row in rows] for name in rows[0]}
+    try:
+        return default_collate(rows)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the dataset's rows are of type {type(rows[0]).__name__} and cannot be stacked ({error}); expected "
+            "dictionaries, tensors of one shape, or tuples of these: pass a data_collator"
+        ) from error
 
 
 class PromptBatches(Sampler[list[int]]):
@@ -88,7 +100,7 @@ def prepare_dataloader(
         dataset = _without_unused_columns(dataset, model)
     # A generator of its own: without one, every epoch would begin with a draw from the global generator.
     options = {
-        "collate_fn": data_collator or list_collator,
+        "collate_fn": data_collator or collate,
         "generator": torch.Generator().manual_seed(config.seed),
     }
     if isinstance(dataset, IterableDataset):

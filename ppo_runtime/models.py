@@ -275,6 +275,11 @@ class PreTrainedModelWrapper(nn.Module):
         """Where the inner model's parameters lie."""
         return transformers_model(self).device
 
+    @property
+    def current_device(self) -> torch.device:
+        """The reference's name for it."""
+        return self.device
+
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
     """A decoder-only language model with a value head."""

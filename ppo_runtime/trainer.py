@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ppo_core.moments import variance
 from ppo_core.rewards import compute_rewards
 from ppo_runtime import assembly, inputs
+from ppo_runtime.compat.accelerator import Familiar
 from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
@@ -41,7 +42,7 @@ __all__ = ["PPOTrainer", "set_seed"]
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(Generating, Piecewise, Publishing):
+class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
     """Proximal Policy Optimization of a language model with a value head.
 
     ``generate`` responses, score them by whatever means, and give all three to ``step``; or hand a score function to
@@ -83,9 +84,14 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         self.world = world_from_environment()
         # Ranks that drew the same numbers would answer the same prompt with the same words.
         set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
-        self.config = attrs.evolve(
-            config, is_encoder_decoder=model.is_encoder_decoder, is_peft_model=model.is_peft_model
-        )
+        self.config = config.in_use(is_encoder_decoder=model.is_encoder_decoder, is_peft_model=model.is_peft_model)
+        if updates := self.config.updates_of_one_sequence:
+            logger.warning(
+                "mini_batch_size is 1 and batch_size %d: every step makes %d optimiser updates, each on one sequence "
+                "alone; set mini_batch_size, or gradient_accumulation_steps where memory is short",
+                self.config.batch_size,
+                updates,
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
@@ -101,7 +107,7 @@ class PPOTrainer(Generating, Piecewise, Publishing):
         check_scheduler(lr_scheduler, self.optimizer)
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
-        self.scores = ScoreProcessor(config, self.world)
+        self.scores = ScoreProcessor(self.config, self.world)
         self.best_score = None
         self.data_collator = data_collator
         self.dataset = dataset

@@ -1,6 +1,5 @@
 """PPOConfig: defaults of the reference, derived sizes, and refusals that name the field."""
 
-import attrs
 import pytest
 
 from ppo_runtime.config import PPOConfig
@@ -68,10 +67,3 @@ def test_a_horizon_that_could_turn_the_coefficient_negative_is_refused() -> None
     with pytest.raises(ValueError, match="horizon"):
         PPOConfig(batch_size=256, horizon=51)
     PPOConfig(batch_size=256, horizon=51, adap_kl_ctrl=False)
-
-
-def test_frozen() -> None:
-    config = PPOConfig()
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        config.batch_size = 3
-    assert attrs.evolve(config, batch_size=3).batch_size == 3

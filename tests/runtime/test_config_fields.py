@@ -99,7 +99,6 @@ def test_the_runs_name_and_directories(tmp_path: Path) -> None:
     [
         ({"use_habana": True}, "no Habana backend; leave it False"),
         ({"accelerator_kwargs": {"cpu": True}}, "start the script with torchrun"),
-        ({"use_score_norm": True}, "set both, or use_score_norm=False"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, "expected 'repo_id' among them"),
         ({"pad_for_acceleration": True}, "pad_max_len is 0"),
         ({"pad_max_len": 1.5}, "pad_max_len is 1.5, expected an integer"),

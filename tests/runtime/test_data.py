@@ -1,5 +1,6 @@
 """The dataloader: what it takes, what it drops, and the order of its rows."""
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -10,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
-from ppo_runtime.data import PromptBatches, list_collator
+from ppo_runtime.data import PromptBatches, collate
 from ppo_runtime.distributed import World
 from tests.runtime.tiny import tiny_tokenizer
 from tests.runtime.trainers import make_trainer
@@ -165,5 +166,22 @@ def test_a_place_at_the_end_of_an_epoch_goes_on_with_the_next() -> None:
     assert list(again) == list(sampler)
 
 
+def test_rows_without_columns_are_stacked_as_torch_does() -> None:
+    """A dataset of tuples or of bare tensors, as in many old scripts, with no data_collator."""
+    rows = [(torch.tensor([1, 2]), torch.tensor([3])), (torch.tensor([4, 5]), torch.tensor([6]))]
+    for dataset in (rows, [list(row) for row in rows]):
+        trainer = make_trainer(dataset=dataset, batch_size=2, mini_batch_size=1)
+        ((queries, responses),) = trainer.dataloader
+        assert sorted(queries.tolist()) == [[1, 2], [4, 5]]
+        assert sorted(responses.tolist()) == [[3], [6]]
+        stats = trainer.step(list(queries), list(responses), [torch.tensor(1.0), torch.tensor(0.0)])
+        assert math.isfinite(stats["ppo/loss/total"])
+    (stacked,) = make_trainer(dataset=[row[0] for row in rows], batch_size=2).dataloader
+    assert stacked.shape == (2, 2)
+    ragged = make_trainer(dataset=[torch.ones(1), torch.ones(2)], batch_size=2)
+    with pytest.raises(ValueError, match=r"rows are of type Tensor and cannot be stacked .*pass a data_collator"):
+        next(iter(ragged.dataloader))
+
+
 def test_lists_per_column() -> None:
-    assert list_collator([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]) == {"a": [1, 2], "b": ["x", "y"]}
+    assert collate([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]) == {"a": [1, 2], "b": ["x", "y"]}

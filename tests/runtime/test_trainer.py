@@ -157,9 +157,13 @@ def test_wrong_kinds_are_refused_by_name() -> None:
         PPOTrainer({}, wrapped, None, tiny_tokenizer())
 
 
-def test_a_given_plain_reference_and_shared_layers_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="num_shared_layers is 1 and ref_model is given"):
-        make_trainer(ref_model=tiny_model("llama"), num_shared_layers=1)
+def test_shared_layers_beside_a_given_reference_are_pointed_out() -> None:
+    reference = tiny_model("llama")
+    with pytest.warns(UserWarning, match="num_shared_layers is 1 and ref_model is given") as seen:
+        trainer = make_trainer(ref_model=reference, num_shared_layers=1)
+    assert seen[0].filename.endswith("trainers.py"), "the warning points at the trainer's maker"
+    assert trainer.ref_model is reference
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
 def test_a_plain_model_serves_as_reference() -> None:

@@ -1,0 +1,145 @@
+"""The reference's ``trainer.accelerator`` and other attributes, without accelerate."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_core.scores import ScoreState
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.distributed import World, gather_rows
+from ppo_runtime.models import PreTrainedModelWrapper
+
+
+class Accelerator:
+    """What scripts ask ``trainer.accelerator`` for. Nothing is wrapped: ``prepare`` and ``unwrap_model`` give back.
+
+    Every gather is a collective, to be called by all ranks.
+    """
+
+    def __init__(self, device: torch.device, world: World) -> None:
+        self.device = device
+        self.num_processes = world.size
+        self.process_index = world.rank
+        self.is_main_process = world.rank == 0
+        self.is_last_process = world.rank == world.size - 1
+        self.state = SimpleNamespace(
+            deepspeed_plugin=None,
+            fsdp_plugin=None,
+            device=device,
+            num_processes=world.size,
+            process_index=world.rank,
+            local_process_index=self.local_process_index,
+        )
+        self._world = world
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer.accelerator has no {name!r}: there is no accelerate underneath. It knows the ranks "
+            "(num_processes, process_index, is_main_process, gather, wait_for_everyone, print) and the device; for "
+            "anything else use the trainer itself, or an accelerate.Accelerator of your own"
+        )
+
+    @property
+    def local_process_index(self) -> int:
+        """This process among those of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.process_index))
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether it is the first of its machine."""
+        return self.local_process_index == 0
+
+    def unwrap_model(self, model: Any, keep_fp32_wrapper: bool = True) -> Any:
+        """The model itself."""
+        return model
+
+    def prepare(self, *objects: Any) -> Any:
+        """The objects themselves: one alone, several as a tuple. Move models to ``device`` yourself."""
+        return objects[0] if len(objects) == 1 else objects
+
+    def gather(self, tensor: Any) -> Any:
+        """Tensors of all ranks, joined along their first axis, in rank order; also inside lists, tuples, dicts."""
+        if isinstance(tensor, Tensor):
+            rows = tensor if tensor.ndim else tensor[None]
+            return gather_rows(rows.flatten(), self._world).reshape(-1, *rows.shape[1:])
+        if isinstance(tensor, Mapping):
+            return {key: self.gather(value) for key, value in tensor.items()}
+        if isinstance(tensor, list | tuple):
+            return type(tensor)(self.gather(value) for value in tensor)
+        raise TypeError(f"gather got a {type(tensor).__name__}, expected tensors, or lists and dictionaries of them")
+
+    gather_for_metrics = gather
+
+    def wait_for_everyone(self) -> None:
+        """Return when all ranks have come here."""
+        if self.num_processes > 1:
+            dist.barrier()
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """Print on the first process alone."""
+        if self.is_main_process:
+            print(*values, **options)
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The first process runs the block before the others do."""
+        if not self.is_main_process:
+            self.wait_for_everyone()
+        yield
+        if self.is_main_process:
+            self.wait_for_everyone()
+
+
+class RunningMoments(NamedTuple):
+    """What ``trainer.running`` tells about the scores seen so far."""
+
+    mean: float
+    std: float
+    var: float
+    count: float
+
+
+class Familiar:
+    """Attributes by which the reference's users know a trainer."""
+
+    config: PPOConfig
+    model: PreTrainedModelWrapper
+    world: World
+    scores: Any
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Device and ranks, as scripts ask for them."""
+        return Accelerator(self.model.device, self.world)
+
+    @property
+    def current_device(self) -> torch.device:
+        """Where the policy lives."""
+        return self.model.device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether several processes train together."""
+        return self.world.size > 1
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the policy has an encoder of its own."""
+        return bool(self.config.is_encoder_decoder)
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the policy is an adapter on a frozen model."""
+        return bool(self.config.is_peft_model)
+
+    @property
+    def running(self) -> RunningMoments:
+        """Running moments of the raw scores; of none without ``use_score_scaling``."""
+        state: ScoreState = self.scores.state
+        return RunningMoments(state.mean, state.std, state.std**2, state.count)
