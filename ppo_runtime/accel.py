@@ -1,45 +1,48 @@
-"""The one seam to Intel's extension for PyTorch, and the only module that names it.
+"""What runs the models that never change, such as the reference: eager torch, or Intel's extension.
 
-:func:`choose` decides from metadata alone, since a mere import on the wrong torch release or processor ends the
-process. :func:`accelerate_frozen` then packs the linear layers of a model that never changes, such as the reference:
-packed weights go stale after an optimiser step, so a model that trains is never packed.
+:func:`choose` decides from metadata alone: versions, machine, processor. :func:`accelerate_frozen` then packs the
+linear layers of a frozen model: packed weights go stale after an optimiser step, so what trains is never packed.
 
-Importing the extension costs 7 to 11 seconds and changes the process: it replaces a few Python functions of torch and
-sets up logging (both put back here), and brings its own kernels for some of torch's operators, ``sum`` and ``mean``
-among them (which stay). Eager results differ from those before the import in their last bits; to repeat a run bit
-for bit, accelerate before its first step.
+The extension is archived and what it stands on moves, so anything may go wrong with it at any time, and nothing of that
+may cost a run that did not insist on it. In this order, each step cheaper than those behind it:
+
+- what metadata or the model can tell (milliseconds): another release, another device, half precision;
+- one try of import and packing in a process of its own (about 6 seconds, once for each set of versions; the answer is
+  remembered, see :mod:`ppo_runtime.probing`), since an import that ends the process can't be caught in it. It is made
+  just before the first import, so that whoever has nothing to pack doesn't pay, and not if the user has imported
+  the extension already;
+- the import here and the packing, whatever they raise;
+- a comparison of a few rows with eager torch (two small forward passes).
+
+Importing the extension costs 3 to 5 seconds and changes the process: it replaces a few Python functions of torch and
+sets up logging (both put back), and brings its own kernels for some of torch's operators, ``sum`` and ``mean`` among
+them (which stay). Eager results differ from those before the import in their last bits; to repeat a run bit for bit,
+accelerate before its first step.
 """
 
-import importlib
+import copy
 import logging
-import os
-import platform
-import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
-from types import ModuleType
+from collections.abc import Callable
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ppo_runtime import intel
+from ppo_runtime.intel import EXTENSION, INSTALL
+from ppo_runtime.modes import dropout_off
+from ppo_runtime.probing import first_line, try_once
 
 logger = logging.getLogger(__name__)
 
 Requested = Literal["auto", "eager", "ipex"]
 Backend = Literal["eager", "ipex"]
 
-_EXTENSION = "intel-extension-for-pytorch"
-_INSTALL = "install the matching pair with: pip install 'ppo-core[ipex]'"
-_REPLACED_ON_IMPORT = (
-    (torch, "embedding_bag"),
-    (torch.jit, "trace"),
-    (torch.Tensor, "numpy"),
-    (torch.Tensor, "__format__"),
-)
+TOLERANCE = 1e-3
+"""Of the outputs compared, log-probabilities for a language model. Another order of summation makes 1e-6 in a small
+model and 1e-4 in a deep one; a layer packed wrongly makes tenths."""
 
 
 @runtime_checkable
@@ -47,6 +50,10 @@ class _LanguageModel(Protocol):
     """A module that knows its output head, as the models of transformers do."""
 
     def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+class AccelError(RuntimeError):
+    """The extension was insisted on and can't be used; the message says why and what to do."""
 
 
 @attrs.frozen
@@ -58,7 +65,7 @@ class AccelChoice:
     """True turns every fallback into an error, the one found while packing too."""
     backend: Backend
     reason: str
-    """A sentence for the log."""
+    """A sentence for the log: what is used and, after a fallback, why and what to do."""
     versions: dict[str, str]
     """Installed versions of torch and, if it is there, of the extension."""
 
@@ -72,31 +79,59 @@ def choose(requested: Requested, *, strict: bool) -> AccelChoice:
 
     Raises:
         ValueError: ``requested`` is none of the three.
-        RuntimeError: ``strict``, and the extension can't be used here; the message says what to do.
+        AccelError: ``strict``, and the extension can't be used here; the message says what to do.
     """
     if requested not in get_args(Requested):
         raise ValueError(f"requested is {requested!r}, expected one of {', '.join(map(repr, get_args(Requested)))}")
-    versions = {name: version for name in ("torch", _EXTENSION) if (version := _version(name))}
+    versions = intel.installed()
     if requested == "eager":
         return AccelChoice(requested, strict, "eager", "eager torch, as requested", versions)
-    obstacle = _obstacle(versions)
+    obstacle = intel.obstacle(versions)
     if obstacle is None:
-        reason = f"{_EXTENSION} {versions[_EXTENSION]} fits torch {versions['torch']}"
+        reason = f"{EXTENSION} {versions[EXTENSION]} fits torch {versions['torch']}"
         return AccelChoice(requested, strict, "ipex", reason, versions)
-    return _fall_back(AccelChoice(requested, strict, "ipex", "", versions), obstacle)
+    return fall_back(AccelChoice(requested, strict, "ipex", "", versions), obstacle)
 
 
-def accelerate_frozen(model: nn.Module, choice: AccelChoice) -> tuple[nn.Module, AccelChoice]:
+def fall_back(choice: AccelChoice, obstacle: str) -> AccelChoice:
+    """Eager torch in place of what was chosen.
+
+    Args:
+        choice: eager already, it stays as it is.
+        obstacle: why the extension can't be used, and what to do.
+
+    Raises:
+        AccelError: ``choice.strict``.
+    """
+    if choice.backend == "eager":
+        return choice
+    if choice.strict:
+        raise AccelError(
+            f"acceleration {choice.requested!r} is strict, but {obstacle}. Or let eager torch stand in: "
+            "PPOConfig(accel_strict=False), on the command line --accel auto"
+        )
+    return attrs.evolve(choice, backend="eager", reason=f"eager torch: {obstacle}")
+
+
+def accelerate_frozen(
+    model: nn.Module, choice: AccelChoice, outputs: Callable[[nn.Module], Tensor]
+) -> tuple[nn.Module, AccelChoice]:
     """The model to compute with in place of ``model``, and the choice as it turned out.
 
     Under "eager" that is ``model`` itself. Under "ipex" it is a copy with packed float32 linear layers and, for a
     language model, with the very output head of ``model``: whoever computes log-probabilities from hidden states
     needs that weight plain. A copy's other weights are blocked garbage to a reader: use it to compute, never to save.
-    A model in which nothing can be packed (GPT-2 has no ``nn.Linear`` but its head) falls back to eager.
+    Whatever is in the way of that falls back to eager, with ``model`` as it was: weights, flags and random numbers.
+
+    Args:
+        model: frozen; in whichever mode, which it keeps.
+        choice: of :func:`choose`.
+        outputs: what a model computes for a few rows, always the same. Those of the packed copy have to agree with
+            those of ``model``; called without gradients and with dropout off.
 
     Raises:
         ValueError: a parameter requires grad.
-        RuntimeError: nothing could be packed and ``choice.strict``.
+        AccelError: ``choice.strict``, and the copy could not be made or does not agree.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trainable:
@@ -104,66 +139,114 @@ def accelerate_frozen(model: nn.Module, choice: AccelChoice) -> tuple[nn.Module,
             f"model has {len(trainable)} parameters that require grad (the first: {trainable[0]}), expected a frozen "
             "model, since packed weights don't follow an optimiser; call model.requires_grad_(False) if it never trains"
         )
+    broken = False
     if choice.backend == "ipex":
-        packed, count = _pack(model)
-        if count:
-            model, choice = packed, attrs.evolve(choice, reason=f"{choice.reason}; {count} linear layers packed")
-        else:
-            choice = _fall_back(choice, f"{type(model).__name__} has no linear layer that {_EXTENSION} can pack")
+        obstacle = _unsuitable(model)
+        if obstacle is None:
+            packed, report = _accelerated(model, choice, outputs)
+            if packed is not None:
+                model, choice = packed, attrs.evolve(choice, reason=f"{choice.reason}; {report}")
+            else:
+                obstacle, broken = report, True
+        if obstacle is not None:
+            choice = fall_back(choice, obstacle)
     asked_in_vain = choice.requested == "ipex" and choice.backend == "eager"
-    logger.log(logging.WARNING if asked_in_vain else logging.INFO, "acceleration: %s", choice.reason)
+    logger.log(logging.WARNING if asked_in_vain or broken else logging.INFO, "acceleration: %s", choice.reason)
     return model, choice
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+def try_out() -> str | None:
+    """Import the extension, pack two layers and compare, in a process of its own; what went wrong, None if nothing."""
+    _, problem = intel.load(loud=True)
+    if problem is not None:
+        return problem
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval().requires_grad_(False)
+    rows = torch.randn(3, 64)
+    packed, _ = _pack(model)
+    return _disagreement(model, packed, lambda layers: layers(rows))
 
 
-def _obstacle(versions: dict[str, str]) -> str | None:
-    """Why the extension can't be used here; None if it can."""
-    system, machine = platform.system(), platform.machine()
-    if system != "Linux" or machine.lower() not in ("x86_64", "amd64"):
-        return f"{_EXTENSION} runs on Linux on x86-64 only, and this is {system} on {machine}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not capability.startswith(("AVX2", "AVX512")):
-        return f"{_EXTENSION} needs a processor with AVX2, and torch reports {capability} here"
-    if _EXTENSION not in versions:
-        return f"{_EXTENSION} is not installed; {_INSTALL}"
-    if _release(versions[_EXTENSION]) != _release(versions["torch"]):
-        return f"{_EXTENSION} {versions[_EXTENSION]} does not fit torch {versions['torch']}; {_INSTALL}"
+def import_problem(versions: dict[str, str], *, again: bool = False) -> str | None:
+    """Why the extension can't be imported or does not pack, in one line; None if it does.
+
+    Tried in a process of its own unless the answer is remembered; ``again`` tries anyway.
+    """
+    return try_once(f"{__name__}:{try_out.__name__}", intel.circumstances(versions), again=again)
+
+
+def _unsuitable(model: nn.Module) -> str | None:
+    """What about a model is known to be in the way of packing it, and what to do; None if nothing."""
+    name = type(model).__name__
+    heads = _heads(model)
+    if not any(type(layer) is nn.Linear and layer not in heads for layer in model.modules()):
+        return f"{name} has no linear layer that {EXTENSION} can pack; accel='eager' is the same for it"
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for place, tensor in tensors:
+            if tensor.device.type == "meta":
+                return f"{kind} {place} of {name} has no storage (device meta); load the model's weights first"
+            if tensor.device.type != "cpu":
+                return (
+                    f"{kind} {place} of {name} is on {tensor.device}, and {EXTENSION} packs for the CPU alone; "
+                    "move the model with .to('cpu') to have it packed"
+                )
+            if kind == "parameter" and tensor.dtype is not torch.float32:
+                return (
+                    f"parameter {place} of {name} is {tensor.dtype}, and only torch.float32 is packed; "
+                    "load the model with dtype=torch.float32 to have it packed"
+                )
     return None
 
 
-def _release(version: str) -> list[str]:
-    return version.split(".")[:2]
-
-
-def _fall_back(choice: AccelChoice, obstacle: str) -> AccelChoice:
-    if choice.strict:
-        raise RuntimeError(
-            f"acceleration {choice.requested!r} is strict, but {obstacle}. Or allow eager torch with strict=False"
+def _accelerated(
+    model: nn.Module, choice: AccelChoice, outputs: Callable[[nn.Module], Tensor]
+) -> tuple[nn.Module | None, str]:
+    """A packed copy that agrees and what was packed; or None and the obstacle."""
+    version = choice.versions.get(EXTENSION, "")
+    try:
+        problem = None if intel.is_loaded() else import_problem(choice.versions)
+        problem = problem or intel.load()[1]
+    except Exception as error:
+        problem = first_line(error)
+    if problem is not None:
+        return None, (
+            f"{EXTENSION} {version} can't be used here ({problem}); {INSTALL}, or do without: accel='eager'. "
+            "'ppo-core doctor' tries it anew"
         )
-    return attrs.evolve(choice, backend="eager", reason=f"eager torch: {obstacle}")
+    name = type(model).__name__
+    try:
+        with torch.random.fork_rng(devices=[]):
+            packed, count = _pack(model)
+            if not count:
+                return None, f"{name} has no linear layer that {EXTENSION} can pack; set accel='eager' for it"
+            problem = _disagreement(model, packed, outputs)
+    except (Exception, SystemExit) as error:
+        return None, f"{EXTENSION} {version} could not pack {name} ({first_line(error)}); set accel='eager' for it"
+    if problem is not None:
+        return None, f"{name} packed by {EXTENSION} {version} is not what it was ({problem}); set accel='eager' for it"
+    # Its layer norm is differentiable, by way of operators that are, but not registered as such: torch would warn at
+    # every backward pass of GPT-2 that gradients may be wrong. That they are right is tested.
+    warnings.filterwarnings("ignore", message="aten::layer_norm: an autograd kernel was not registered")
+    return packed, f"{count} linear layers packed"
 
 
 def _pack(model: nn.Module) -> tuple[nn.Module, int]:
     """A packed copy of the model, and how many of its linear layers really were packed."""
-    with _quiet():
-        packed = _import_extension().optimize(
-            model.eval(),
+    extension, problem = intel.load()
+    if extension is None:
+        raise RuntimeError(problem)
+    # The extension would make the copy itself, but rearranges some weights of the original before it does.
+    packed = copy.deepcopy(model).eval()
+    with intel.quiet():
+        packed = extension.optimize(
+            packed,
             dtype=torch.float32,
-            inplace=False,
+            inplace=True,
             conv_bn_folding=False,
             linear_bn_folding=False,
             auto_kernel_selection=True,
         )
-    # Its layer norm is differentiable, by way of operators that are, but not registered as such: torch would warn at
-    # every backward pass of GPT-2 that gradients may be wrong. That they are right is tested.
-    warnings.filterwarnings("ignore", message="aten::layer_norm: an autograd kernel was not registered")
-    heads = {m.get_output_embeddings() for m in model.modules() if isinstance(m, _LanguageModel)}
+    heads = _heads(model)
     count = 0
     for name, layer in model.named_modules():
         if layer in heads:
@@ -173,48 +256,20 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
     return packed, count
 
 
-def _import_extension() -> ModuleType:
-    """Import the extension, and put back what that replaces in torch's Python interface and in logging."""
-    functions = [(owner, name, getattr(owner, name)) for owner, name in _REPLACED_ON_IMPORT]
-    root, logger_class = logging.getLogger(), logging.getLoggerClass()
-    level, handlers = root.level, root.handlers[:]
-    from torch._inductor import config as inductor
-
-    # The import would also start a pool of compiler processes, half a gigabyte that nobody here uses.
-    threads, inductor.compile_threads = inductor.compile_threads, 1
-    try:
-        extension = importlib.import_module("intel_extension_for_pytorch")
-    finally:
-        inductor.compile_threads = threads
-        for owner, name, function in functions:
-            setattr(owner, name, function)
-        logging.setLoggerClass(logger_class)
-        root.setLevel(level)
-        root.handlers[:] = handlers
-    return extension
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """Output heads of the model and of models within it."""
+    heads = (part.get_output_embeddings() for part in model.modules() if isinstance(part, _LanguageModel))
+    return {head for head in heads if head is not None}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Send the extension's notices about itself to the log, at debug level or, if it fails, at error level.
-
-    Some are written by C++ straight to the terminal, hence the detour over the file descriptor.
-    """
-    level = logging.DEBUG
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        terminal = os.dup(2)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            level = logging.ERROR
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            sink.seek(0)
-            if notices := sink.read().decode(errors="replace").strip():
-                logger.log(level, "%s says:\n%s", _EXTENSION, notices)
+def _disagreement(model: nn.Module, packed: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> str | None:
+    """How the two models' outputs differ; None if they agree, which a NaN never does."""
+    with torch.no_grad(), dropout_off(model, packed):
+        plain, fast = outputs(model).double(), outputs(packed).double()
+    if plain.shape != fast.shape:
+        return f"its outputs have the shape {tuple(fast.shape)}, expected {tuple(plain.shape)}"
+    difference = float((fast - plain).abs().max())
+    if not difference <= TOLERANCE:
+        of_both = " and torch's own are not finite" if not plain.isfinite().all() else ""
+        return f"its outputs differ by {difference:.3g}, expected at most {TOLERANCE:g}{of_both}"
+    return None

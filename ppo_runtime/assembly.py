@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
-import attrs
 import torch
 
-from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose
+from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose, fall_back
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.context import decoder_start
 from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
-from ppo_runtime.forward import Reference
+from ppo_runtime.forward import Reference, evaluate, lay_out
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
@@ -73,6 +73,7 @@ def make_reference(
 
     Raises:
         ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``.
+        AccelError: ``config.accel_strict``, and the backend asked for can't serve the reference.
     """
     if ref_model is not None and num_shared_layers is not None:
         warnings.warn(
@@ -83,9 +84,9 @@ def make_reference(
         )
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
-    choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=False)
+    choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=config.accel_strict)
     if ref_model is None and model.is_peft_model:
-        choice = attrs.evolve(choice, backend="eager", reason="eager torch: the reference is the policy itself")
+        choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
 
         @contextmanager
         def adapter_off() -> Iterator[Any]:
@@ -106,5 +107,20 @@ def make_reference(
     ref_model.requires_grad_(False)
     ref_model.eval()
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
-    fast, choice = accelerate_frozen(inner, choice)
+    fast, choice = accelerate_frozen(inner, choice, _few_logprobs)
     return ref_model, lambda: nullcontext(fast), choice
+
+
+def _few_logprobs(model: Any) -> torch.Tensor:
+    """Log-probabilities of three short rows, as a step computes them; no random number is drawn."""
+    config = model.config
+    ids = torch.arange(24).mul(7919).remainder(config.vocab_size)
+    rows = lay_out(
+        [ids[:4], ids[4:5], ids[5:8]],
+        [ids[8:12], ids[12:15], ids[15:17]],
+        None,
+        pad_token_id=0,
+        decoder_start_token_id=decoder_start(model) if config.is_encoder_decoder else None,
+        device=torch.device("cpu"),
+    )
+    return evaluate(model, rows).logprobs

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _POLICY, _OPTIMIZER, _STATE = "policy.safetensors", "optimizer.safetensors", "state.json"
 # Where a run's files go has no influence on its numbers.
-_INDIFFERENT = frozenset({"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "steps"})
+_INDIFFERENT = frozenset(
+    {"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "steps", "accel_strict"}
+)
 
 
 def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:

@@ -47,7 +47,7 @@ def demo(
         float | None, typer.Option(help=f"Adam's; {EMBEDDED_LEARNING_RATE} embedded, else {LEARNING_RATE}.")
     ] = None,
     target: Annotated[float, typer.Option(help="KL to hold, nats per continuation.")] = 8.0,
-    accel: Annotated[str, typer.Option(help="How the reference runs: auto, eager or ipex.")] = "auto",
+    accel: Annotated[str, typer.Option(help="How the reference runs: auto, eager, or ipex or not at all.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
     """Make a language model's prose more cheerful; under three minutes on two CPU cores."""
@@ -105,9 +105,11 @@ def _version(distribution: str) -> str:
 
 def _or_exit(command: Any, *args: Any) -> None:
     """Run it; an error that explains itself needs no traceback."""
+    from ppo_runtime.accel import AccelError
+
     try:
         command(*args)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, AccelError) as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(2) from error
 

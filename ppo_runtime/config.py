@@ -200,7 +200,10 @@ class PPOConfig(_Standing):
     use_habana: bool = _flag(False)
     """Not used: this runtime has no Habana backend. True is refused."""
     accel: str = attrs.field(default="auto", validator=_one_of(ACCELERATORS))
-    """How frozen forwards run: "ipex", "eager", or "auto", which takes IPEX where it is installed and fits."""
+    """How frozen forwards run: "ipex", "eager", or "auto", which takes IPEX where it works. Where it can't be
+    used "ipex" is a warning and "auto" a line in the log, and eager torch runs them."""
+    accel_strict: bool = _flag(False)
+    """An error, which says what to do, instead of eager torch wherever "ipex" or "auto" can't have the extension."""
 
     # The optimisation.
     steps: int = _count(20000)

@@ -96,6 +96,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         lam=0.95,
         max_grad_norm=1.0,
         accel=options.accel,
+        accel_strict=options.accel == "ipex",  # who asks for it by name on a command line wants to know
         project_kwargs={"logging_dir": str(output)},
     )
     trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))

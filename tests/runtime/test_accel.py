@@ -3,42 +3,21 @@
 import json
 import logging
 import os
-import platform
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppo_runtime import accel
+from tests.runtime.fake_extension import FITTING, pretend
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = accel.choose("auto", strict=False)
-FITTING = {"torch": "2.8.0+cpu", "intel-extension-for-pytorch": "2.8.0"}
 
 needs_extension = pytest.mark.skipif(HERE.backend != "ipex", reason=f"needs the extension: {HERE.reason}")
-
-
-def pretend(
-    monkeypatch: pytest.MonkeyPatch,
-    versions: dict[str, str] = FITTING,
-    capability: str = "AVX2",
-    system: str = "Linux",
-    machine: str = "x86_64",
-) -> None:
-    def version(name: str) -> str:
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(platform, "system", lambda: system)
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
 OBSTACLES = [
@@ -49,6 +28,11 @@ OBSTACLES = [
         id="newer torch",
     ),
     pytest.param({"versions": {**FITTING, "torch": "2.80.0"}}, "does not fit torch 2.80.0", id="digits are numbers"),
+    pytest.param(
+        {"versions": {"torch": "2.13.0"}, "python": "3.14.0"},
+        "made for Python up to 3.13, and this is 3.14; use Python 3.13",
+        id="no wheel for this Python",
+    ),
     pytest.param({"capability": "DEFAULT"}, "needs a processor with AVX2, and torch reports DEFAULT", id="no AVX2"),
     pytest.param({"machine": "arm64"}, "Linux on x86-64 only, and this is Linux on arm64", id="arm64"),
     pytest.param({"system": "Darwin"}, "this is Darwin on x86_64", id="macOS"),
@@ -76,7 +60,7 @@ def test_falls_back_and_says_why_or_refuses_when_strict(
     choice = accel.choose(requested, strict=False)
     assert choice.backend == "eager"
     assert re.search(f"^eager torch: .*{reason}", choice.reason)
-    with pytest.raises(RuntimeError, match=f"'{requested}' is strict, but .*{reason}"):
+    with pytest.raises(accel.AccelError, match=f"'{requested}' is strict, but .*{reason}.*accel_strict=False"):
         accel.choose(requested, strict=True)
 
 
@@ -101,11 +85,15 @@ def test_choosing_never_imports_the_extension() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment())
 
 
+def whole(model: nn.Module) -> Tensor:
+    raise AssertionError("eager is compared with nothing")
+
+
 def test_eager_gives_the_model_itself(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2).requires_grad_(False)
     choice = accel.choose("eager", strict=False)
     with caplog.at_level(logging.INFO, logger="ppo_runtime.accel"):
-        same, final = accel.accelerate_frozen(model, choice)
+        same, final = accel.accelerate_frozen(model, choice, whole)
     assert same is model
     assert final == choice
     assert [record.getMessage() for record in caplog.records] == ["acceleration: eager torch, as requested"]
@@ -115,7 +103,7 @@ def test_a_fallback_from_an_explicit_request_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend(monkeypatch, machine="arm64")
-    accel.accelerate_frozen(nn.Linear(2, 2).requires_grad_(False), accel.choose("ipex", strict=False))
+    accel.accelerate_frozen(nn.Linear(2, 2).requires_grad_(False), accel.choose("ipex", strict=False), whole)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -124,7 +112,7 @@ def test_a_trainable_model_is_refused_on_every_machine(requested: accel.Requeste
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match=r"2 parameters that require grad \(the first: 1.weight\).*requires_grad_"):
-        accel.accelerate_frozen(model, accel.choose(requested, strict=False))
+        accel.accelerate_frozen(model, accel.choose(requested, strict=False), whole)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +156,21 @@ def test_training_after_the_import_gives_equal_results(facts: dict) -> None:
 
 
 @needs_extension
-def test_import_leaves_torch_and_logging_in_place_and_the_terminal_quiet(facts: dict) -> None:
+def test_the_import_needs_nothing_of_transformers() -> None:
+    """Whatever a release of it takes away, the extension's import can't see it."""
+    code = (
+        "import sys; sys.modules['transformers'] = None\nfrom ppo_runtime import accel\n"
+        "problem = accel.try_out(); assert problem is None, problem\n"
+        "assert not hasattr(sys.modules['intel_extension_for_pytorch'], 'llm')\n"
+        "import intel_extension_for_pytorch.llm as real; assert real.__file__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment())
+
+
+@needs_extension
+def test_import_leaves_torch_transformers_and_logging_in_place_and_the_terminal_quiet(facts: dict) -> None:
     assert facts["replaced"] == []
+    assert facts["stand-ins"] == []
     assert facts["logging"] == ["Logger", logging.WARNING, 0]
     # One line, which Python's handler of last resort prints where no logging is set up: our own fallback.
     assert facts["stderr"].splitlines() == [f"acceleration: {facts['gpt2']['reason']}"]
@@ -178,12 +179,18 @@ def test_import_leaves_torch_and_logging_in_place_and_the_terminal_quiet(facts: 
 MEASURE = '''
 import json
 import logging
+import sys
 import types
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from ppo_runtime.accel import accelerate_frozen, choose
 
-PUBLIC = {"torch": torch, "nn.functional": torch.nn.functional, "jit": torch.jit, "Tensor": torch.Tensor}
+PUBLIC = {
+    "torch": torch, "nn.functional": torch.nn.functional, "jit": torch.jit, "Tensor": torch.Tensor,
+    "tokenizer": transformers.PreTrainedTokenizerBase, "dynamic modules": transformers.dynamic_module_utils,
+    "utils": transformers.utils, "file utils": transformers.file_utils,
+}
 ids = torch.randint(0, 96, (3, 17), generator=torch.Generator().manual_seed(0))
 where = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(17).expand(3, 17)}
 
@@ -226,12 +233,16 @@ def score(model, head):
         return torch.log_softmax(model.model(input_ids=ids, **where)[0] @ head.weight.T, -1)
 
 
+def logits(model):
+    return model(input_ids=ids).logits
+
+
 facts = {}
 choice = choose("ipex", strict=True)
 train_before = train()
 for name, tied in {"untied": False, "tied": True}.items():
     plain = llama(tied).eval().requires_grad_(False)
-    packed, final = accelerate_frozen(plain, choice)
+    packed, final = accelerate_frozen(plain, choice, lambda model: score(model, plain.lm_head))
     facts[name] = {
         "backend": final.backend,
         "reason": final.reason,
@@ -239,14 +250,20 @@ for name, tied in {"untied": False, "tied": True}.items():
         "difference": (score(packed, packed.lm_head) - score(plain, plain.lm_head)).abs().max().item(),
     }
 gpt2 = gpt2_model().eval().requires_grad_(False)
-same, final = accelerate_frozen(gpt2, choose("ipex", strict=False))
+same, final = accelerate_frozen(gpt2, choose("ipex", strict=False), logits)
 facts["gpt2"] = {"same_model": same is gpt2, "backend": final.backend, "reason": final.reason}
 try:
-    accelerate_frozen(gpt2, choice)
+    accelerate_frozen(gpt2, choice, logits)
 except RuntimeError as error:
     facts["gpt2"]["strict"] = str(error)
 facts["training_difference"] = max((a - b).abs().max().item() for a, b in zip(train_before, train()))
 facts["replaced"] = replaced()
+facts["stand-ins"] = [
+    f"{module.__name__}.{name}"
+    for module in list(sys.modules.values()) if getattr(module, "__name__", "").startswith("intel_extension")
+    for name, value in vars(module).items()
+    if type(module).__module__ == "ppo_runtime.intel" or type(value).__module__ == "ppo_runtime.intel"
+]
 facts["logging"] = [logging.getLoggerClass().__name__, logging.root.level, len(logging.root.handlers)]
 print(json.dumps(facts))
 '''

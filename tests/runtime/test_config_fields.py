@@ -35,6 +35,7 @@ COVERED: dict[str, str] = {
     "compare_steps": "test_config_fields.test_comparing_every_other_step",
     "use_habana": "test_config_fields.test_what_cannot_be_honoured_says_what_to_use",
     "accel": "test_config_fields.test_accel_chooses_the_backend",
+    "accel_strict": "test_config_fields.test_accel_chooses_the_backend",
     "steps": "test_config.test_derived_sizes",
     "learning_rate": "test_config_fields.test_a_smaller_learning_rate_moves_less",
     "batch_size": "test_trainer.test_bad_input_is_named_and_loses_nothing",
@@ -111,17 +112,18 @@ def test_what_cannot_be_honoured_says_what_to_use(settings: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("accel", ["auto", "eager", "ipex"])
-def test_accel_chooses_the_backend(accel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_accel_chooses_the_backend(accel: str, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request arrives where backends are chosen; test_accel has what comes of it."""
-    asked: list[str] = []
+    asked: list[tuple[str, bool]] = []
 
     def choose(requested: str, *, strict: bool) -> AccelChoice:
-        asked.append(requested)
+        asked.append((requested, strict))
         return AccelChoice(requested="eager", strict=strict, backend="eager", reason="as the test has it", versions={})
 
     monkeypatch.setattr(assembly, "choose", choose)
-    assert make_trainer(accel=accel).acceleration.reason == "as the test has it"
-    assert asked == [accel]
+    assert make_trainer(accel=accel, accel_strict=strict).acceleration.reason == "as the test has it"
+    assert asked == [(accel, strict)]
 
 
 def _uploads(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
