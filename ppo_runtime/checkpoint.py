@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_runtime.data import PromptBatches
+from ppo_runtime.data import PromptBatches, prompt_digest
 from ppo_runtime.distributed import agree_any
 from ppo_runtime.redact import plain_settings, without_secrets
 
@@ -124,8 +124,9 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
             f"{source} has {'no' if state['lr_scheduler'] is None else 'an'} lr_scheduler state, and the trainer has "
             f"{'none' if trainer.lr_scheduler is None else 'one'}; pass the same kind as then"
         )
-    _warn_of_differences(state["config"], _configuration(trainer))
     rank = _restored(json.loads((source / f"rank-{trainer.world.rank}.json").read_text(encoding="utf-8")), {})
+    _check_data(source, rank, trainer)
+    _warn_of_differences(state["config"], _configuration(trainer))
 
     trainer.optimizer.load_state_dict(_restored(state["optimizer"], load_file(source / _OPTIMIZER, device="cpu")))
     with torch.no_grad():
@@ -134,7 +135,17 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(_restored(state["lr_scheduler"], {}))
     trainer.load_state_dict(_restored(state["trainer"], {}))
+    trainer.metrics_after = trainer.current_step
     _restore_rank(trainer, rank)
+
+
+def steps_done(directory: str | Path) -> int | None:
+    """How many steps a checkpoint stands after; None if there is none, complete, of this name."""
+    try:
+        source = _existing(Path(directory).absolute())
+    except FileNotFoundError:
+        return None
+    return _restored(json.loads((source / _STATE).read_text(encoding="utf-8"))["trainer"], {})["current_step"]
 
 
 def frozen_digest(trainer: "PPOTrainer") -> str:
@@ -200,6 +211,7 @@ def _rank_state(trainer: "PPOTrainer") -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
         "shuffle": trainer.shuffle.get_state(),
         "data": None if data is None else data.state_dict(),
+        "prompts": prompt_digest(getattr(trainer.dataloader, "dataset", None)),
     }
 
 
@@ -213,6 +225,23 @@ def _restore_rank(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])  # noqa: NPY002  as above
     random.setstate(state["python"])
+
+
+def _check_data(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -> None:
+    """Refuse a place in data of another length; say where the data itself differs, as far as that can be seen."""
+    then, data = state["data"], _batches(trainer)
+    if then is None or data is None:
+        if trainer.dataloader is not None:
+            logger.warning("the checkpoint's place in the data is not known here: the data begins again")
+        return
+    if then.get("rows", data.rows) != data.rows:
+        raise ValueError(
+            f"{source} was made with a dataset of {then['rows']} rows, and this one has {data.rows}; pass the dataset "
+            "of then, or start a new run from the saved model"
+        )
+    prompts = prompt_digest(trainer.dataloader.dataset) if trainer.dataloader is not None else None
+    if state.get("prompts", prompts) != prompts:
+        logger.warning("the run goes on with other prompts than the checkpoint's")
 
 
 def _batches(trainer: "PPOTrainer") -> PromptBatches | None:

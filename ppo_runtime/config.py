@@ -103,6 +103,11 @@ def _boolean(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
         raise ValueError(f"{field.name} is {value!r}, expected True or False")
 
 
+def _text(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field.name} is {value!r}, expected a text that is not empty")
+
+
 def _script_name() -> str:
     return Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "ppo"
 
@@ -169,7 +174,7 @@ class PPOConfig(_Standing):
     """
 
     # The run.
-    exp_name: str = attrs.field(factory=_script_name)
+    exp_name: str = attrs.field(factory=_script_name, validator=_text)
     """Names the run; metrics go to ``runs/<exp_name>`` unless ``project_kwargs["logging_dir"]`` says otherwise."""
     seed: int = _setting(0, _natural)
     """Of everything random: sampling, the order of the data, the order of the minibatches."""
@@ -190,7 +195,7 @@ class PPOConfig(_Standing):
     """Not used: this runtime has no accelerate. Anything in it is refused."""
     project_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS)
     """Where metrics go, as "logging_dir" or else "project_dir"; it takes nothing else."""
-    tracker_project_name: str = "ppo"
+    tracker_project_name: str = attrs.field(default="ppo", validator=_text)
     """Project of a Weights & Biases run."""
     push_to_hub_if_best_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """Arguments of ``push_to_hub``, "repo_id" among them: the policy is uploaded whenever its batch has the highest
@@ -312,6 +317,9 @@ class PPOConfig(_Standing):
                 f"project_kwargs has {', '.join(map(repr, unknown))}, expected 'logging_dir' or 'project_dir' alone: "
                 "there is no accelerate to configure; checkpoints go where ppo_runtime.checkpoint is told"
             )
+        for name, place in self.project_kwargs.items():
+            if place is not None and not isinstance(place, str | Path):
+                raise ValueError(f"project_kwargs[{name!r}] is {place!r}, expected the path of a directory")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError(
                 f"push_to_hub_if_best_kwargs has {sorted(self.push_to_hub_if_best_kwargs)}, expected 'repo_id' among "

@@ -2,18 +2,23 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World
 from ppo_runtime.inner import transformers_model
 from ppo_runtime.seeding import mixed
+from ppo_runtime.wording import counted
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")
+_DIGESTED = 64
 
 
 def collate(rows: list[Any]) -> Any:
@@ -69,13 +74,30 @@ class PromptBatches(Sampler[list[int]]):
             yield batch.tolist()
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the data."""
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        """The place in the data, and the two numbers without which it says nothing."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "rows": self.rows, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there with the next iteration; from an epoch's end that is the next epoch."""
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        """Go on from there with the next iteration; from an epoch's end that is the next epoch.
+
+        Under another batch size no row of the epoch comes twice: what the next batch would share with rows already
+        read is left out.
+        """
+        seen = state["consumed"] * state.get("batch_size", self.batch_size)
+        self.epoch, self.consumed = state["epoch"], -(-seen // self.batch_size)
         self._go_on = self.epoch >= 0 and self.consumed < len(self)
+
+
+def prompt_digest(dataset: Any) -> str | None:
+    """SHA-256 of some of the prompts, the same for the same data; None where looking at a row could change anything."""
+    if not isinstance(dataset, Dataset | list | tuple) or not len(dataset):
+        return None
+    digest = sha256()
+    for index in range(0, len(dataset), -(-len(dataset) // _DIGESTED)):
+        row = dataset[index]
+        ids = row.get("input_ids") if isinstance(row, Mapping) else row
+        digest.update(repr(ids if ids is None or isinstance(ids, list) else np.asarray(ids).tolist()).encode())
+    return digest.hexdigest()
 
 
 def prepare_dataloader(
@@ -96,6 +118,7 @@ def prepare_dataloader(
         ValueError: no column is left; a rank has less than one batch while ``drop_last`` holds; several ranks and a
             stream.
     """
+    _check_kinds(dataset, data_collator)
     if config.remove_unused_columns and getattr(dataset, "column_names", None):
         dataset = _without_unused_columns(dataset, model)
     # A generator of its own: without one, every epoch would begin with a draw from the global generator.
@@ -110,13 +133,37 @@ def prepare_dataloader(
                 "same rows or end at different ones; load it into a datasets.Dataset"
             )
         return DataLoader(dataset, batch_size=config.batch_size, drop_last=config.drop_last, **options)
+    if not len(dataset):
+        raise ValueError("dataset has no rows, expected at least one prompt; was it filtered too far?")
     if config.drop_last and len(dataset) // world.size < config.batch_size:
         raise ValueError(
-            f"dataset has {len(dataset)} rows for {world.size} ranks, expected at least batch_size = "
-            f"{config.batch_size} for each; lower batch_size or set drop_last=False"
+            f"dataset has {counted(len(dataset), 'row')} for {counted(world.size, 'rank')}, expected at least "
+            f"batch_size = {config.batch_size} for each; lower batch_size or set drop_last=False"
         )
     batches = PromptBatches(len(dataset), config.batch_size, drop_last=config.drop_last, seed=config.seed, world=world)
     return DataLoader(dataset, batch_sampler=batches, **options)
+
+
+def _check_kinds(dataset: Any, data_collator: Any) -> None:
+    """Refuse what is no list of rows, with the way to make it one."""
+    if data_collator is not None and not callable(data_collator):
+        raise TypeError(
+            f"data_collator is a {type(data_collator).__name__}, expected a function from a list of rows to a batch"
+        )
+    if isinstance(dataset, Mapping) and all(hasattr(split, "column_names") for split in dataset.values()):
+        splits = ", ".join(map(repr, dataset))
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__} of {splits}, expected one of them; pass dataset['train']"
+        )
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    frame = hasattr(dataset, "iloc")
+    if isinstance(dataset, str | bytes | Mapping) or frame or not (indexed or isinstance(dataset, IterableDataset)):
+        named = "from_pandas" if frame else "from_dict" if isinstance(dataset, Mapping) else "from_list"
+        how = "load_dataset" if isinstance(dataset, str | bytes) else f"Dataset.{named}"
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}, expected rows with 'input_ids': a datasets.Dataset, a torch "
+            f"dataset or a list of dictionaries; make one with datasets.{how}(...)"
+        )
 
 
 def _without_unused_columns(dataset: Any, model: Any) -> Any:

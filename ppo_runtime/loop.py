@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import signal
 import threading
 import time
@@ -12,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime import arguments, inputs
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.data import collate
 from ppo_runtime.distributed import agree_any
+from ppo_runtime.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.statistics import scalars
 
@@ -60,30 +61,47 @@ def train(
         steps: calls of ``step`` in the whole run; the configuration's ``total_ppo_epochs`` if None.
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens.
         generation_batch_size: prompts generated together; a whole batch if None.
-        output_dir: where the model goes at the end (``model``), and checkpoints (``checkpoint``). Nothing if None.
-        checkpoint_every: steps between checkpoints; None makes one on Ctrl-C only.
-        resume: go on from ``<output_dir>/checkpoint``, bit for bit, if there is one.
+        output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None.
+        checkpoint_every: steps between checkpoints; None makes one at the end and on Ctrl-C only.
+        resume: go on from ``<output_dir>/checkpoint``, bit for bit; from the beginning, with a warning, if there is
+            none.
         console: where the progress bar goes; standard error if None.
 
     Returns:
-        The history. The first Ctrl-C finishes the step, leaves a checkpoint and the model, and returns; the second
-        stops at once and keeps the checkpoint before.
+        The history, which grows by some 7 KiB a step. The first Ctrl-C finishes the step, leaves a checkpoint and the
+        model, and returns; the second stops at once and keeps the checkpoint before.
 
     Raises:
-        ValueError: the trainer has no dataset, or the score function returned something else than numbers; the
-            model as trained so far is saved first.
+        ValueError, TypeError: an argument or the data cannot work; nothing has been generated or written then.
+        ValueError: the score function returned something else than numbers; the model as trained so far is saved.
+
+    Whatever ends a run early, ``model`` holds weights after whole steps. What an update was broken off in goes to
+    ``model-broken-off``, and its card says so.
     """
     if trainer.dataloader is None:
         raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= to PPOTrainer")
-    if resume and output_dir is None:
-        raise ValueError("resume is True and output_dir is None, expected the output_dir of the run to go on with")
-    steps = trainer.config.total_ppo_epochs if steps is None else steps
-    options = GENERATION | (generation_kwargs or {})
-    output = None if output_dir is None else Path(output_dir)
+    arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
+    steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
+    every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)
+    generated = arguments.whole_number("generation_batch_size", generation_batch_size, optional=True)
+    options = arguments.generation_settings(generation_kwargs, GENERATION)
+    output = arguments.output_directory(output_dir)
+    for name, wanted in {"resume": resume, "checkpoint_every": every}.items():
+        if wanted and output is None:
+            raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
+    _check_data(trainer, options)
     checkpoint = None if output is None else output / "checkpoint"
-    if resume and checkpoint is not None and checkpoint.exists():
-        load_checkpoint(trainer, checkpoint)
-        logger.info("resumed after %d of %d steps", trainer.current_step, steps)
+    if output is not None:
+        arguments.make_writable("output_dir", output)
+    if resume and checkpoint is not None:
+        _resume(trainer, checkpoint, steps)
+    if trainer.current_step >= steps:
+        logger.warning(
+            "nothing is left to train after step %d, since steps is %d; ask for more steps", trainer.current_step, steps
+        )
+    elif trainer.world.rank == 0:
+        arguments.make_writable("logging_dir", trainer.config.logging_dir)
+        trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
     interrupted = False
     # Standard error, so that what a program prints can still be piped.
@@ -92,46 +110,72 @@ def train(
         with _stop_requested() as stop, _progress(console, disable=trainer.world.rank != 0) as bar:
             task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
             for batch in _forever(trainer.dataloader, steps - trainer.current_step):
-                stats = _one_step(trainer, score_fn, batch, options, generation_batch_size)
+                stats = _one_step(trainer, score_fn, batch, options, generated)
                 history.append(stats)
                 bar.update(task, advance=1, status=_status(stats))
                 # Any rank's Ctrl-C stops all of them, after the same step.
                 interrupted = agree_any(stop.is_set(), trainer.world)
-                due = checkpoint_every is not None and trainer.current_step % checkpoint_every == 0
-                if checkpoint is not None and (due or interrupted):
+                due = every is not None and trainer.current_step % every == 0
+                if checkpoint is not None and (due or interrupted or trainer.current_step == steps):
                     save_checkpoint(trainer, checkpoint)
                 if interrupted:
                     break
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        trainer.close()
-        if output is not None:
-            _save(trainer, output, steps=steps)
+        try:
+            if output is not None:
+                _save(trainer, output, steps=steps)
+        finally:
+            trainer.close()
     if interrupted:
-        logger.warning("interrupted after %d of %d steps", trainer.current_step, steps)
+        logger.warning("interrupted after step %d of %d", trainer.current_step, steps)
     return TrainResult(history, interrupted)
+
+
+def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> None:
+    """Look at the prompts themselves, where no collator of the user's own makes others of them."""
+    loader = trainer.dataloader
+    if getattr(loader, "collate_fn", None) is not collate:
+        return
+    context = getattr(trainer.model.config, "max_position_embeddings", None)
+    sampled = "length_sampler" in generation_kwargs
+    response = 1 if sampled else generation_kwargs.get("max_new_tokens", 1)
+    check_dataset(
+        getattr(loader, "dataset", None),
+        vocab_size=trainer.model.config.vocab_size,
+        room=None if context is None else context - response,
+    )
+
+
+def _resume(trainer: "PPOTrainer", checkpoint: Path, steps: int) -> None:
+    if steps_done(checkpoint) is None:
+        logger.warning("there is no checkpoint in %s to resume: the run starts from the beginning", checkpoint)
+        return
+    load_checkpoint(trainer, checkpoint)
+    logger.info("resumed after step %d of %d", trainer.current_step, steps)
 
 
 def _one_step(
     trainer: "PPOTrainer",
     score_fn: ScoreFunction,
-    batch: dict[str, Any],
+    batch: Any,
     generation_kwargs: dict[str, Any],
     generation_batch_size: int | None,
 ) -> dict[str, float]:
     started = time.perf_counter()
-    queries = [torch.as_tensor(ids) for ids in batch["input_ids"]]
+    config = trainer.config
+    queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
+    inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)
+    prompts = batch_texts(batch, queries, trainer.tokenizer)
     responses = trainer.generate(
         queries,
         batch_size=generation_batch_size or len(queries),
         return_prompt=False,
         **generation_kwargs,
     )
-    prompts = batch.get("query") or trainer.tokenizer.batch_decode(queries, skip_special_tokens=True)
     texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    values = score_fn(list(prompts), texts)
-    scores = [torch.as_tensor(float(value)) for value in values]
+    scores = arguments.score_list(score_fn(list(prompts), texts), count=len(texts))
     stats = trainer.step(queries, responses, scores)
     stats["time/loop/step"] = time.perf_counter() - started
     trainer.log_stats(stats, {"query": prompts, "response": texts}, scores)
@@ -142,10 +186,12 @@ def _one_step(
 def _stop_requested() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second interrupts as usual."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
     before = signal.getsignal(signal.SIGINT)
+    # Only the main thread may handle signals; a job in the background ignores them on purpose; and a handler that was
+    # not set from Python (None) could not be put back.
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield stop
+        return
 
     def handle(_number: int, _frame: Any) -> None:
         stop.set()
@@ -195,15 +241,23 @@ def _progress(console: Console, *, disable: bool) -> Progress:
 
 
 def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
-    trainer.save_pretrained(output_dir / "model")
+    model = output_dir / ("model-broken-off" if trainer.broken_off else "model")
+    trainer.save_pretrained(model)
     if trainer.world.rank == 0:
         run = {
             "steps": steps,
             "steps_done": trainer.current_step,
+            "broken_off": trainer.broken_off,
             "kl_coef": trainer.kl_ctl.value,
             "acceleration": attrs.asdict(trainer.acceleration),
             "config": plain_settings(trainer.config),
         }
         (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
-    if not all(math.isfinite(p.sum().item()) for p in trainer.model.parameters()):
-        logger.warning("the saved model in %s holds weights that are not finite", output_dir)
+    if trainer.broken_off:
+        logger.warning(
+            "weights between two steps are in %s; those after step %d in the last checkpoint",
+            model,
+            trainer.current_step,
+        )
+    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
+        logger.warning("the saved model in %s holds weights that are not finite", model)

@@ -6,6 +6,7 @@ from pathlib import Path
 import attrs
 
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.wording import counted
 
 MARK = "<!-- Written by ppo_runtime at every save. Remove this line to keep a text of your own. -->"
 # What shaped the policy, in the order of the table; the other settings follow where they are not the defaults.
@@ -54,6 +55,7 @@ def write_model_card(
     header = ["tags:", "- ppo", "- reinforcement-learning", "- value-head"]
     if base:
         header.append(f"base_model: {base}")
+    done = counted(steps, "step")
     text = f"""---
 {chr(10).join(header)}
 ---
@@ -62,8 +64,8 @@ def write_model_card(
 # {name}
 
 A language model{f", based on {base}," if base else ""} trained with Proximal Policy Optimization: responses were
-scored, and a penalty on the KL divergence kept the policy close to the model it started from. After {steps} steps of
-{config.batch_size} sequences{_ranks(config)}{partly}. The value head that was trained beside it lies in
+scored, and a penalty on the KL divergence kept the policy close to the model it started from. After {done} of
+{counted(config.batch_size, "sequence")}{_ranks(config)}{partly}. The value head that was trained beside it lies in
 `value_head.safetensors`.
 
 ## Use

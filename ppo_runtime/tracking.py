@@ -5,13 +5,17 @@ package.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
+
+logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
 Table = Sequence[Mapping[str, object]]
@@ -66,6 +70,27 @@ class JsonlTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def set_aside(path: str | os.PathLike[str]) -> Path | None:
+    """Move an earlier run's lines to ``metrics-1.jsonl``, or the next number; returns that path, None without lines."""
+    path = Path(path)
+    if not path.exists() or b"\n" not in path.read_bytes():
+        return None
+    number = next(n for n in count(1) if not path.with_name(f"{path.stem}-{n}{path.suffix}").exists())
+    return path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+
+
+def drop_after(path: str | os.PathLike[str], step: float) -> int:
+    """Take out the lines of later steps, which a run that goes on from ``step`` makes again; returns how many."""
+    path = Path(path)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if not _later(line, step)]
+    if len(kept) < len(lines):
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_bytes(b"".join(kept))
+        draft.replace(path)
+    return len(lines) - len(kept)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -137,8 +162,12 @@ def make_trackers(
     tracker_kwargs: Mapping[str, Any],
     project_name: str,
     config_dict: Mapping[str, object],
+    *,
+    goes_on_after: float | None = None,
 ) -> list[Tracker]:
     """``metrics.jsonl`` in the directory and, beside it, what ``log_with`` names. To be called on rank 0 only.
+
+    The file is one run's. What an earlier run left there moves to a file of its own, ``metrics-1.jsonl``.
 
     Args:
         log_with: another tracker, if any.
@@ -146,6 +175,8 @@ def make_trackers(
         tracker_kwargs: for that tracker, plain or (as accelerate has it) under its name.
         project_name: of the Weights & Biases project.
         config_dict: the run's settings, kept with a Weights & Biases run.
+        goes_on_after: the step after which the run in this directory goes on; what it had logged of later ones is
+            taken out, since those steps are made again. None begins a run.
 
     Raises:
         ValueError: ``log_with`` is unknown.
@@ -153,13 +184,34 @@ def make_trackers(
     """
     makers: dict[str | None, Callable[..., list[Tracker]]] = {
         None: lambda **_: [],
-        "tensorboard": lambda **kwargs: [TensorBoardTracker(directory, **kwargs)],
+        "tensorboard": lambda **kwargs: [TensorBoardTracker(directory, **{**_purged(goes_on_after), **kwargs})],
         "wandb": lambda **kwargs: [WandbTracker(project_name, directory, config_dict, **kwargs)],
     }
     if log_with not in makers:
         raise ValueError(f"log_with is {log_with!r}, expected one of {', '.join(map(repr, makers))}")
     chosen = makers[log_with](**tracker_kwargs.get(str(log_with), tracker_kwargs))
-    return [JsonlTracker(Path(directory) / "metrics.jsonl"), *chosen]
+    metrics = Path(directory) / "metrics.jsonl"
+    if goes_on_after is None:
+        if (earlier := set_aside(metrics)) is not None:
+            logger.info("metrics of an earlier run in %s are in %s now", metrics.parent, earlier.name)
+    elif dropped := drop_after(metrics, goes_on_after):
+        logger.info(
+            "%s: %d lines after step %d were taken out; those steps are made again", metrics, dropped, goes_on_after
+        )
+    return [JsonlTracker(metrics), *chosen]
+
+
+def _purged(step: float | None) -> dict[str, int]:
+    """What has TensorBoard forget the curves beyond a step."""
+    return {} if step is None or math.isinf(step) else {"purge_step": int(step) + 1}
+
+
+def _later(line: bytes, step: float) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False  # read_jsonl names it
+    return isinstance(record, dict) and isinstance(number := record.get("step"), int) and number > step
 
 
 def _finite(value: Any, key: str, nonfinite: list[str]) -> Any:

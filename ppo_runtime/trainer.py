@@ -1,9 +1,10 @@
 """PPOTrainer: the order of the steps, nothing clever."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import attrs
@@ -119,6 +120,8 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._trackers: list[Any] | None = None
         self._say_skipped = SkipLog()
+        # The step after which the run whose metrics lie in the directory goes on; None begins a run.
+        self.metrics_after: float | None = None
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -275,9 +278,11 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
 
     def close(self) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
-        for tracker in self._trackers or ():
-            tracker.close()
-        self._trackers = None
+        trackers, self._trackers = self._trackers or [], None
+        with ExitStack() as all_of_them:
+            for tracker in trackers:
+                self.metrics_after = math.inf
+                all_of_them.callback(tracker.close)
 
     @property
     def trackers(self) -> list[Any]:
@@ -289,6 +294,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 self.config.tracker_kwargs,
                 self.config.tracker_project_name,
                 plain_settings(self.config) | {"acceleration": attrs.asdict(self.acceleration)},
+                goes_on_after=self.metrics_after,
             )
         return self._trackers
 

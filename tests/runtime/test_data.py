@@ -96,7 +96,7 @@ def test_a_dataset_that_would_lose_every_column_is_refused() -> None:
 
 
 def test_too_few_rows_are_named() -> None:
-    with pytest.raises(ValueError, match=r"dataset has 5 rows for 1 ranks, expected at least batch_size = 6"):
+    with pytest.raises(ValueError, match=r"dataset has 5 rows for 1 rank, expected at least batch_size = 6"):
         make_trainer(dataset=table(5))
     assert len(make_trainer(dataset=table(5), drop_last=False).dataloader) == 1
 

@@ -25,7 +25,7 @@ def test_saving_writes_a_card_without_network(tmp_path: Path, monkeypatch: pytes
     trainer.save_pretrained(tmp_path / "cheerful")
     card = (tmp_path / "cheerful" / "README.md").read_text()
     assert "# cheerful" in card
-    assert "After 1 steps of\n6 sequences" in card
+    assert "After 1 step of\n6 sequences" in card
     assert "| gamma | 0.9 |" in card
 
 

@@ -1,0 +1,362 @@
+"""A run's files are the run's: ended, broken off, resumed, or begun where another one was."""
+
+import io
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.data import PromptBatches, prompt_digest
+from ppo_runtime.distributed import World
+from ppo_runtime.loop import train
+from ppo_runtime.tracking import JsonlTracker, make_trackers, read_jsonl
+from tests.runtime.trainers import make_batch, make_trainer
+
+EARLIER, FILE = "metrics-1.jsonl", "metrics.jsonl"
+
+
+def _rows(count: int = 8, *, first: int = 5) -> Dataset:
+    return Dataset.from_dict({"query": ["q"] * count, "input_ids": [[first + row] for row in range(count)]})
+
+
+def _trainer(home: Path, dataset: Any = None, **settings: Any) -> Any:
+    options = {"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 1, "horizon": 20}
+    return make_trainer(dataset=dataset or _rows(), project_kwargs={"logging_dir": str(home)}, **(options | settings))
+
+
+def _train(trainer: Any, home: Path | None, *, steps: int = 2, score: Any = None, **options: Any) -> Any:
+    return train(
+        trainer,
+        score or (lambda _, texts: [len(set(text)) / 4 for text in texts]),
+        steps=steps,
+        generation_kwargs={"max_new_tokens": 3},
+        output_dir=home,
+        console=Console(file=io.StringIO()),
+        **options,
+    )
+
+
+def _steps(path: Path) -> list[int]:
+    return [line["step"] for line in read_jsonl(path)]
+
+
+def _weights(trainer: Any) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_has_a_file_of_its_own(tmp_path: Path) -> None:
+    for run, steps in enumerate((1, 2, 3), start=1):
+        _train(_trainer(tmp_path), None, steps=steps)
+        assert _steps(tmp_path / FILE) == [*range(1, steps + 1)]
+        assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == sorted(
+            [FILE, *(f"metrics-{number}.jsonl" for number in range(1, run))]
+        )
+    assert _steps(tmp_path / EARLIER) == [1]
+
+
+def test_a_loop_of_ones_own_begins_a_file_as_well(tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer = _trainer(tmp_path)
+        queries, responses, scores = make_batch(4)
+        trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+        trainer.close()
+        trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+        trainer.close()
+        assert _steps(tmp_path / FILE) == [1, 2], "a trainer that was closed goes on with its file"
+    assert _steps(tmp_path / EARLIER) == [1, 2]
+
+
+def test_a_step_that_was_refused_makes_no_resumed_run_of_a_fresh_one(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), None, steps=2)
+    trainer = _trainer(tmp_path)
+    queries, responses, scores = make_batch(4)
+    with pytest.raises(ValueError, match="scores"):
+        trainer.step(queries, responses, scores[1:])
+    trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+    trainer.close()
+    assert _steps(tmp_path / EARLIER) == [1, 2]
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_steps_beyond_the_checkpoint_are_not_doubled(tmp_path: Path, own_loop: bool) -> None:
+    """Killed after step 3 with a checkpoint of step 2, while an earlier run's file lies beside it."""
+    (tmp_path / EARLIER).write_text('{"step": 1}\n')
+
+    def die(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.current_step == 3:
+            raise RuntimeError("killed")
+        return [0.5] * len(texts)
+
+    trainer = _trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        _train(trainer, tmp_path, steps=6, score=die, checkpoint_every=2)
+    assert _steps(tmp_path / FILE) == [1, 2, 3]
+    again = _trainer(tmp_path)
+    if own_loop:
+        load_checkpoint(again, tmp_path / "checkpoint")
+        queries, responses, scores = make_batch(4)
+        again.log_stats(again.step(queries, responses, scores), {}, scores)
+        again.close()
+        assert _steps(tmp_path / FILE) == [1, 2, 3]
+    else:
+        _train(again, tmp_path, steps=4, resume=True)
+        assert _steps(tmp_path / FILE) == [1, 2, 3, 4]
+    assert _steps(tmp_path / EARLIER) == [1]
+
+
+def test_what_is_taken_out_is_only_what_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    path.write_text('{"step": 1}\nno json\n{"step": 3}\n{"step": 2}\n[4]\n{"st')
+    for tracker in make_trackers(None, tmp_path, {}, "p", {}, goes_on_after=2):
+        tracker.log(3, {}, {})
+        tracker.close()
+    assert path.read_text() == '{"step": 1}\nno json\n{"step": 2}\n[4]\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("left", ["", '{"st'])
+def test_a_file_without_a_line_is_nobodys_run(tmp_path: Path, left: str) -> None:
+    (tmp_path / FILE).write_text(left)
+    make_trackers(None, tmp_path, {}, "p", {})[0].close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_bare_tracker_goes_on_as_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tracker = JsonlTracker(tmp_path / FILE)
+        tracker.log(step, {}, {})
+        tracker.close()
+    assert _steps(tmp_path / FILE) == [1, 2]
+
+
+def test_tensorboard_forgets_the_steps_that_are_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for goes_on_after, steps, value in ((None, (1, 2, 3), 0.0), (1, (2, 3), 1.0)):
+        # Event files are read in the order of their names, which begin with the second they were made in.
+        made = {"filename_suffix": f".{goes_on_after}"}
+        for tracker in make_trackers("tensorboard", tmp_path, made, "p", {}, goes_on_after=goes_on_after):
+            for step in steps:
+                tracker.log(step, {"a": value}, {})
+            tracker.close()
+    first, second = sorted(tmp_path.glob("events.*"), key=lambda path: path.suffix == ".1")
+    second.rename(tmp_path / first.name.replace("events.out.tfevents.", "events.out.tfevents.9"))
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("a")] == [(1, 0.0), (2, 1.0), (3, 1.0)]
+
+
+# --- the end of a run --------------------------------------------------------------------------------------------
+
+
+def test_every_run_ends_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
+    straight = _trainer(tmp_path / "straight")
+    _train(straight, tmp_path / "straight", steps=4)
+    _train(_trainer(tmp_path / "cut"), tmp_path / "cut", steps=2)
+    assert steps_done(tmp_path / "cut" / "checkpoint") == 2
+    longer = _trainer(tmp_path / "cut")
+    _train(longer, tmp_path / "cut", steps=4, resume=True)
+    assert _same(_weights(straight), _weights(longer))
+    assert _steps(tmp_path / "cut" / FILE) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_finished_run_is_not_run_again(tmp_path: Path, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    lines = (tmp_path / FILE).read_bytes()
+    trainer = _trainer(tmp_path)
+    trainer.generate = None  # it would not be able to
+    assert _train(trainer, tmp_path, steps=steps, resume=True).history == []
+    assert f"nothing is left to train after step 2, since steps is {steps}; ask for more steps" in caplog.text
+    assert (tmp_path / FILE).read_bytes() == lines
+    assert steps_done(tmp_path / "checkpoint") == 2
+
+
+def test_resuming_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(_train(_trainer(tmp_path), tmp_path, steps=1, resume=True).history) == 1
+    assert "there is no checkpoint in" in caplog.text
+
+
+def test_a_checkpoint_that_was_being_replaced_is_resumed(tmp_path: Path) -> None:
+    """A crash between the two renames leaves the old checkpoint under its waiting name."""
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.previous")
+    assert steps_done(tmp_path / "checkpoint") == 2
+    assert len(_train(_trainer(tmp_path), tmp_path, steps=3, resume=True).history) == 1
+
+
+@pytest.mark.parametrize("fails", ["close", "both"])
+def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) -> None:
+    class Broken:
+        def log(self, *_: Any) -> None: ...
+
+        def close(self) -> None:
+            closed.append(self)
+            raise RuntimeError("no network")
+
+    closed: list[Any] = []
+    trainer = _trainer(tmp_path)
+    trainer._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
+    with pytest.raises(RuntimeError, match="no network"):
+        _train(trainer, tmp_path, steps=1)
+    assert (tmp_path / "model" / "config.json").exists()
+    assert len(closed) == (2 if fails == "both" else 1)
+    assert fails == "both" or _steps(tmp_path / FILE) == [1]
+
+
+# --- another run's checkpoint ------------------------------------------------------------------------------------
+
+
+def test_data_of_another_length_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    trainer = _trainer(tmp_path, _rows(9))
+    before = _weights(trainer)
+    with pytest.raises(ValueError, match="was made with a dataset of 8 rows, and this one has 9; pass the dataset of"):
+        _train(trainer, tmp_path, steps=4, resume=True)
+    assert _same(before, _weights(trainer))
+    assert trainer.current_step == 0
+    assert not trainer.optimizer.state
+    assert _steps(tmp_path / FILE) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["other prompts", "a list", "the same"])
+def test_other_prompts_are_said(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    rows = _rows(first=6) if kind == "other prompts" else _rows().to_list() if kind == "a list" else _rows()
+    _train(_trainer(tmp_path, rows), tmp_path, steps=3, resume=True)
+    assert ("other prompts than the checkpoint's" in caplog.text) == (kind == "other prompts")
+
+
+def test_data_without_a_place_begin_again_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path, _rows().to_iterable_dataset()), tmp_path)
+    _train(_trainer(tmp_path, _rows().to_iterable_dataset()), tmp_path, steps=3, resume=True)
+    assert "the data begins again" in caplog.text
+
+
+def test_looking_at_prompts_draws_nothing() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            raise AssertionError
+
+    assert prompt_digest(Rows()) is None
+    assert prompt_digest(_rows()) == prompt_digest(_rows().to_list()) != prompt_digest(_rows(first=6))
+    assert prompt_digest(_rows().with_format("torch")) == prompt_digest(_rows())
+
+
+def test_another_batch_size_is_said_and_no_prompt_comes_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = _trainer(tmp_path, _rows(12), batch_size=2, horizon=50)
+    seen: list[int] = []
+    _train(trainer, tmp_path, steps=3)
+    order = list(PromptBatches(12, 2, drop_last=True, seed=0, world=World(rank=0, size=1)))
+    seen = [row for batch in order[:3] for row in batch]
+    wider = _trainer(tmp_path, _rows(12), batch_size=4)
+    load_checkpoint(wider, tmp_path / "checkpoint")
+    assert "batch_size was 2 and is 4" in caplog.text
+    rest = [int(ids[0]) - 5 for batch in wider.dataloader for ids in batch["input_ids"]]
+    assert len(rest) == 4, "two rows of a batch that was begun are left out"
+    assert not set(rest) & set(seen)
+
+
+# --- broken off --------------------------------------------------------------------------------------------------
+
+
+def _broken_in(trainer: Any, place: str, error: BaseException) -> None:
+    """Raise in the next step: before its first update, after it, or in the statistics."""
+    if place == "before":
+
+        def before(*_: Any) -> None:
+            raise error
+
+        trainer._push_if_best = before
+    else:
+        calls = 0
+
+        def after(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise error
+
+        trainer.optimizer.register_step_post_hook(after)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_weights_of_half_an_update_never_pass_for_a_model(
+    tmp_path: Path, place: str, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    before = _weights(trainer)
+    model = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    _broken_in(trainer, place, error)
+    if isinstance(error, KeyboardInterrupt):
+        assert _train(trainer, tmp_path, steps=3).interrupted
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            _train(trainer, tmp_path, steps=3)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["steps_done"] == 1
+    moved = place == "within"
+    assert bool(run["broken_off"]) == moved == (not _same(before, _weights(trainer)))
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == model
+    assert (tmp_path / "model-broken-off").exists() == moved
+    assert ("weights between two steps are in" in caplog.text) == moved
+    assert steps_done(tmp_path / "checkpoint") == 1
+    assert "a part of another" not in (tmp_path / "model" / "README.md").read_text()
+    if moved:
+        assert (
+            "and a part of another: step 2 was broken off by" in (tmp_path / "model-broken-off/README.md").read_text()
+        )
+        trainer.save_pretrained(tmp_path / "by-hand")
+        assert "a part of another" in (tmp_path / "by-hand" / "README.md").read_text()
+        again = _trainer(tmp_path)
+        _train(again, tmp_path, steps=2, resume=True)
+        assert not again.broken_off
+        assert json.loads((tmp_path / "run.json").read_text())["broken_off"] is None
+
+
+def test_ctrl_c_in_the_log_after_an_update_breaks_nothing_off(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer.log_stats = interrupted
+    assert _train(trainer, tmp_path, steps=3).interrupted
+    assert json.loads((tmp_path / "run.json").read_text())["broken_off"] is None
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    name, weight = next(iter(trainer.model.pretrained_model.state_dict().items()))
+    assert torch.equal(saved[name], weight)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, None], ids=["ignored", "not from Python"])
+def test_a_ctrl_c_that_is_not_ours_is_left_alone(tmp_path: Path, before: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job in the background ignores Ctrl-C; a program around Python may handle it itself."""
+    set_to: list[Any] = []
+    monkeypatch.setattr(signal, "getsignal", lambda _: before)
+    monkeypatch.setattr(signal, "signal", lambda _, handler: set_to.append(handler))
+    assert len(_train(_trainer(tmp_path), None, steps=1).history) == 1
+    assert set_to == []
+
+
+def test_a_resumed_run_says_where_it_stands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = _trainer(tmp_path)
+    save_checkpoint(trainer, tmp_path / "checkpoint")
+    _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+    assert "resumed after step 0 of 1" in caplog.text

@@ -1,0 +1,368 @@
+"""What ``train`` is given and cannot use is answered by name, before anything is generated or written."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array2D, Dataset, DatasetDict, Features, Value
+from rich.console import Console
+from torch.utils.data import Dataset as TorchDataset
+
+from ppo_runtime import PPOConfig
+from ppo_runtime.loop import train
+from tests.runtime.tiny import VOCAB_SIZE, tiny_tokenizer
+from tests.runtime.trainers import make_trainer
+
+IDS = [[5, 6, 7], [8], [9, 10], [11, 12]]
+
+
+def _dataset(ids: Any = None, **columns: Any) -> Dataset:
+    ids = IDS if ids is None else ids
+    return Dataset.from_dict({"query": ["q"] * len(ids), "input_ids": ids} | columns)
+
+
+def _trainer(dataset: Any, **settings: Any) -> Any:
+    return make_trainer(dataset=dataset, batch_size=4, mini_batch_size=2, ppo_epochs=1, **settings)
+
+
+def _train(trainer: Any, score_fn: Any = None, **options: Any) -> Any:
+    return train(
+        trainer,
+        score_fn or (lambda _, texts: [0.1 * index for index in range(len(texts))]),
+        **({"steps": 1, "generation_kwargs": {"max_new_tokens": 3}, "console": Console(file=io.StringIO())} | options),
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where metrics go when nothing says otherwise."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _refused(call: Callable[[], Any], trainer: Any, message: str, home: Path) -> None:
+    """The call is refused by name; the trainer never generated, and no file was left."""
+    generated = []
+    trainer.generate = lambda *_, **__: generated.append(1)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+    assert not generated
+    assert not [path for path in home.rglob("*") if path.is_file() and path.name != "a-file"]
+    assert trainer.current_step == 0
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no steps": ({"steps": 0}, "steps is 0, expected an integer of at least 1 or None"),
+    "half steps": ({"steps": 2.5}, "steps is 2.5, expected an integer"),
+    "steps as text": ({"steps": "3"}, "steps is '3', expected an integer"),
+    "steps as a flag": ({"steps": True}, "steps is True, expected an integer"),
+    "steps not a number": ({"steps": float("nan")}, "steps is nan, expected an integer"),
+    "checkpoint_every 0": ({"checkpoint_every": 0, "output_dir": "o"}, "checkpoint_every is 0, expected an integer"),
+    "checkpoint_every -1": ({"checkpoint_every": -1, "output_dir": "o"}, "checkpoint_every is -1, expected"),
+    "checkpoint_every half": ({"checkpoint_every": 0.5, "output_dir": "o"}, "checkpoint_every is 0.5, expected"),
+    "checkpoints nowhere": ({"checkpoint_every": 2}, "checkpoint_every is 2 and output_dir is None"),
+    "resume nowhere": ({"resume": True}, "resume is True and output_dir is None"),
+    "resume as a path": ({"resume": "o/checkpoint", "output_dir": "o"}, "resume is 'o/checkpoint', expected True or"),
+    "generation_batch_size 0": ({"generation_batch_size": 0}, "generation_batch_size is 0, expected an integer"),
+    "generation_batch_size half": ({"generation_batch_size": 1.5}, "generation_batch_size is 1.5, expected"),
+    "generation_kwargs a number": ({"generation_kwargs": 32}, "generation_kwargs is 32, expected a dictionary"),
+    "generation_kwargs a list": ({"generation_kwargs": ["x"]}, r"generation_kwargs is \['x'\], expected a dictionary"),
+    "no new tokens": ({"generation_kwargs": {"max_new_tokens": 0}}, r"generation_kwargs\['max_new_tokens'\] is 0"),
+    "new tokens as text": ({"generation_kwargs": {"max_new_tokens": "8"}}, r"\['max_new_tokens'\] is '8', expected"),
+    "a batch size inside": ({"generation_kwargs": {"batch_size": 2}}, "pass generation_batch_size to train"),
+    "prompts inside": ({"generation_kwargs": {"return_prompt": True}}, "'return_prompt', which train decides itself"),
+    "reference inside": ({"generation_kwargs": {"generate_ref_response": True}}, "'generate_ref_response', which"),
+    "a sampler that is a number": ({"generation_kwargs": {"length_sampler": 4}}, r"\['length_sampler'\] is a int"),
+    "too many new tokens": (
+        {"generation_kwargs": {"max_new_tokens": 62}},
+        r"dataset\[0\]\['input_ids'\] has 3 tokens, expected at most 2, .* generate fewer tokens",
+    ),
+    "output_dir empty": ({"output_dir": ""}, "output_dir is '', expected the path of a directory or None"),
+    "output_dir a number": ({"output_dir": 3}, "output_dir is 3, expected the path of a directory"),
+    "output_dir a file": ({"output_dir": "a-file"}, "output_dir is 'a-file', expected a directory that can be written"),
+    "output_dir below a file": ({"output_dir": "a-file/o"}, "output_dir is 'a-file/o', expected a directory that can"),
+    "a console of text": ({"console": "stderr"}, "console is a str, expected a rich.console.Console"),
+    "no score function": ({"score_fn": 5}, "score_fn is a int, expected a function from prompts and responses"),
+    "scores, not a function": ({"score_fn": [0.5] * 4}, "score_fn is a list, expected a function"),
+    "a score function of texts": ({"score_fn": lambda texts: 0}, "score_fn takes .texts., expected two arguments"),
+    "a score function of three": ({"score_fn": lambda a, b, c: 0}, "score_fn takes .a, b, c., expected two arguments"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_an_argument_is_refused_by_name(case: str, home: Path) -> None:
+    (home / "a-file").touch()
+    options, message = ARGUMENTS[case]
+    trainer = _trainer(_dataset())
+    _refused(lambda: _train(trainer, **options), trainer, message, home)
+
+
+def test_metrics_that_cannot_be_written_are_refused_first(home: Path) -> None:
+    (home / "a-file").touch()
+    trainer = _trainer(_dataset(), project_kwargs={"logging_dir": "a-file/logs"})
+    _refused(lambda: _train(trainer), trainer, "logging_dir is 'a-file/logs', expected a directory that can be", home)
+
+
+def test_a_tracker_that_is_not_installed_is_missed_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    trainer = _trainer(_dataset(), log_with="wandb")
+    generated: list[int] = []
+    trainer.generate = lambda *_, **__: generated.append(1)
+    with pytest.raises(ImportError, match="wandb"):
+        _train(trainer)
+    assert not generated
+
+
+@pytest.mark.parametrize("field", ["exp_name", "tracker_project_name"])
+@pytest.mark.parametrize("value", [None, "", 3, Path("run")])
+def test_a_run_has_a_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field} is {re.escape(repr(value))}, expected a text that is not empty"):
+        PPOConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [3, ["x"], b"logs"])
+def test_a_logging_directory_is_a_path(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"project_kwargs\['logging_dir'\] is .*, expected the path of a directory"):
+        PPOConfig(project_kwargs={"logging_dir": value})
+
+
+@pytest.mark.parametrize("value", [np.int64(2), torch.tensor(2)])
+def test_whole_numbers_of_other_kinds_are_numbers(value: Any, home: Path) -> None:
+    assert len(_train(_trainer(_dataset()), steps=value, generation_batch_size=value).history) == 2
+
+
+# --- datasets ----------------------------------------------------------------------------------------------------
+
+IMAGE = Features({"input_ids": Array2D((1, 2), "int64"), "query": Value("string")})
+DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a name": (lambda: "imdb", "dataset is a str, expected rows.*load_dataset"),
+    "a number": (lambda: 7, "dataset is a int, expected rows"),
+    "splits": (lambda: DatasetDict(train=_dataset()), r"dataset is a DatasetDict of 'train', expected one of them"),
+    "columns": (lambda: {"input_ids": IDS}, "dataset is a dict, expected rows.*Dataset.from_dict"),
+    "a generator": (lambda: ({"input_ids": ids} for ids in IDS), "dataset is a generator, expected rows"),
+    "nothing": (lambda: [], "dataset has no rows"),
+    "an empty table": (lambda: _dataset([]), "dataset has no rows"),
+    "text alone": (
+        lambda: Dataset.from_dict({"text": ["a"] * 4}),
+        "dataset has the columns 'text', expected 'input_ids'",
+    ),
+    "queries alone": (
+        lambda: Dataset.from_dict({"query": ["a"] * 4}),
+        "dataset has the columns 'query', expected 'input_",
+    ),
+    "rows of text": (lambda: ["a", "b", "c", "d"], r"dataset\[0\] is a str, expected a row with 'input_ids'"),
+    "rows without ids": (lambda: [{"text": "a"}] * 4, r"dataset\[0\] is 'text', expected a row with 'input_ids'"),
+    "texts for ids": (
+        lambda: _dataset(["a", "b", "c", "d"]),
+        r"dataset\[0\]\['input_ids'\] is the text 'a', expected token",
+    ),
+    "an empty prompt": (
+        lambda: _dataset([[5], [6], [], [7]]),
+        r"dataset\[2\]\['input_ids'\] is empty, expected at least",
+    ),
+    "an empty list": (lambda: [{"input_ids": i} for i in ([5], [], [6], [7])], r"dataset\[1\]\['input_ids'\] is empty"),
+    "a missing prompt": (
+        lambda: _dataset([[5], None, [6], [7]]),
+        r"dataset\[1\]\['input_ids'\] is None, expected a list",
+    ),
+    "a missing token": (
+        lambda: _dataset([[5], [6, None], [6], [7]]),
+        r"dataset\[1\]\['input_ids'\] is \[6, None\], expected",
+    ),
+    "fractions": (lambda: _dataset([[0.5], [1.5], [1.0], [2.0]]), r"\[0\]\['input_ids'\] has dtype torch.float32"),
+    "a batch axis": (lambda: _dataset([[[5, 6]]] * 4), r"\[0\]\['input_ids'\] has shape \(1, 2\), expected 1-d"),
+    "a fixed shape": (
+        lambda: Dataset.from_dict({"input_ids": [[[5, 6]]] * 4, "query": ["q"] * 4}, features=IMAGE),
+        r"\[0\]\['input_ids'\] has shape \(1, 2\), expected 1-d",
+    ),
+    "another vocabulary": (
+        lambda: _dataset([[5], [6], [7], [VOCAB_SIZE]]),
+        r"dataset\[3\]\['input_ids'\] holds token id",
+    ),
+    "below the vocabulary": (lambda: _dataset([[5], [-1], [7], [6]]), r"dataset\[1\]\['input_ids'\] holds token id -1"),
+    "a prompt without room": (
+        lambda: _dataset([[5], [6] * 62, [7], [6]]),
+        r"dataset\[1\]\['input_ids'\] has 62 tokens",
+    ),
+    "scalars": (lambda: _dataset([5, 6, 7, 8]), r"dataset\[0\]\['input_ids'\] has shape \(\), expected 1-d"),
+}
+
+
+@pytest.mark.parametrize("case", DATASETS)
+def test_a_dataset_is_refused_by_row_or_kind(case: str, home: Path) -> None:
+    make, message = DATASETS[case]
+    trainer = _trainer(_dataset(), drop_last=False, remove_unused_columns=False)
+
+    def use() -> None:
+        trainer.dataloader = trainer.prepare_dataloader(make())
+        _train(trainer)
+
+    _refused(use, trainer, message, home)
+
+
+def test_a_bad_row_far_down_is_found_first(home: Path) -> None:
+    """In a view of a table, too, whose rows are not where the table has them."""
+    rows = _dataset([[5]] * 2500 + [[VOCAB_SIZE]]).select(range(2500, -1, -1)).select(range(2500))
+    trainer = _trainer(rows)
+    _refused(lambda: _train(trainer), trainer, r"dataset\[0\]\['input_ids'\] holds token id", home)
+    assert len(_train(_trainer(rows.select(range(1, 2500)))).history) == 1
+
+
+class Rows(TorchDataset):
+    """A torch dataset: its rows are looked at when their batch comes."""
+
+    def __init__(self, *rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+BATCHES: dict[str, tuple[Any, str]] = {
+    "a list": ([1, 2], "the dataloader gave a list, expected a dictionary with 'input_ids'"),
+    "a tensor": (torch.ones(4, 2), "the dataloader gave a Tensor, expected a dictionary"),
+    "no ids": ({"text": ["a"] * 4}, "the batch has 'text', expected 'input_ids'"),
+    "no rows": ({"input_ids": None}, r"batch\['input_ids'\] is a NoneType, expected one list of tokens per row"),
+    "a text": ({"input_ids": "abc"}, r"batch\['input_ids'\] is a str, expected one list"),
+    "texts": ({"input_ids": ["a", "b", "c", "d"]}, r"batch\['input_ids'\]\[0\] is the text 'a'"),
+    "an empty prompt": (
+        {"input_ids": [[5], [], [6], [7]]},
+        r"batch\['input_ids'\]\[1\] is empty, expected at least one",
+    ),
+    "fractions": ({"input_ids": torch.rand(4, 2)}, r"batch\['input_ids'\]\[0\] has dtype torch.float32"),
+    "too few": ({"input_ids": [[5]] * 3}, "has 3 rows, expected batch_size = 4"),
+    "too many": ({"input_ids": [[5]] * 5}, "has 5 rows, expected batch_size = 4"),
+    "too few queries": ({"input_ids": IDS, "query": ["q"]}, r"batch\['query'\] has 1 entries, expected 4 texts"),
+    "one query": ({"input_ids": IDS, "query": "four"}, r"batch\['query'\] has .*, expected 4 texts"),
+    "a number of queries": ({"input_ids": IDS, "query": 4}, r"batch\['query'\] has a int, expected 4 texts"),
+    "too few masks": ({"input_ids": IDS, "attention_mask": [[1]]}, r"batch\['attention_mask'\] has 1 rows, expected 4"),
+    "short masks": ({"input_ids": IDS, "attention_mask": [[1]] * 4}, r"\[0\] has shape \(3,\), and its attention_mask"),
+    "only padding": (
+        {"input_ids": [[0, 0]] * 4, "attention_mask": [[0, 0]] * 4},
+        r"batch\['input_ids'\]\[0\] is empty, expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_batch_is_refused_before_it_is_answered(case: str, home: Path) -> None:
+    batch, message = BATCHES[case]
+    trainer = _trainer(_dataset())
+    trainer.dataloader = trainer.prepare_dataloader(_dataset(), lambda rows: batch)
+    generated: list[int] = []
+    trainer.generate = lambda *_, **__: generated.append(1)
+    with pytest.raises(ValueError, match=message):
+        _train(trainer)
+    assert not generated
+
+
+@pytest.mark.parametrize("row", [{"input_ids": []}, {"text": "a"}, {"input_ids": "abc"}])
+def test_a_row_of_a_torch_dataset_is_refused_with_its_batch(row: Any, home: Path) -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        _train(_trainer(Rows(*[row] * 4)))
+
+
+@pytest.mark.parametrize("collator", [None, 3, "padding"])
+def test_a_collator_is_a_function(collator: Any) -> None:
+    trainer = _trainer(_dataset())
+    if collator is None:
+        assert len(trainer.prepare_dataloader(_dataset(), collator)) == 1
+        return
+    with pytest.raises(TypeError, match=f"data_collator is a {type(collator).__name__}, expected a function"):
+        trainer.prepare_dataloader(_dataset(), collator)
+
+
+@pytest.mark.parametrize("padded_by", ["collator", "dataset"])
+def test_padding_of_a_prompt_is_no_part_of_it(padded_by: str, home: Path) -> None:
+    """A collator of transformers pads prompts into one tensor, and many a dataset was tokenised with padding."""
+    from transformers import DataCollatorWithPadding
+
+    seen: list[list[int]] = []
+    plain = _dataset()
+    if padded_by == "collator":
+        trainer = _trainer(plain)
+        trainer.dataloader = trainer.prepare_dataloader(
+            plain.remove_columns("query"), DataCollatorWithPadding(tiny_tokenizer())
+        )
+    else:
+        padded = tiny_tokenizer().pad({"input_ids": IDS}, padding="max_length", max_length=60)
+        trainer = _trainer(_dataset(padded["input_ids"], attention_mask=padded["attention_mask"]))
+    step = trainer.step
+    trainer.step = lambda queries, *rest: (seen.extend(query.tolist() for query in queries), step(queries, *rest))[1]
+    _train(trainer)
+    assert sorted(seen) == sorted(IDS)
+
+
+# --- score functions ---------------------------------------------------------------------------------------------
+
+
+def _generator(count: int) -> Iterator[float]:
+    return (0.5 for _ in range(count))
+
+
+TAKEN: dict[str, Callable[[int], Any]] = {
+    "numbers": lambda n: [1, 0.5] * (n // 2),
+    "a tuple": lambda n: (0.5,) * n,
+    "truth values": lambda n: [True, False] * (n // 2),
+    "a tensor": lambda n: torch.linspace(0, 1, n),
+    "a tensor with gradient": lambda n: torch.linspace(0, 1, n, requires_grad=True),
+    "a column": lambda n: torch.linspace(0, 1, n)[:, None],
+    "half precision": lambda n: torch.ones(n, dtype=torch.bfloat16),
+    "an array": lambda n: np.linspace(0, 1, n),
+    "numpy numbers": lambda n: list(np.linspace(0, 1, n, dtype=np.float32)),
+    "numpy truth values": lambda n: list(np.ones(n, dtype=bool)),
+    "tensors": lambda n: [torch.tensor(0.5)] * n,
+    "tensors of one entry": lambda n: [torch.tensor([[0.5]])] * n,
+    "a generator": _generator,
+}
+REFUSED_SCORES: dict[str, tuple[Callable[[int], Any], str]] = {
+    "nothing": (lambda n: None, "score_fn returned None, expected 4 numbers.*does it return its scores"),
+    "one number": (lambda n: 0.5, r"score_fn returned 0.5 \(float\), expected 4 numbers"),
+    "one tensor": (lambda n: torch.tensor(0.5), r"score_fn returned tensor\(0.5000\) \(Tensor\), expected 4 numbers"),
+    "a text": (lambda n: "good", r"score_fn returned 'good' \(str\), expected 4 numbers"),
+    "a dictionary": (lambda n: dict.fromkeys(range(n), 0.5), r"score_fn returned \{.* \(dict\), expected 4 numbers"),
+    "a set": (lambda n: {0.1, 0.2, 0.3, 0.4}, r"score_fn returned \{.* \(set\), expected 4 numbers"),
+    "too few": (lambda n: [0.5] * (n - 1), "score_fn returned 3 scores, expected 4 numbers"),
+    "too many": (lambda n: [0.5] * (n + 1), "score_fn returned 5 scores, expected 4 numbers"),
+    "none at all": (lambda n: [], "score_fn returned 0 scores, expected 4 numbers"),
+    "a row": (lambda n: torch.ones(1, n), r"score_fn returned 1 scores in shape \(1, 4\), expected 4 numbers"),
+    "logits": (lambda n: torch.ones(n, 2), r"score_fn returned an entry 0 of shape \(2,\), expected one number"),
+    "tensors of two": (lambda n: [torch.ones(2)] * n, r"score_fn returned an entry 0 of shape \(2,\)"),
+    "arrays of two": (lambda n: [np.ones(2)] * n, r"score_fn returned an entry 0 of shape \(2,\)"),
+    "texts": (lambda n: ["0.5"] * n, r"score_fn returned '0.5' \(str\) as entry 0, expected a number"),
+    "pipeline output": (lambda n: [{"score": 0.5}] * n, r"score_fn returned \{'score': 0.5\} \(dict\) as entry 0"),
+    "lists": (lambda n: [[0.5]] * n, r"score_fn returned \[0.5\] \(list\) as entry 0"),
+    "nothing for one": (lambda n: [0.5, None, 0.5, 0.5], r"score_fn returned None as entry 1, expected a number"),
+    "complex": (lambda n: [1j] * n, r"score_fn returned 1j \(complex\) as entry 0"),
+    "nan": (lambda n: [0.5, float("nan"), 0.5, 0.5], r"scores\[1\] is nan, expected a finite number"),
+    "infinity": (lambda n: [float("inf")] * n, r"scores\[0\] is inf, expected a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_scores_of_any_numeric_kind_are_taken(case: str, home: Path) -> None:
+    assert len(_train(_trainer(_dataset()), lambda _, texts: TAKEN[case](len(texts))).history) == 1
+
+
+@pytest.mark.parametrize("case", REFUSED_SCORES)
+def test_scores_of_another_kind_are_refused_and_nothing_is_trained(case: str, home: Path) -> None:
+    make, message = REFUSED_SCORES[case]
+    trainer = _trainer(_dataset())
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        _train(trainer, lambda _, texts: make(len(texts)))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.current_step == 0
+
+
+def test_what_the_score_function_raises_is_its_own(home: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _train(_trainer(_dataset()), lambda *_: 1 / 0)
