@@ -38,6 +38,7 @@ FIXED = {
     "project_kwargs": _OF_THE_RUN,
     "seed": "call ppo_runtime.set_seed",
     "accel": "choose before the trainer is made: its reference has been prepared",
+    "accel_strict": "choose before the trainer is made: its reference has been prepared",
     "learning_rate": "set 'lr' in each of trainer.optimizer.param_groups",
     "adap_kl_ctrl": "put another controller in place of trainer.kl_ctl",
     "init_kl_coef": "set trainer.kl_ctl.value",

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "push_to_hub_if_best_kwargs": {"repo_id": "a/b"},
     "compare_steps": 2,
     "accel": "auto",
+    "accel_strict": True,
     "steps": 12,
     "learning_rate": 1e-2,
     "batch_size": 4,
