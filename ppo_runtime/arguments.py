@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ppo_runtime.sampling import plain
+
 # Settings of ``trainer.generate`` that the loop decides itself.
 _TAKEN = {
     "query_tensor": "the prompts come from the dataset",
@@ -59,9 +61,9 @@ def check_kinds(*, score_fn: Any, resume: Any, console: Any) -> None:
 
 
 def generation_settings(given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's settings over the loop's own; what the loop decides itself is refused."""
+    """The user's settings over plain sampling and the loop's own; what the loop decides itself is refused."""
     if given is None:
-        return dict(defaults)
+        return plain(**defaults)
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"generation_kwargs is {given!r:.80}, expected a dictionary such as {{'max_new_tokens': 32}}")
     for name, why in _TAKEN.items():
@@ -77,7 +79,7 @@ def generation_settings(given: Any, defaults: Mapping[str, Any]) -> dict[str, An
         )
     # Both lengths at once would have the user's one ignored.
     own = {name: value for name, value in defaults.items() if not (name == "max_new_tokens" and "max_length" in given)}
-    return own | dict(given)
+    return plain(given, **own)
 
 
 def output_directory(output_dir: Any) -> Path | None:

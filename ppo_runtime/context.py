@@ -35,16 +35,24 @@ class Context(NamedTuple):
         *,
         names: tuple[str, str],
         response: str,
+        first: int = 0,
     ) -> None:
-        """Refuse rows without room. ``names`` are the arguments with prompts and responses, ``response`` is a phrase.
+        """Refuse rows without room.
+
+        Args:
+            prompts: lengths.
+            responses: likewise.
+            names: of the arguments that hold prompts and responses.
+            response: what a message calls a response.
+            first: the number of the first row.
 
         Raises:
             ValueError: a row is longer than the model's context.
         """
         rows = [prompt + answer for prompt, answer in zip(prompts, responses, strict=True)]
-        inputs.fits_context(names[0], rows, self.row, what=f"prompt + {response}")
-        inputs.fits_context(names[0], prompts, self.prompt, what="the encoder's prompt", part=" encoder's")
-        inputs.fits_context(names[1], responses, self.response, what=response, part=" decoder's")
+        inputs.fits_context(names[0], rows, self.row, what=f"prompt + {response}", first=first)
+        inputs.fits_context(names[0], prompts, self.prompt, what="the prompt", part=" encoder's", first=first)
+        inputs.fits_context(names[1], responses, self.response, what=response, part=" decoder's", first=first)
 
 
 def decoder_start(model: Any) -> int:

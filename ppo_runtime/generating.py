@@ -1,7 +1,7 @@
 """The part of a trainer that samples responses."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,10 +11,14 @@ from torch import Tensor
 from ppo_runtime import inputs
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
+from ppo_runtime.ending import criteria_of
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.references import reference_context
-from ppo_runtime.rollout import SamplingSpec, generate_responses
+from ppo_runtime.rollout import Plan, generate_responses
+from ppo_runtime.sampling import NEUTRAL, departures, gaps
+from ppo_runtime.settings import Settings, check_settings
+from ppo_runtime.values import COUNT, token_ids, whole
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +29,12 @@ class Generating:
     config: PPOConfig
     model: PreTrainedModelWrapper
     ref_model: Any
+    tokenizer: Any
     pad_token_id: int
     eos_token_ids: set[int]
-    _sampling_warned: bool = False
+    # Names of settings that were warned about, and whether the latest responses were sampled at all.
+    _said: frozenset[str] = frozenset()
+    _greedy: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -36,7 +43,7 @@ class Generating:
 
     def generate(
         self,
-        query_tensor: Tensor | list[Tensor],
+        query_tensor: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
         length_sampler: Callable[[], int] | None = None,
         batch_size: int = 4,
         return_prompt: bool = True,
@@ -46,57 +53,56 @@ class Generating:
         """Sample a response to one query or to each of a list.
 
         Args:
-            query_tensor: token ids (length,), or a list of such tensors.
+            query_tensor: token ids (length,), or a list of such rows; a row is a tensor or a list of ints.
             length_sampler: gives ``max_new_tokens`` of each generated batch.
             batch_size: queries generated together.
-            return_prompt: True puts the prompt in front. Only the response is ever cut at an EOS.
+            return_prompt: True puts the prompt in front, except with an encoder-decoder.
             generate_ref_response: also sample from the reference.
-            generation_kwargs: for transformers' ``generate``. Temperature, top-k and top-p other than 1, 0 and 1
-                sample from another distribution than the one PPO trains, and are warned about.
+            generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from
+                another distribution than the one PPO trains is warned about. A response ends with the token that
+                ended it, be it an EOS (one outside the vocabulary is never drawn), the end of one of
+                ``stop_strings`` (by the trainer's tokenizer unless you pass one) or what ``stopping_criteria`` say.
 
         Returns:
-            For a list, a list of 1-d tensors; for one tensor, a [1, length] tensor. With ``generate_ref_response`` a
+            For a list, a list of 1-d tensors; for one query, a [1, length] tensor. With ``generate_ref_response`` a
             pair of these, policy first.
 
         Raises:
-            ValueError: an empty query, ids outside the vocabulary, or a prompt that leaves no room in the context.
+            ValueError: an empty query, ids outside the vocabulary, a prompt that leaves no room in the context, or a
+                setting that is unknown or cannot be, by name; nothing has been generated then.
         """
-        single = isinstance(query_tensor, Tensor)
-        queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
-        queries = inputs.token_rows("query_tensor", queries, vocab_size=self.model.config.vocab_size, allow_empty=False)
-        new_tokens = generation_kwargs.get("max_new_tokens") or 1
-        Context.of(self.model).check(
-            [len(query) for query in queries],
-            [new_tokens] * len(queries),
-            names=("query_tensor", "query_tensor"),
-            response="max_new_tokens",
-        )
-        prompt_width = self.config.pad_max_input_len if self.config.pad_for_acceleration else 0
-        if prompt_width:
-            inputs.fits_static_padding(map(len, queries), prompt_width, setting="pad_max_input_len", what="the prompt")
-        self._warn_of_sampling(generation_kwargs)
+        vocabulary = self.model.config.vocab_size
+        queries, single = inputs.query_rows("query_tensor", query_tensor, vocab_size=vocabulary)
+        batch_size = whole("batch_size", batch_size, COUNT)
+        for name, flag in (("return_prompt", return_prompt), ("generate_ref_response", generate_ref_response)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected True or False")
+        settings = Settings(self.model, generation_kwargs)
+        check_settings(settings, self.model)
+        plan = self._plan(settings, batch_size)
+        if plan.prompt_width:
+            inputs.fits_static_padding(
+                map(len, queries), plan.prompt_width, setting="pad_max_input_len", what="the prompt"
+            )
         models: list[tuple[Any, AbstractContextManager[Any]]] = [(self.model, nullcontext())]
         if generate_ref_response and self.ref_model is not None:
             models.append((self.ref_model, nullcontext()))
         elif generate_ref_response:
             models.append((self.model, reference_context(self.model)))
-        if self.model.is_encoder_decoder:
-            # The step scores behind this token, so no other may be in force in the policy or the reference.
-            generation_kwargs.setdefault("decoder_start_token_id", decoder_start(self.model))
-        eos = generation_kwargs.get("eos_token_id")
+        # All lengths are drawn before anything is generated, so that one without room is refused in time.
+        new_tokens = [self._new_tokens(queries, settings, plan, length_sampler) for _ in models]
+        self._warn_of_sampling(settings)
         answers: list[Any] = []
-        for model, context in models:
+        for (model, context), lengths in zip(models, new_tokens, strict=True):
+            theirs = Settings(model, generation_kwargs)
             with context, dropout_off(model):
                 responses = generate_responses(
                     model,
                     [query.to(self.device) for query in queries],
-                    batch_size=batch_size,
-                    pad_token_id=generation_kwargs.get("pad_token_id", self.pad_token_id),
-                    eos_token_ids=self.eos_token_ids if eos is None else {eos} if isinstance(eos, int) else set(eos),
-                    length_sampler=length_sampler,
-                    is_encoder_decoder=self.model.is_encoder_decoder,
-                    generation_kwargs={k: v for k, v in generation_kwargs.items() if k != "pad_token_id"},
-                    prompt_width=prompt_width,
+                    theirs,
+                    plan,
+                    lengths if length_sampler is not None else [None] * len(lengths),
+                    theirs.overruled() | gaps(theirs),
                 )
             if return_prompt and not self.model.is_encoder_decoder:
                 responses = [
@@ -106,13 +112,103 @@ class Generating:
             answers.append(responses[0].unsqueeze(0) if single else responses)
         return tuple(answers) if generate_ref_response else answers[0]
 
-    def _warn_of_sampling(self, generation_kwargs: dict[str, Any]) -> None:
-        spec = SamplingSpec.of(self.model.pretrained_model, generation_kwargs)
-        if departures := spec.departures():
-            if not self._sampling_warned:
-                logger.warning(
-                    "responses are sampled with %s, but PPO trains the plain distribution: the KL can then turn "
-                    "negative; sample with temperature=1.0, top_k=0, top_p=1.0",
-                    ", ".join(departures),
-                )
-            self._sampling_warned = True
+    def _plan(self, settings: Settings, batch_size: int) -> Plan:
+        """Padding and what ends a row, checked."""
+        vocabulary = self.model.config.vocab_size
+        pad = settings.asked("pad_token_id")
+        pad = whole(
+            "pad_token_id",
+            self.pad_token_id if pad is None else pad,
+            COUNT._replace(fits=lambda token: 0 <= token < vocabulary, expected=f"a token id in [0, {vocabulary})"),
+        )
+        eos = settings["eos_token_id"]
+        if eos is None and "eos_token_id" not in settings.keywords:
+            eos = self.eos_token_ids
+        ends = token_ids("eos_token_id", eos)
+        if beyond := [token for token in ends if not 0 <= token < vocabulary]:
+            self._say_once(
+                "eos_token_id",
+                "eos_token_id is %s, but the vocabulary has %d tokens: no response ends with it",
+                ", ".join(map(str, beyond)),
+                vocabulary,
+            )
+        start = decoder_start(self.model) if self.model.is_encoder_decoder else None
+        if start is not None and (asked := settings.asked("decoder_start_token_id")) not in (None, start):
+            raise ValueError(
+                f"decoder_start_token_id is {asked!r}, expected {start} like that of the model, behind which the step "
+                "scores; set it in the model's generation_config"
+            )
+        return Plan(
+            batch_size=batch_size,
+            pad_token_id=pad,
+            eos_token_ids=sorted(set(ends) - set(beyond)),
+            criteria=criteria_of(
+                settings["stopping_criteria"],
+                settings["stop_strings"],
+                settings["tokenizer"] or self.tokenizer,
+            ),
+            decoder_start_token_id=start,
+            prompt_width=self.config.pad_max_input_len if self.config.pad_for_acceleration else 0,
+        )
+
+    def _new_tokens(
+        self, queries: list[Tensor], settings: Settings, plan: Plan, length_sampler: Callable[[], int] | None
+    ) -> list[int]:
+        """Most tokens of each batch's responses, where there is room for them."""
+        if length_sampler is not None and not callable(length_sampler):
+            raise ValueError(
+                f"length_sampler is {length_sampler!r}, expected a function that gives a length, such as "
+                "LengthSampler(4, 17)"
+            )
+        found: list[int] = []
+        for start in range(0, len(queries), plan.batch_size):
+            batch = queries[start : start + plan.batch_size]
+            width = 1 if self.model.is_encoder_decoder else max(plan.prompt_width, *map(len, batch))
+            most, what = 1, "a token"
+            if length_sampler is not None:
+                most, what = whole("what length_sampler gives", length_sampler(), COUNT), "length_sampler's length"
+            elif settings["max_new_tokens"] is not None:
+                most, what = settings["max_new_tokens"], "max_new_tokens"
+            elif settings["max_length"] is not None:
+                most, what = settings["max_length"] - width, "the rest of max_length"
+                if most < 1:
+                    raise ValueError(
+                        f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
+                        "which it counts too; pass max_new_tokens instead"
+                    )
+            Context.of(self.model).check(
+                [len(query) for query in batch],
+                [most] * len(batch),
+                names=("query_tensor", "query_tensor"),
+                response=what,
+                first=start,
+            )
+            found.append(most)
+        return found
+
+    def _warn_of_sampling(self, settings: Settings) -> None:
+        self._greedy = not settings["do_sample"]
+        found = {name: text for name, text in departures(settings).items() if name not in self._said}
+        if found:
+            neutral = [f"{name}={NEUTRAL.get(name)}" for name in found]
+            logger.warning(
+                "responses are sampled with %s, but PPO trains the plain distribution: the KL can then turn negative; "
+                "sample with %s (ppo_runtime.sampling.plain() gives all such settings)",
+                ", ".join(found.values()),
+                ", ".join(neutral),
+            )
+        self._said |= found.keys()
+
+    def _warn_of_greedy_responses(self) -> None:
+        """Said when they are trained on: to look at a policy, greedy responses are as good as others."""
+        if self._greedy:
+            self._say_once(
+                "do_sample",
+                "the latest responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
+                "the policy's distribution: pass do_sample=True for responses that are trained on",
+            )
+
+    def _say_once(self, topic: str, message: str, *values: Any) -> None:
+        if topic not in self._said:
+            logger.warning(message, *values)
+        self._said |= {topic}

@@ -12,6 +12,43 @@ from torch import Tensor
 LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
+def query_rows(name: str, queries: Any, *, vocab_size: int) -> tuple[list[Tensor], bool]:
+    """Check one query or a list of them, rows of token ids as tensors, arrays or lists of ints; whether it was one."""
+    single = hasattr(queries, "ndim") or (
+        isinstance(queries, list | tuple) and len(queries) > 0 and all(_is_number(one) for one in queries)
+    )
+    if not single and not isinstance(queries, list | tuple):
+        raise ValueError(
+            f"{name} is a {type(queries).__name__}, expected a 1-d tensor of token ids or a list of such rows"
+        )
+    rows = [
+        _as_tensor(name if single else f"{name}[{i}]", row) for i, row in enumerate([queries] if single else queries)
+    ]
+    if single and rows[0].ndim != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(rows[0].shape)}, expected one query (length,) or a list of such rows: "
+            "pass list(query_tensor) without its padding"
+        )
+    return token_rows(name, rows, vocab_size=vocab_size, allow_empty=False), single
+
+
+def _as_tensor(name: str, row: Any) -> Tensor:
+    if isinstance(row, Tensor):
+        return row
+    is_array = hasattr(row, "ndim") and hasattr(row, "dtype")
+    if not is_array and not (isinstance(row, list | tuple) and all(_is_number(token) for token in row)):
+        raise ValueError(f"{name} is {row!r:.60}, expected a 1-d tensor of token ids or a list of ints")
+    try:
+        # An empty list has no dtype of its own, and what is said about it is that it is empty.
+        return torch.as_tensor(row, dtype=torch.long if not is_array and len(row) == 0 else None)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {row!r:.60}, expected token ids: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Number) and not isinstance(value, bool)
+
+
 def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> list[Tensor]:
     """Check a list of 1-d int64 token tensors with ids inside the vocabulary."""
     if isinstance(rows, Tensor) or not isinstance(rows, Sequence) or isinstance(rows, str):
@@ -114,9 +151,11 @@ def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
     return [mask.bool() for mask in masks]
 
 
-def fits_context(name: str, lengths: Sequence[int], limit: int | None, *, what: str, part: str = "") -> None:
-    """Refuse rows longer than the model's context, or that of a part of it."""
-    for index, length in enumerate(lengths):
+def fits_context(
+    name: str, lengths: Sequence[int], limit: int | None, *, what: str, part: str = "", first: int = 0
+) -> None:
+    """Refuse rows longer than the model's context, or that of a part of it; the rows are counted from ``first``."""
+    for index, length in enumerate(lengths, start=first):
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}[{index}]: {what} is {length} tokens, but the model's{part} context is {limit}; "

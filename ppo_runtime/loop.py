@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ppo_runtime import arguments, inputs
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.context import Context
 from ppo_runtime.data import collate
 from ppo_runtime.distributed import agree_any
 from ppo_runtime.prompts import batch_prompts, batch_texts, check_dataset
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
-GENERATION = {"max_new_tokens": 32, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+GENERATION = {"max_new_tokens": 32}
 
 
 @attrs.frozen
@@ -59,7 +60,7 @@ def train(
         trainer: made with a dataset whose rows have "input_ids".
         score_fn: from prompts and responses, as text, to one finite number each; higher is better.
         steps: calls of ``step`` in the whole run; the configuration's ``total_ppo_epochs`` if None.
-        generation_kwargs: for ``generate``, over plain sampling of 32 tokens.
+        generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
         generation_batch_size: prompts generated together; a whole batch if None.
         output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None.
         checkpoint_every: steps between checkpoints; None makes one at the end and on Ctrl-C only.
@@ -138,13 +139,13 @@ def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> Non
     loader = trainer.dataloader
     if getattr(loader, "collate_fn", None) is not collate:
         return
-    context = getattr(trainer.model.config, "max_position_embeddings", None)
+    context = Context.of(trainer.model)
     sampled = "length_sampler" in generation_kwargs
     response = 1 if sampled else generation_kwargs.get("max_new_tokens", 1)
     check_dataset(
         getattr(loader, "dataset", None),
         vocab_size=trainer.model.config.vocab_size,
-        room=None if context is None else context - response,
+        room=context.prompt if context.row is None else context.row - response,
     )
 
 

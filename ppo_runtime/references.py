@@ -82,8 +82,8 @@ def check_apart(model: nn.Module, reference: nn.Module) -> None:
     if shared:
         raise ValueError(
             f"ref_model shares {len(shared)} of the {len(mine)} parameters that train with model, such as "
-            f"{_sample(shared)}; expected a reference that stays as it is: pass ref_model=None for a copy of the policy "
-            "(or the policy without its adapter), or create_reference_model(model), or load one of its own"
+            f"{_sample(shared)}; expected a reference that stays as it is: pass ref_model=None for a copy of the "
+            "policy (or the policy without its adapter), or create_reference_model(model), or load one of its own"
         )
 
 

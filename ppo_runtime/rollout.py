@@ -1,63 +1,28 @@
-"""Responses from a policy: left-padded generation, cut at the first EOS of the response."""
+"""Responses from a model: batches of padded prompts in, the tokens that were chosen out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from ppo_runtime.inner import pretrained_model
+from ppo_runtime.ending import Ending, beam_lengths
+from ppo_runtime.settings import Settings
 
 
 @attrs.frozen
-class SamplingSpec:
-    """How tokens were drawn; anything but the defaults changes the distribution that PPO's ratio is about."""
+class Plan:
+    """What is the same for every model that answers: padding, batches and what ends a row."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, model: Any, generation_kwargs: dict[str, Any]) -> "SamplingSpec":
-        """The settings in force: the caller's, else those of the model's generation config, else none."""
-
-        def setting(name: str, neutral: float) -> float:
-            value = _setting(model, generation_kwargs, name)
-            return neutral if value is None else value
-
-        return cls(
-            temperature=float(setting("temperature", 1.0)),
-            top_k=int(setting("top_k", 0)),
-            top_p=float(setting("top_p", 1.0)),
-        )
-
-    @classmethod
-    def plain_unless_asked(cls, model: Any, generation_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The caller's settings, and neutral ones where neither caller nor model has any but tokens are sampled.
-
-        transformers fills these gaps with defaults of its own, top_k=50 among them.
-        """
-        if not _setting(model, generation_kwargs, "do_sample"):
-            return dict(generation_kwargs)
-        gaps = [f for f in attrs.fields(cls) if _setting(model, generation_kwargs, f.name) is None]
-        return generation_kwargs | {field.name: field.default for field in gaps}
-
-    def departures(self) -> list[str]:
-        """The settings under which what is sampled is not what plain log-probabilities score."""
-        neutral = SamplingSpec()
-        return [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in attrs.fields(SamplingSpec)
-            if getattr(self, field.name) != getattr(neutral, field.name)
-        ]
-
-
-def _setting(model: Any, generation_kwargs: dict[str, Any], name: str) -> Any:
-    """The caller's setting, else that of the generation config; None if both leave it open."""
-    value = generation_kwargs.get(name)
-    config = generation_kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    return getattr(config, name, None) if value is None else value
+    batch_size: int
+    pad_token_id: int
+    eos_token_ids: Sequence[int]
+    criteria: Sequence[Any]
+    decoder_start_token_id: int | None
+    """Given for an encoder-decoder only."""
+    prompt_width: int = 0
+    """The least width of a batch of prompts."""
 
 
 def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
@@ -83,41 +48,53 @@ def _pad(
     return ids, mask
 
 
-def cut_at_eos(response: Tensor, eos_token_ids: Iterable[int]) -> Tensor:
-    """The response up to and including its first EOS; all of it if there is none."""
-    ends = torch.isin(response, torch.tensor(sorted(eos_token_ids), dtype=response.dtype, device=response.device))
-    first = ends.nonzero()
-    return response[: int(first[0]) + 1] if len(first) else response
-
-
 @torch.no_grad()
 def generate_responses(
     model: Any,
     queries: Sequence[Tensor],
-    *,
-    batch_size: int,
-    pad_token_id: int,
-    eos_token_ids: Iterable[int],
-    length_sampler: Callable[[], int] | None,
-    is_encoder_decoder: bool,
-    generation_kwargs: dict[str, Any],
-    prompt_width: int = 0,
+    settings: Settings,
+    plan: Plan,
+    new_tokens: Sequence[int | None],
+    ours: dict[str, Any],
 ) -> list[Tensor]:
-    """One response per query, without the prompt, ending with its EOS where one was drawn.
+    """One response per query, without the prompt, ending with the token that ended it.
 
-    The prompt is cut off by its length, so an EOS inside it does no harm, and neither does pad == eos. Prompts are
-    padded to ``prompt_width`` at least.
+    The prompt is cut off by its length and what follows the response by where generation ended the row, so an EOS
+    inside the prompt does no harm, and neither does pad == eos.
+
+    Args:
+        model: a wrapper or a transformers model.
+        queries: prompts, on the model's device.
+        settings: those in force.
+        plan: padding, batches, and what ends a row.
+        new_tokens: most tokens of each batch of queries; None leaves that to the settings.
+        ours: settings in place of others.
     """
     responses: list[Tensor] = []
-    for start in range(0, len(queries), batch_size):
-        # Encoders count positions from the row's first entry, padding or not, and so the step reads them too.
-        pad = right_pad if is_encoder_decoder else left_pad
-        ids, mask = pad(queries[start : start + batch_size], pad_token_id, width=prompt_width)
-        kwargs = SamplingSpec.plain_unless_asked(pretrained_model(model), generation_kwargs)
-        if length_sampler is not None:
-            kwargs["max_new_tokens"] = length_sampler()
-        sequences = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_token_id, **kwargs)
+    encoder_decoder = plan.decoder_start_token_id is not None
+    # Encoders count positions from the row's first entry, padding or not, and so the step reads them too.
+    pad = right_pad if encoder_decoder else left_pad
+    beams = (settings["num_beams"] or 1) > 1
+    common: dict[str, Any] = {
+        "pad_token_id": plan.pad_token_id,
+        "eos_token_id": list(plan.eos_token_ids) or None,
+        "stop_strings": None,  # among the criteria
+        "return_dict_in_generate": beams,
+    }
+    if encoder_decoder:
+        # The step scores behind this token, so no other may be in force in the policy or the reference.
+        common["decoder_start_token_id"] = plan.decoder_start_token_id
+    for most, start in zip(new_tokens, range(0, len(queries), plan.batch_size), strict=True):
+        ids, mask = pad(queries[start : start + plan.batch_size], plan.pad_token_id, width=plan.prompt_width)
         # A decoder of its own starts from one start token; otherwise the prompt comes first.
-        prompt_length = 1 if is_encoder_decoder else ids.shape[1]
-        responses += [cut_at_eos(row[prompt_length:], eos_token_ids) for row in sequences]
+        prompt_width = 1 if encoder_decoder else ids.shape[1]
+        ending = Ending(plan.eos_token_ids, plan.criteria, prompt_width=prompt_width)
+        more = {"stopping_criteria": [ending]} | ({} if most is None else {"max_new_tokens": most})
+        output = settings.generate(model, input_ids=ids, attention_mask=mask, **(ours | common | more))
+        if beams:
+            rows = output.sequences[:, prompt_width:]
+            lengths = beam_lengths(output.beam_indices)
+            responses += [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        else:
+            responses += ending.cut(output[:, prompt_width:])
     return responses

@@ -25,7 +25,16 @@ import ppo_runtime
 from ppo_core.advantages import gae
 from ppo_core.averages import Average, mean_of
 from ppo_core.moments import masked_moments, variance
-from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, distributed, forward, rollout, update
+from ppo_runtime import (
+    AutoModelForCausalLMWithValueHead,
+    PPOConfig,
+    PPOTrainer,
+    distributed,
+    forward,
+    generating,
+    rollout,
+    update,
+)
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.compat.stats import gather_stats, get_global_statistics
 from ppo_runtime.controllers import AdaptiveKLController
@@ -242,7 +251,8 @@ def test_defect_07_an_eos_in_the_prompt_cuts_nothing() -> None:
         assert len(whole) > 3
 
     def foil(queries: list[Tensor], **options: Any) -> list[Tensor]:
-        return [rollout.cut_at_eos(row, {EOS_ID}) for row in trainer.generate(queries, **options)]
+        rows = trainer.generate(queries, **options)
+        return [row[: row.tolist().index(EOS_ID) + 1] if EOS_ID in row else row for row in rows]
 
     check(trainer.generate)
     fails(check, foil)
@@ -521,7 +531,7 @@ def test_defect_19_another_sampling_distribution_is_named(
 
     check(temperature=0.5, top_k=5)
     check(top_p=0.5)
-    monkeypatch.setattr(rollout.SamplingSpec, "departures", lambda self: [])
+    monkeypatch.setattr(generating, "departures", lambda settings: {})
     fails(lambda: check(temperature=0.5))
     monkeypatch.undo()
 
@@ -533,7 +543,7 @@ def test_defect_19_another_sampling_distribution_is_named(
     # transformers fills a gap with top_k=50 of 99: plain sampling has to be asked for, and we do.
     sampling = {"max_new_tokens": 1, "do_sample": True}
     assert len(support()) > 50
-    monkeypatch.setattr(rollout.SamplingSpec, "plain_unless_asked", lambda model, kwargs: dict(kwargs))
+    monkeypatch.setattr(generating, "gaps", lambda settings: {})
     assert len(support()) <= 50
 
 

@@ -1,33 +1,21 @@
 """Generation: cutting, padding, prompts kept or not, and the modes of a model restored."""
 
-import pytest
 import torch
 from torch import Tensor
 
-from ppo_runtime.rollout import SamplingSpec, cut_at_eos, left_pad
+from ppo_runtime.rollout import left_pad, right_pad
 from tests.runtime.tiny import EOS_ID, PAD_ID
 from tests.runtime.trainers import make_trainer
 
 
-def test_left_pad_masks_come_from_lengths() -> None:
+def test_masks_come_from_lengths() -> None:
     rows = [torch.tensor([0, 5]), torch.tensor([0, 0, 7])]  # the padding id inside real prompts
     ids, mask = left_pad(rows, pad_token_id=0)
     assert ids.tolist() == [[0, 0, 5], [0, 0, 7]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("response", "eos", "expected"),
-    [
-        ([4, 1, 0, 0], {1}, [4, 1]),
-        ([4, 5, 6], {1}, [4, 5, 6]),
-        ([1, 1, 1], {1}, [1]),
-        ([4, 2, 1], {1, 2}, [4, 2]),
-        ([4, 1], set(), [4, 1]),
-    ],
-)
-def test_cut_at_eos_keeps_the_first_eos(response: list[int], eos: set[int], expected: list[int]) -> None:
-    assert cut_at_eos(torch.tensor(response), eos).tolist() == expected
+    ids, mask = right_pad(rows, pad_token_id=0, width=4)
+    assert ids.tolist() == [[0, 5, 0, 0], [0, 0, 7, 0]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
 
 
 def test_an_eos_inside_the_prompt_does_not_cut_the_prompt() -> None:
@@ -68,19 +56,6 @@ def test_modes_are_restored() -> None:
     trainer.generate(torch.tensor([5, 6]), max_new_tokens=2, do_sample=False)
     assert trainer.model.training
     assert not trainer.model.v_head.training
-
-
-def test_sampling_spec_names_what_departs() -> None:
-    spec = SamplingSpec.of(None, {"temperature": 0.7, "top_k": 50})
-    assert spec.departures() == ["temperature=0.7", "top_k=50"]
-    assert SamplingSpec.of(None, {}).departures() == []
-
-
-def test_a_temperature_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer()
-    for _ in range(2):
-        trainer.generate(torch.tensor([5, 6]), max_new_tokens=2, do_sample=True, temperature=0.5)
-    assert sum("temperature=0.5" in message for message in caplog.messages) == 1
 
 
 def test_padding_with_the_eos_token_is_legal() -> None:

@@ -1,0 +1,277 @@
+"""What `generate` is given: every bad value is answered by its argument's name before anything is generated."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from ppo_runtime import LengthSampler, PPOTrainer
+from ppo_runtime.settings import fields
+from ppo_runtime.values import FLAGS, KINDS, NUMBERS, REFUSED
+from tests.runtime.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model, tiny_tokenizer
+from tests.runtime.trainers import SETTINGS, make_trainer
+
+QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+NAN, INF = float("nan"), float("inf")
+EMPTY = torch.tensor([], dtype=torch.long)
+
+# Values of which none can be any number, id or object of transformers; each argument's own limits are further down.
+NONSENSE: tuple[Any, ...] = (object(), "text", [[]], [None], {"a": 1}, torch.tensor([[1.5, 2.5]]))
+REFUSALS: dict[str, list[Any]] = {
+    "query_tensor": [
+        *(
+            None,
+            [],
+            (),
+            "text",
+            5,
+            5.0,
+            {},
+            {5, 6},
+            range(3),
+            iter([1]),
+            [None],
+            [5, None],
+            [[5], None],
+            ["a"],
+            [["a"]],
+        ),
+        *(torch.tensor(5), torch.tensor([[5, 6]]), torch.tensor([5.0]), torch.tensor([True]), EMPTY, [EMPTY], [[]]),
+        *([torch.tensor([[5]])], [torch.tensor(5)], [torch.tensor([-1])], [torch.tensor([VOCAB_SIZE])], [[2**70]]),
+        *(torch.tensor([5], dtype=torch.int16), [5.5], [[5.5]], [[True]], np.array([5.0]), np.array([[5, 6]])),
+        *({"input_ids": [5]}, [-1], [VOCAB_SIZE]),
+    ],
+    "length_sampler": [
+        5,
+        "text",
+        *(lambda value=v: value for v in (0, -1, 2.5, 2.0, NAN, None, True, "3", 62, 10**12)),
+    ],
+    "batch_size": [0, -1, True, 1.5, "4", None, NAN, [4], 2.0],
+    "return_prompt": [None, "no", 0, 1],
+    "generate_ref_response": [None, "no", 0, 1],
+    "max_new_tokens": [0, -1, "5", 2.5, 5.0, True, NAN, INF, [5], 10**12, 62],
+    "max_length": [0, -1, "5", 2.5, True, 3, 65],
+    "num_beams": [0, -1, "2", 1.5, True],
+    "num_return_sequences": [0, 2, "2", True],
+    "return_dict_in_generate": [True],
+    "output_scores": [True],
+    "prompt_lookup_num_tokens": [2],
+    "assistant_model": [tiny_model("gpt2")],
+    "custom_generate": ["a/repository", lambda *_, **__: None],
+    "token_healing": [True],
+    "force_words_ids": [[[5]]],
+    "temperature": [0, 0.0, -1, NAN, INF, "hot", True],
+    "top_k": [-1, 2.5, NAN, True],
+    "top_p": [0, -0.1, 1.1, NAN, True],
+    "min_p": [-0.1, 1.1],
+    "typical_p": [0, 2],
+    "repetition_penalty": [0, -1, INF],
+    "min_length": [2.5, NAN, True],
+    "min_new_tokens": [2.5, NAN, True],
+    "no_repeat_ngram_size": [-1, 1.5],
+    "eos_token_id": [1.5, "</s>", [1.5], [[1]], True, {}],
+    "pad_token_id": [VOCAB_SIZE, -1, 1.5, "<pad>", True, [1]],
+    "decoder_start_token_id": [[1], 1.5],
+    "stop_strings": ["", [""], 5, ["a", 5], [["a"]], "\N{SNOWMAN}"],
+    "stopping_criteria": [5, [5]],
+    "logits_processor": [5, [5]],
+    "prefix_allowed_tokens_fn": [5, [5]],
+    "generation_config": [{}, {"max_new_tokens": 2}, "text", 5],
+    "max_new_token": [5],  # a slip of the pen
+    "input_ids": [QUERIES[0]],
+    "attention_mask": [torch.ones(1, 3)],
+    "decoder_input_ids": [QUERIES[0]],
+    "past_key_values": [5],
+    "synced_gpus": [True, "yes"],
+}
+TENSORS = ("negative_prompt_ids", "negative_prompt_attention_mask")
+for argument in (*NUMBERS, *FLAGS, *KINDS, *REFUSED):
+    fitting = {"stop_strings": "text", "bad_words_ids": [], "sequence_bias": {"a": 1}, "cache_config": {"a": 1}}
+    REFUSALS.setdefault(argument, []).extend(
+        value
+        for value in NONSENSE
+        if not (isinstance(value, str | dict) and value == fitting.get(argument))
+        and not (isinstance(value, torch.Tensor) and argument in TENSORS)
+    )
+CASES = [(name, i) for name, values in REFUSALS.items() for i in range(len(values))]
+
+# Accepted on purpose, and what is then returned: the lengths of the responses, None where they are up to chance.
+ACCEPTED: dict[str, tuple[dict[str, Any], list[int] | None]] = {
+    "rows of ints": ({"query_tensor": [[5, 6, 7], [8]]}, None),
+    "tuples": ({"query_tensor": ((5, 6, 7), (8,))}, None),
+    "arrays": ({"query_tensor": [np.array([5, 6, 7]), np.array([8], dtype=np.int32)]}, None),
+    "int32": ({"query_tensor": [torch.tensor([5], dtype=torch.int32)]}, None),
+    "more rows at a time than there are": ({"batch_size": 10**9}, None),
+    "a numpy batch size": ({"batch_size": np.int64(1)}, None),
+    "a numpy length": ({"max_new_tokens": np.int64(2), "eos_token_id": None}, [2, 2]),
+    "a tensor for a length": ({"max_new_tokens": torch.tensor(2), "eos_token_id": None}, [2, 2]),
+    "a sampler of numpy's": ({"length_sampler": lambda: np.int64(3), "eos_token_id": None}, [3, 3]),
+    "a sampler over max_new_tokens": ({"length_sampler": lambda: 3, "max_new_tokens": 9, "eos_token_id": None}, [3, 3]),
+    "transformers' own length": ({"max_new_tokens": None, "eos_token_id": None}, [20, 20]),
+    "a length with the prompt": ({"max_new_tokens": None, "max_length": 5, "eos_token_id": None}, [2, 2]),
+    "no length with the prompt": ({"max_length": None, "max_new_tokens": 4, "eos_token_id": None}, [4, 4]),
+    "no EOS": ({"eos_token_id": None}, [4, 4]),
+    "an empty list of EOS": ({"eos_token_id": []}, [4, 4]),
+    "old scripts' EOS that is never drawn": ({"eos_token_id": 100_000}, [4, 4]),
+    "old scripts' EOS below 0": ({"eos_token_id": -1}, [4, 4]),
+    "a set of EOS": ({"eos_token_id": set(range(VOCAB_SIZE))}, [1, 1]),
+    "a tensor of EOS": ({"eos_token_id": torch.arange(VOCAB_SIZE)}, [1, 1]),
+    "the trainer's padding": ({"pad_token_id": None}, None),
+    "no stop strings": ({"stop_strings": [], "eos_token_id": None}, [4, 4]),
+    "no criteria": ({"stopping_criteria": [], "logits_processor": None}, None),
+    "no beams": ({"num_beams": None, "num_return_sequences": None, "do_sample": None}, None),
+    "neutral refused ones": (
+        {"num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False, "attention_mask": None},
+        None,
+    ),
+    "a whole temperature": ({"temperature": 2, "repetition_penalty": 2}, None),
+    "numpy numbers": ({"temperature": np.float32(0.5), "top_k": np.int64(5)}, None),
+    "one logits processor": ({"logits_processor": lambda ids, scores: scores, "eos_token_id": None}, [4, 4]),
+    "a decoder's start where there is none": ({"decoder_start_token_id": 5}, None),
+}
+
+
+class Spied(Exception):
+    """Something was generated."""
+
+
+def refuse_to_generate(**_: Any) -> Any:
+    raise Spied
+
+
+def call(trainer: Any, **options: Any) -> Any:
+    lengths = {"max_new_tokens", "max_length", "length_sampler", "generation_config"} & options.keys()
+    defaults = {"do_sample": True, "query_tensor": QUERIES} | ({} if lengths else {"max_new_tokens": 4})
+    return trainer.generate(**(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def trainers() -> dict[str, PPOTrainer]:
+    return {family: make_trainer(family) for family in ("llama", "t5")}
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_a_bad_value_is_named_before_anything_is_generated(
+    name: str, index: int, trainers: dict[str, PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, value = trainers["llama"], REFUSALS[name][index]
+    monkeypatch.setattr(trainer.model, "generate", refuse_to_generate)
+    with pytest.raises(ValueError, match=name.replace("max_length", "max_(length|new_tokens)")) as refused:
+        call(trainer, **{name: value})
+    assert "expected" in str(refused.value) or "context" in str(refused.value) or "did you mean" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSALS if name in fields()])
+def test_a_bad_value_is_named_in_a_generation_config_as_well(
+    name: str, trainers: dict[str, PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same table by the other door."""
+    trainer = trainers["llama"]
+    monkeypatch.setattr(trainer.model, "generate", refuse_to_generate)
+    for value in REFUSALS[name]:
+        config = GenerationConfig(do_sample=True)
+        setattr(config, name, value)  # past its own checks
+        with pytest.raises(ValueError, match=name):
+            trainer.generate(QUERIES, generation_config=config)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_is_accepted_on_purpose(case: str, trainers: dict[str, PPOTrainer]) -> None:
+    options, lengths = ACCEPTED[case]
+    if case == "transformers' own length":
+        with pytest.warns(UserWarning, match="max_new_tokens"):
+            responses = call(trainers["llama"], return_prompt=False, **options)
+    else:
+        responses = call(trainers["llama"], return_prompt=False, **options)
+    found = [len(response) for response in responses]
+    assert all(1 <= length <= 20 for length in found)
+    assert lengths is None or found == lengths
+
+
+def test_every_argument_is_in_the_table() -> None:
+    arguments = inspect.signature(PPOTrainer.generate).parameters.keys() - {"self", "generation_kwargs"}
+    assert arguments <= REFUSALS.keys()
+
+
+def test_one_query_is_one_query_in_every_form(trainers: dict[str, PPOTrainer]) -> None:
+    for query in (torch.tensor([5, 6]), [5, 6], (5, 6), np.array([5, 6])):
+        [row] = trainers["llama"].generate(query, max_new_tokens=2, do_sample=True)
+        assert isinstance(row, torch.Tensor)
+        assert row[:2].tolist() == [5, 6]
+
+
+def test_every_length_is_checked_against_the_context_before_the_first_batch(
+    trainers: dict[str, PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the batch that it is for, by the row's own number."""
+    trainer = trainers["llama"]
+    monkeypatch.setattr(trainer.model, "generate", refuse_to_generate)
+    queries = [torch.full((length,), 5) for length in (3, 50, 4, 60)]
+    lengths = iter([10, 5])
+    with pytest.raises(
+        ValueError, match=r"query_tensor\[3\]: prompt \+ length_sampler's length is 65 tokens, .* context is 64"
+    ):
+        call(trainer, query_tensor=queries, batch_size=2, length_sampler=lambda: next(lengths))
+    with pytest.raises(ValueError, match=r"query_tensor\[1\]: prompt \+ length_sampler's length is 65"):
+        call(trainer, query_tensor=queries, batch_size=2, length_sampler=lambda: 15)
+    # The reference's lengths are drawn as well, after the policy's.
+    lengths = iter([1, 2, 3, 50])
+    with pytest.raises(ValueError, match=r"query_tensor\[3\]"):
+        call(
+            trainer,
+            query_tensor=queries,
+            batch_size=2,
+            length_sampler=lambda: next(lengths),
+            generate_ref_response=True,
+        )
+    with pytest.raises(ValueError, match=r"query_tensor\[0\]: length_sampler's length .* decoder's context is 32"):
+        call(make_trainer("led"), query_tensor=[5], length_sampler=LengthSampler(33, 34))
+
+
+def test_what_the_models_own_config_asks_for_is_overruled() -> None:
+    """A model may ship settings that the trainer does not do; nobody asked for them here."""
+    trainer = make_trainer()
+    own = trainer.model.pretrained_model.generation_config
+    own.do_sample = True
+    own.num_return_sequences, own.return_dict_in_generate, own.output_scores, own.token_healing = 3, True, True, True
+    before = copy.deepcopy(own.to_dict())
+    assert len(call(trainer, return_prompt=False)) == 2
+    config = GenerationConfig(do_sample=True, max_new_tokens=2)
+    assert len(call(trainer, generation_config=config, eos_token_id=None)) == 2
+    assert trainer.model.pretrained_model.generation_config is own
+    assert own.to_dict() == before
+    assert config.eos_token_id is None
+
+
+def test_an_encoder_decoder_begins_with_its_own_token_only(trainers: dict[str, PPOTrainer]) -> None:
+    call(trainers["t5"], decoder_start_token_id=PAD_ID)
+    with pytest.raises(ValueError, match=f"decoder_start_token_id is {EOS_ID}, expected {PAD_ID} like that of"):
+        call(trainers["t5"], decoder_start_token_id=EOS_ID)
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(ValueError, match=rf"pad_token_id is {VOCAB_SIZE}, expected a token id in \[0, {VOCAB_SIZE}\)"):
+        call(make_trainer(tokenizer=tokenizer))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads a renamed property
+def test_settings_reach_a_model_inside_peft() -> None:
+    from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig
+
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"), peft_config=tiny_lora("llama"))
+    trainer = PPOTrainer(PPOConfig(**SETTINGS), model, None, tiny_tokenizer())
+    options = {"return_prompt": False, "generate_ref_response": True}
+    config = GenerationConfig(eos_token_id=list(range(VOCAB_SIZE)), do_sample=True, max_new_tokens=4)
+    for answers in (call(trainer, generation_config=config, **options), call(trainer, stop_strings=["a"], **options)):
+        policy, reference = answers
+        assert len(policy) == len(reference) == 2
+    with pytest.raises(ValueError, match=r"max_new_token=5 is no setting .* did you mean max_new_tokens"):
+        call(trainer, max_new_token=5)
