@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires
 
 from packaging.requirements import Requirement
 
@@ -50,12 +50,13 @@ def closure(names):
 
 def allowed():
     """Top-level modules of what torch, attrs and jaxtyping bring along."""
-    wanted = closure(ROOTS)
-    tops = {
-        top
-        for top, distributions in packages_distributions().items()
-        if any(name.lower().replace("_", "-") in wanted for name in distributions)
-    }
+    tops = set()
+    for name in closure(ROOTS):
+        try:
+            files = distribution(name).files or []
+        except PackageNotFoundError:  # for another platform
+            continue
+        tops |= {file.parts[0].removesuffix(".py") for file in files}
     return tops | {"ppo_core"}
 
 
