@@ -2,17 +2,14 @@
 
 import logging
 import os
-import platform
 import sys
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 # Before torch is loaded: on a busy machine threads that spin while they wait hold one another up many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -84,23 +81,10 @@ def convert(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, and which backend a trainer would choose."""
-    from ppo_runtime.accel import choose
+    """What is installed, tested and working; exit code 0 if the demo can run."""
+    from ppo_runtime.doctor import report
 
-    table = Table(show_header=False)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("ppo-core", "torch", "transformers", "datasets", "peft", "intel-extension-for-pytorch"):
-        table.add_row(name, _version(name))
-    choice = choose("auto", strict=False)
-    table.add_row("accel=auto", f"{choice.backend}: {choice.reason}")
-    Console().print(table)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    raise typer.Exit(report(Console()))
 
 
 def _or_exit(command: Any, *args: Any) -> None:

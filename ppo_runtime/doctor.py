@@ -1,0 +1,271 @@
+"""What is installed and what of it works: versions found and tested, the backend, the machine, the demo's parts.
+
+Nothing is concluded from a version that can be tried instead: the demo's modules are imported, its model is loaded and
+run, and the extension is imported in a process of its own.
+"""
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import attrs
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppo_runtime.probing import first_line
+
+CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints"
+INSTALL = "pip install 'ppo-core[demo]', in a checkout pip install -e '.[demo]'"
+DIRECT = (
+    *("torch", "transformers", "datasets", "safetensors", "numpy", "attrs", "jaxtyping", "rich", "typer"),
+    *("vaderSentiment", "matplotlib", "peft", "intel-extension-for-pytorch"),
+)
+DEMO_GIB = 1.3
+"""What the demo with its embedded model takes at its peak."""
+
+
+@attrs.frozen
+class Finding:
+    """A line of the report."""
+
+    name: str
+    value: str
+    advice: str | None = None
+    """What to do about it, if anything."""
+    broken: bool = False
+    """The demo can't run like this."""
+
+
+def diagnose() -> Iterator[Finding]:
+    """Everything that is looked at, one after another."""
+    machine = f"{platform.system()} {platform.machine()}"
+    yield Finding("python", f"{platform.python_version()} on {machine}, {sys.executable}")
+    yield Finding("ppo-core", _version("ppo-core") or f"not installed, run from {CONSTRAINTS.parents[1]}")
+    yield from versions(*_tested())
+    for name, check, advice in (
+        ("frozen models", _backend, None),
+        ("threads", _threads, "reinstall torch"),
+        ("memory", _memory, None),
+        ("demo: modules", _modules, f"reinstall what the error names, or everything: {INSTALL}"),
+        ("demo: score", _score, INSTALL),
+        ("demo: curves", _curves, INSTALL),
+        ("demo: model", _model, "the files lie in ppo_runtime/demo/assets: reinstall ppo-core, or git checkout them"),
+    ):
+        yield _tried(name, check, advice)
+
+
+def report(console: Console) -> int:
+    """Print the findings; 0 if the demo can run, 1 if something that it needs is missing or broken."""
+    findings = list(diagnose())
+    table = Table(show_header=False)
+    for finding in findings:
+        style = "red" if finding.broken else "yellow" if finding.advice else ""
+        table.add_row(finding.name, Text(finding.value, style=style))
+    console.print(table)
+    for finding in findings:
+        if finding.advice:
+            kind = "problem" if finding.broken else "note"
+            console.print(Text(f"{kind}: {finding.name}: {finding.value}\n    {finding.advice}"), soft_wrap=True)
+    broken = any(finding.broken for finding in findings)
+    console.print("The demo can't run until the problems above are mended." if broken else "The demo can run.")
+    return int(broken)
+
+
+def versions(tested: dict[str, str] | None, source: str) -> Iterator[Finding]:
+    """Versions found, beside what is required and what was tested together (None: not known here)."""
+    yield Finding("tested versions", source)
+    required, others = _required(), []
+    for name in DIRECT:
+        found, expected = _version(name), (tested or {}).get(_normal(name))
+        told = f" (tested {expected})" if expected and expected != _public(found) else ""
+        if found is None:
+            missing = name in required
+            yield Finding(name, f"not installed{told}", INSTALL if missing else None, broken=missing)
+        elif name in required and not _satisfies(found, required[name]):
+            wanted = f"{name}{required[name]}"
+            yield Finding(name, f"{found}, required {required[name]}{told}", f"pip install '{wanted}'", broken=True)
+        else:
+            yield Finding(name, f"{found}{told}")
+            others += [f"{name} {found}{told}"] if told else []
+    direct = {_normal(name) for name in DIRECT}
+    for name, expected in (tested or {}).items():
+        found = _version(name)
+        if name not in direct and found is not None and _public(found) != expected:
+            others.append(f"{name} {found} (tested {expected})")
+    if others:
+        shown = [*others[:8], *(["..."] if len(others) > 8 else [])]
+        yield Finding(
+            "other than tested",
+            f"{len(others)} of the versions: {', '.join(shown)}",
+            "should something misbehave, install the tested set, as the README's commands do",
+        )
+
+
+def _tried(name: str, check: Callable[[], Finding | str], advice: str | None) -> Finding:
+    try:
+        found = check()
+    except (Exception, SystemExit) as error:
+        return Finding(name, first_line(error), advice or "this should not happen; please report it", broken=True)
+    return found if isinstance(found, Finding) else Finding(name, found)
+
+
+def _backend() -> Finding:
+    from ppo_runtime.accel import choose, import_problem
+    from ppo_runtime.intel import EXTENSION
+    from ppo_runtime.intel import INSTALL as INTEL
+
+    choice = choose("auto", strict=False)
+    value = f"accel=auto takes {choice.reason}"
+    if choice.backend == "eager":
+        return Finding("frozen models", value)
+    problem = import_problem(choice.versions, again=True)
+    if problem is None:
+        return Finding("frozen models", f"{value}; tried just now: it imports, packs and agrees with eager torch")
+    value = f"accel=auto takes eager torch: {EXTENSION} can't be used here ({problem})"
+    return Finding("frozen models", value, f"nothing needs doing for eager torch; for the extension {INTEL}")
+
+
+def _threads() -> str:
+    import torch
+
+    settings = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ]
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([f"{torch.get_num_threads()} of torch on {allowed} processors", *settings])
+
+
+def _memory() -> Finding:
+    total, available = memory()
+    value = f"{_gib(total)} in all, {_gib(available)} available"
+    if available is not None and available < DEMO_GIB * 2**30:
+        return Finding("memory", value, f"the demo takes about {DEMO_GIB} GiB: end other programs, or --batch-size 16")
+    return Finding("memory", value)
+
+
+def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """Bytes of memory in all and available, within the limits of a container; None where that can't be told."""
+    known: dict[str, int] = {}
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if match := re.match(r"(MemTotal|MemAvailable): +(\d+) kB", line):
+                known[match[1]] = int(match[2]) * 1024
+    except OSError:
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            known["MemTotal"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total, available = known.get("MemTotal"), known.get("MemAvailable")
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return total, available
+    return (
+        limit if total is None else min(total, limit),
+        max(limit - used, 0) if available is None else min(available, max(limit - used, 0)),
+    )
+
+
+def _modules() -> str:
+    import ppo_runtime.demo.run
+
+    return f"{Path(ppo_runtime.demo.run.__file__).parent} imports"
+
+
+def _score() -> str:
+    from ppo_runtime.demo.run import sentiment
+
+    good, bad = sentiment()(["I love this wonderful day", "I hate this horrible day"])
+    if not good > bad:
+        raise RuntimeError(f"VADER scores a cheerful sentence {good} and a gloomy one {bad}")
+    return "VADER scores"
+
+
+def _curves() -> str:
+    import matplotlib.figure
+
+    matplotlib.figure.Figure()
+    return "matplotlib draws"
+
+
+def _model() -> str:
+    import torch
+
+    from ppo_runtime.demo.run import load, load_prompts
+
+    model, tokenizer = load(None)
+    prompts = load_prompts()
+    if not all(prompts.values()):
+        raise RuntimeError("prompts.jsonl has no prompts")
+    with torch.no_grad():
+        logits = model(**tokenizer(prompts["eval"][0], return_tensors="pt"))[0]
+    if not logits.isfinite().all():
+        raise RuntimeError("the embedded model's logits are not finite")
+    return f"embedded model and {sum(map(len, prompts.values()))} prompts, loaded and run"
+
+
+def _tested() -> tuple[dict[str, str] | None, str]:
+    """The exact versions tested together, for this Python and machine, and where they stand."""
+    torch, extension = _version("torch") or "", _version("intel-extension-for-pytorch")
+    file = CONSTRAINTS / ("ipex.txt" if extension or torch.startswith("2.8.") else "newest.txt")
+    try:
+        return pins(file.read_text(encoding="utf-8")), f"{file}; those below, unless said"
+    except FileNotFoundError:
+        return None, "not known: they are kept in a checkout, and this is none"
+    except (OSError, ImportError, ValueError) as error:
+        return None, f"not known: {file} can't be read ({first_line(error)})"
+
+
+def pins(text: str) -> dict[str, str]:
+    """Versions by normalised name of the lines ``name==version ; marker`` that apply here."""
+    from packaging.requirements import Requirement
+
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    requirements = [Requirement(line) for line in lines if line]
+    return {
+        _normal(requirement.name): str(requirement.specifier).removeprefix("==")
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate()
+    }
+
+
+def _required() -> dict[str, str]:
+    """What ppo-core and its demo need, by name; nothing where ppo-core itself is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        requirements = [Requirement(line) for line in metadata.requires("ppo-core") or []]
+    except (ImportError, metadata.PackageNotFoundError):
+        return {}
+    return {
+        requirement.name: str(requirement.specifier)
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "demo"})
+    }
+
+
+def _satisfies(version: str, specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _public(version: str | None) -> str | None:
+    return version and version.partition("+")[0]
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _gib(count: int | None) -> str:
+    return "an unknown amount" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,175 @@
+"""The doctor finds what is wrong, says what to do, and its exit code is whether the demo can run."""
+
+import io
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ppo_runtime import accel, doctor
+from ppo_runtime.doctor import Finding, memory, pins, report, versions
+from tests.runtime.fake_extension import FITTING, pretend
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report_of(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> tuple[int, str]:
+    monkeypatch.setattr(doctor, "diagnose", lambda: iter(findings))
+    shown = io.StringIO()
+    return report(Console(width=200, file=shown)), shown.getvalue()
+
+
+def test_a_missing_part_is_exit_code_1_with_its_remedy(tmp_path: Path) -> None:
+    """The real command, without what the demo scores with and with a broken model of its own curves."""
+    for name in ("vaderSentiment", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is [broken]')")
+    path = os.pathsep.join(filter(None, [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_runtime", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 1, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "problem: demo: score: ImportError: the demo scores text with VADER: pip install 'ppo-core[demo]'" in said
+    assert "problem: demo: curves: ImportError: matplotlib is [broken] pip install 'ppo-core[demo]'" in said
+    assert "embedded model and 382 prompts, loaded and run" in said, "one problem doesn't hide the rest"
+    assert "The demo can't run" in said
+    for name in ("threads", "memory", "frozen models", "torch", "tested versions"):
+        assert name in said
+
+
+@pytest.mark.parametrize(
+    ("finding", "code", "line"),
+    [
+        (Finding("a", "well"), 0, "The demo can run."),
+        (Finding("a", "odd [ipex]", "do [this]"), 0, "note: a: odd [ipex]\n    do [this]\nThe demo can run."),
+        (Finding("a", "bad", "do this", broken=True), 1, "problem: a: bad\n    do this\nThe demo can't run until"),
+    ],
+)
+def test_notes_leave_the_exit_code_alone(
+    finding: Finding, code: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got, text = report_of(monkeypatch, Finding("b", "well"), finding)
+    assert got == code
+    assert line in text
+
+
+def findings(tested: dict[str, str] | None) -> dict[str, Finding]:
+    return {finding.name: finding for finding in versions(tested, "from the test")}
+
+
+def test_found_tested_and_required_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.9.1+cpu", "transformers": "4.57.0", "numpy": "2.0.0", "fsspec": "1.0", "tqdm": "4.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    needs = ["torch>=2.8", "transformers>=5", "attrs>=24.2", "numpy>=1.26", "wandb>=0.19; extra == 'wandb'"]
+    needs += ["vaderSentiment==3.3.2; extra == 'demo'", "tomli>=2; python_version < '3'"]
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda name: needs)
+    found = findings({"torch": "2.9.1", "numpy": "2.1.0", "fsspec": "1.1", "tqdm": "4.0", "absent": "1"})
+    assert found["torch"] == Finding("torch", "2.9.1+cpu"), "a build for the CPU is the version tested"
+    assert found["numpy"] == Finding("numpy", "2.0.0 (tested 2.1.0)")
+    assert found["transformers"].broken
+    assert found["transformers"].value == "4.57.0, required >=5"
+    assert found["transformers"].advice == "pip install 'transformers>=5'"
+    assert found["attrs"].broken
+    assert found["vaderSentiment"].broken
+    assert found["vaderSentiment"].advice == doctor.INSTALL
+    assert not found["peft"].broken, "not needed"
+    assert found["other than tested"].value == (
+        "2 of the versions: numpy 2.0.0 (tested 2.1.0), fsspec 1.0 (tested 1.1)"
+    )
+    assert "other than tested" not in findings(None)
+
+
+def test_without_a_checkout_the_tested_versions_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path)
+    assert doctor._tested() == (None, "not known: they are kept in a checkout, and this is none")
+    for name in ("ipex", "newest"):
+        (tmp_path / f"{name}.txt").write_text("torch is new")
+    tested, why = doctor._tested()
+    assert tested is None
+    assert "can't be read (InvalidRequirement" in why
+
+
+def test_pins_are_read_with_their_markers() -> None:
+    text = (
+        "# made by a command\nTorch==2.8.0 ; python_version >= '3'\ntorch==1.0 ; python_version < '3'\n\n"
+        "typing_extensions==4.1  # why\n"
+    )
+    assert pins(text) == {"torch": "2.8.0", "typing-extensions": "4.1"}
+
+
+@pytest.mark.parametrize("name", ["ipex", "newest"])
+def test_the_files_of_this_repository_can_be_read(name: str) -> None:
+    if not doctor.CONSTRAINTS.is_dir():
+        pytest.skip("the tests of an installed package have no checkout")
+    assert {"torch", "transformers"} <= set(pins((doctor.CONSTRAINTS / f"{name}.txt").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [
+        (None, None, (8000 * 1024, 5000 * 1024)),
+        ("max", "100", (8000 * 1024, 5000 * 1024)),
+        ("4096000", "1024000", (4096000, 3072000)),
+        ("4096000", "9999999", (4096000, 0)),
+        ("99999999999", "0", (8000 * 1024, 5000 * 1024)),
+    ],
+)
+def test_memory_is_what_the_container_allows(
+    limit: str | None, used: str | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8000 kB\nMemFree: 1 kB\nMemAvailable:   5000 kB\n")
+    if limit is not None and used is not None:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{limit}\n")
+        (tmp_path / "sys/fs/cgroup/memory.current").write_text(f"{used}\n")
+    assert memory(tmp_path) == expected
+
+
+def test_memory_without_proc_is_a_guess_at_most(tmp_path: Path) -> None:
+    total, available = memory(tmp_path)
+    assert total is None or total > 0
+    assert available is None
+
+
+@pytest.mark.parametrize("problem", [None, "NameError: name 'Moe' is not defined"])
+def test_the_extension_is_tried_and_not_just_looked_up(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def import_problem(versions: dict[str, str], *, again: bool = False) -> str | None:
+        assert versions == FITTING
+        asked.append(again)
+        return problem
+
+    pretend(monkeypatch)
+    monkeypatch.setattr(accel, "import_problem", import_problem)
+    finding = doctor._backend()
+    assert asked == [True], "what is remembered may be out of date"
+    assert not finding.broken, "eager torch serves"
+    if problem is None:
+        assert "it imports, packs and agrees" in finding.value
+        assert finding.advice is None
+    else:
+        assert f"takes eager torch: intel-extension-for-pytorch can't be used here ({problem})" in finding.value
+        assert "pip install 'ppo-core[ipex]'" in str(finding.advice)
+
+
+def test_whatever_a_check_raises_is_a_finding() -> None:
+    def leaves() -> str:
+        sys.exit("no AVX2")
+
+    assert doctor._tried("a", leaves, "do this") == Finding("a", "SystemExit: no AVX2", "do this", broken=True)
