@@ -14,6 +14,7 @@ from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.forward import Reference, evaluate, lay_out
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.precision import is_widened, widen
 from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
 
 
@@ -85,6 +86,8 @@ def make_reference(
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
     choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=config.accel_strict)
+    if ref_model is None:
+        widen(model, None)  # before the copy
     if ref_model is None and model.is_peft_model:
         choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
 
@@ -104,9 +107,12 @@ def make_reference(
         )
     check_apart(model, ref_model)
     check_split(ref_model)
+    widen(model, ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
+    if is_widened(inner):
+        choice = fall_back(choice, "policy and reference compute in bfloat16")
     fast, choice = accelerate_frozen(inner, choice, _few_logprobs)
     return ref_model, lambda: nullcontext(fast), choice
 

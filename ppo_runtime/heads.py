@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ppo_runtime.inner import is_peft_model, pretrained_model, transformers_model
 from ppo_runtime.modes import dropout_off
+from ppo_runtime.precision import computing, is_widened
 
 # Their logits are scaled by d_model^-0.5 when the embeddings are tied, where no field says so outright.
 _T5_KIN = ("t5", "longt5", "umt5", "switch_transformers")
@@ -56,7 +57,8 @@ def hidden_states(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if position_ids is not None and "position_ids" in inspect.signature(trunk.forward).parameters:
         inputs["position_ids"] = position_ids
-    return trunk(**inputs).last_hidden_state
+    with computing(inner):
+        return trunk(**inputs).last_hidden_state
 
 
 def seq2seq_hidden_states(
@@ -74,14 +76,15 @@ def seq2seq_hidden_states(
     inner = _splittable(model)
     if not inner.config.is_encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is decoder-only; use hidden_states")
-    encoded = inner.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    return inner.get_decoder()(
-        input_ids=decoder_input_ids,
-        attention_mask=decoder_attention_mask,
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=attention_mask,
-        use_cache=False,
-    ).last_hidden_state
+    with computing(inner):
+        encoded = inner.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return inner.get_decoder()(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state
 
 
 def mask_positions(attention_mask: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def check_split(model: nn.Module) -> None:
     ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    with torch.no_grad(), dropout_off(model):
+    with torch.no_grad(), dropout_off(model), computing(model):
         if inner.config.is_encoder_decoder:
             hidden = seq2seq_hidden_states(model, ids, mask, ids)
             expected = outer(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
@@ -143,14 +146,15 @@ def check_split(model: nn.Module) -> None:
                 positions = {}
             expected = outer(input_ids=ids, attention_mask=mask, **positions).logits
             real = mask.bool()
-        logits = logits_at(lm_head(model), hidden)
+    logits = logits_at(lm_head(model), hidden).detach()
     name = type(inner).__name__
     if logits.shape != expected.shape:
         raise SplitError(
             f"logits of {name} have shape {tuple(expected.shape)}, its trunk and head give {tuple(logits.shape)}; "
             "compute full logits instead"
         )
-    allowed = max(1e-4, 4 * torch.finfo(expected.dtype).eps) * max(1.0, expected[real].abs().max().item())
+    precision = torch.bfloat16 if is_widened(model) else expected.dtype
+    allowed = max(1e-4, 4 * torch.finfo(precision).eps) * max(1.0, expected[real].abs().max().item())
     error = (logits - expected)[real].abs().max().item()
     if not error <= allowed:  # NaN included
         raise SplitError(

@@ -71,6 +71,7 @@ def load_model(
         remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
         config = AutoConfig.from_pretrained(name, **hub, **remote)
     check_config(config, repr(os.fspath(name)))
+    kwargs = _with_dtype(kwargs, config)
     if weights is None:
         return parent.from_pretrained(name, *args, **kwargs)
     # Weights need the concrete class, and building one without storage is the public way to learn it. (Renaming
@@ -83,6 +84,19 @@ def load_model(
     if find_file(name, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
     return model
+
+
+def _with_dtype(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Loading arguments with a `dtype`: the caller's by its newer name, else float32 unless weights are quantised."""
+    kwargs = dict(kwargs)
+    if "torch_dtype" in kwargs:
+        older = kwargs.pop("torch_dtype")
+        if kwargs.setdefault("dtype", older) != older:
+            raise ValueError(f"dtype is {kwargs['dtype']!r} and torch_dtype, its older name, is {older!r}; pass one")
+    # transformers would take the dtype that the weights are stored in, and train in it.
+    if kwargs.get("quantization_config") is None and getattr(config, "quantization_config", None) is None:
+        kwargs.setdefault("dtype", torch.float32)
+    return kwargs
 
 
 def is_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:

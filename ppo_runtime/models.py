@@ -22,6 +22,7 @@ from ppo_runtime.inner import (
     load_model,
     transformers_model,
 )
+from ppo_runtime.precision import computing
 from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, read_head, write_head
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class PreTrainedModelWrapper(nn.Module):
         `is_trainable=False` loads a stored one frozen. `reward_adapter`, a sequence-classification adapter, is put
         beside it for `compute_reward_score`. `supported_args` go to the head and everything else to
         transformers' `from_pretrained`.
+
+        Weights are float32 unless `dtype` says otherwise, whatever they are stored in ("auto" keeps that); quantised
+        ones are as their configuration has them. A policy that trains in half precision is widened by the trainer, see
+        `ppo_runtime.precision`; a frozen base under an adapter, or a reference, may well be half.
         """
         head_args = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         peft_config = kwargs.pop("peft_config", None)
@@ -167,14 +172,16 @@ class PreTrainedModelWrapper(nn.Module):
         else:
             kwargs[cache_argument(self)] = cache
         kwargs |= {"output_hidden_states": True, "return_dict": True}
-        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        with computing(self):
+            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         value = self.v_head(output[self._hidden_states][-1]).squeeze(-1)
         logits = output.logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output.loss, value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's `generate`."""
-        return self.pretrained_model.generate(*args, **kwargs)
+        with computing(self):
+            return self.pretrained_model.generate(*args, **kwargs)
 
     def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
         """Scores [B, L, labels] of the reward adapter at every position; the last token's is the text's score."""

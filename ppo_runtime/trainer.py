@@ -28,6 +28,7 @@ from ppo_runtime.guards import SkipLog
 from ppo_runtime.heads import check_split
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains
+from ppo_runtime.precision import check_moments, own_precision
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.refusals import refuse_unusable
@@ -98,6 +99,8 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
         broadcast_parameters(model, self.world)
         check_split(model)
+        if isinstance(optimizer, torch.optim.Optimizer):  # anything else is named below
+            check_moments(optimizer, model)
 
         self.ref_model, self._reference, self.acceleration = assembly.make_reference(
             model, ref_model, num_shared_layers, config
@@ -156,7 +159,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         Whatever else ends a step early leaves everything as it was before, but for an optimiser that has stepped
         already: ``broken_off`` then says so.
         """
-        with self._undone_unless_whole() as progress:
+        with own_precision(self.device), self._undone_unless_whole() as progress:
             return self._step(queries, responses, scores, response_masks, progress)
 
     def _step(

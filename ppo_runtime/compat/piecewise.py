@@ -29,6 +29,7 @@ from ppo_runtime.heads import lm_head, logits_at
 from ppo_runtime.inputs import without_start_token
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off, without_dropout
+from ppo_runtime.precision import own_precision
 from ppo_runtime.references import reference_context
 from ppo_runtime.statistics import Rollout, merged, rollout_parts, var_explained
 from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
@@ -97,7 +98,7 @@ class Piecewise:
         found: list[tuple[Evaluation, Tensor | None]] = []
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
-        with quiet(model):
+        with own_precision(rows.mask.device), quiet(model):
             for index in torch.arange(len(rows.mask), device=rows.mask.device).split(self.config.mini_batch_size):
                 part = rows.select(index)
                 hidden = row_states(model, part)
@@ -195,7 +196,7 @@ class Piecewise:
         if count == 0 or step != self.current_step:
             count, averages = 0, {}
             self.model.zero_grad(set_to_none=True)
-        with without_dropout(self.model):  # a checkpointed layer runs again here
+        with own_precision(mask.device), without_dropout(self.model):  # a checkpointed layer runs again here
             (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
         merge_into(averages, averages_of(losses))
         count += 1

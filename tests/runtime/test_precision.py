@@ -1,0 +1,339 @@
+"""What trains is float32, by whichever door half precision came in; what is frozen may stay as it is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.precision import HALF, is_widened
+from ppo_runtime.references import create_reference_model
+from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from tests.runtime.trainers import SETTINGS, make_batch
+
+# peft still reads a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+FAMILIES = ("gpt2", "llama", "opt", "t5")
+DTYPES = (torch.bfloat16, torch.float16)
+RATE = 1e-5
+
+
+def parent_of(family: str) -> Any:
+    return AutoModelForSeq2SeqLMWithValueHead if family == "t5" else AutoModelForCausalLMWithValueHead
+
+
+def stored(directory: Path, family: str, dtype: torch.dtype) -> Path:
+    tiny_model(family, layers=3).to(dtype).save_pretrained(directory)
+    return directory
+
+
+def by_path(directory: Path, family: str, dtype: torch.dtype) -> Any:
+    return parent_of(family).from_pretrained(stored(directory, family, dtype))
+
+
+def by_path_and_dtype(directory: Path, family: str, dtype: torch.dtype) -> Any:
+    return parent_of(family).from_pretrained(stored(directory, family, dtype), dtype=dtype)
+
+
+def by_path_and_older_name(directory: Path, family: str, dtype: torch.dtype) -> Any:
+    return parent_of(family).from_pretrained(stored(directory, family, dtype), torch_dtype=dtype)
+
+
+def by_object(directory: Path, family: str, dtype: torch.dtype) -> Any:
+    """As transformers loads it when nobody says a dtype."""
+    plain = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    return parent_of(family).from_pretrained(plain.from_pretrained(stored(directory, family, dtype)))
+
+
+def by_cast(directory: Path, family: str, dtype: torch.dtype) -> Any:
+    """The value head as well."""
+    return parent_of(family).from_pretrained(tiny_model(family, layers=3)).to(dtype)
+
+
+Door = Callable[[Path, str, torch.dtype], Any]
+DOORS: dict[str, Door] = {
+    "path": by_path,
+    "path, dtype": by_path_and_dtype,
+    "path, torch_dtype": by_path_and_older_name,
+    "object": by_object,
+    "cast": by_cast,
+}
+
+
+def trainer_of(model: Any, reference: Any = None, **more: Any) -> PPOTrainer:
+    arguments = {name: more.pop(name) for name in ("optimizer", "num_shared_layers") if name in more}
+    fields: dict[str, Any] = SETTINGS | {"learning_rate": RATE} | more
+    return PPOTrainer(PPOConfig(**fields), model, reference, tiny_tokenizer(), **arguments)
+
+
+def check_training(trainer: PPOTrainer, steps: int = 3) -> list[dict[str, Any]]:
+    """Train, and see that large weights move by small updates, and that every number stays one."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert before
+    assert {value.dtype for value in before.values()} == {torch.float32}
+    touched: set[str] = set()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: touched.add(name) if gradient.any() else None)
+    history = [trainer.step(*make_batch(seed=seed)) for seed in range(steps)]
+    after = dict(trainer.model.named_parameters())
+    large = moved = 0
+    for name in touched & before.keys():
+        chosen = before[name].abs() > 0.01
+        large += int(chosen.sum())
+        moved += int((after[name] != before[name])[chosen].sum())
+    assert large > 20
+    assert moved > 0.8 * large, f"{moved} of {large} weights above 0.01 moved; some tokens are in no batch"
+    assert all(torch.isfinite(parameter).all() for parameter in after.values())
+    assert all(stats["ppo/policy/skipped_updates"] == 0 for stats in history)
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for stats in history for value in stats.values())
+    # Scoring and training pad differently, and bfloat16 has 8 bits.
+    assert all(stats["ppo/policy/first_minibatch_ratio_deviation"] < 0.1 for stats in history)
+    return history
+
+
+def assert_starts_at_the_reference(stats: dict[str, Any]) -> None:
+    assert (stats["objective/logprobs"] == stats["objective/ref_logprobs"]).all()
+    assert stats["objective/kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("door", "family", "dtype"),
+    [
+        *((door, family, torch.bfloat16) for door in DOORS for family in ("gpt2", "llama", "t5")),
+        # T5 keeps some of its modules in float32 when the others are float16.
+        *((door, "t5", torch.float16) for door in DOORS),
+        ("object", "llama", torch.float16),
+    ],
+    ids=str,
+)
+def test_a_policy_that_came_in_half_precision_trains(
+    door: str, family: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = DOORS[door](tmp_path, family, dtype)
+    half = [name for name, p in model.named_parameters() if p.dtype in HALF]
+    assert bool(half) == (door != "path"), "without a dtype, float32 is loaded"
+    trainer = trainer_of(model)
+    assert is_widened(model) == bool(half)
+    assert (f"train in {dtype}" in caplog.text) == bool(half), "said"
+    history = check_training(trainer)
+    assert_starts_at_the_reference(history[0])
+    assert history[2]["objective/kl"] != 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", ["a copy", "shared layers", "the trainer's shared layers"])
+def test_a_reference_copied_from_a_half_precision_policy_starts_equal(shared: str, family: str) -> None:
+    """As scripts have it: half precision, a reference that shares layers, an optimiser of one's own."""
+    torch.manual_seed(0)
+    model = parent_of(family).from_pretrained(tiny_model(family, layers=3).to(torch.bfloat16))
+    reference, more = None, {}
+    if shared == "the trainer's shared layers":
+        more = {"num_shared_layers": 2}
+    else:
+        reference = create_reference_model(model, 2 if shared == "shared layers" else None)
+        more = {"optimizer": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)}
+    trainer = trainer_of(model, reference, **more)
+    assert_starts_at_the_reference(check_training(trainer)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_frozen_reference_may_stay_half(dtype: torch.dtype) -> None:
+    """Beside a float32 policy the first KL is then rounding, and not 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    reference = tiny_model("llama").to(dtype)
+    history = check_training(trainer_of(model, reference))
+    assert {p.dtype for p in reference.parameters()} == {dtype}
+    assert 0.0 < abs(history[0]["objective/kl"]) < 0.5
+
+
+def lora_on(base: Any, **options: Any) -> Any:
+    fields = {"modules_to_save": options.pop("modules_to_save")} if "modules_to_save" in options else {}
+    return peft.get_peft_model(base, tiny_lora(base.config.model_type, **fields), **options)
+
+
+ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "as peft makes them": lora_on,
+    "left in half precision": lambda base: lora_on(base, autocast_adapter_dtype=False),
+    "cast with their base": lambda base: lora_on(base).to(base.dtype),
+    "a copy of the head": lambda base: lora_on(base, modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("way", "family"),
+    # peft copies no head that is tied to the embeddings, as T5's is.
+    [(way, family) for way in ADAPTERS for family in ("llama", "t5") if (way, family) != ("a copy of the head", "t5")],
+)
+def test_adapters_are_float32_on_a_base_that_stays_half(way: str, family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = parent_of(family).from_pretrained(ADAPTERS[way](tiny_model(family).to(dtype)))
+    trainer = trainer_of(model)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in frozen.values() if p.ndim > 1} == {dtype}
+    assert is_widened(model) == (way != "as peft makes them")
+    before = {name: p.clone() for name, p in frozen.items()}
+    queries, _, _ = make_batch()
+    trainer.generate(queries, return_prompt=False, max_new_tokens=3, do_sample=True)
+    # LoRA's second matrix starts at 0, and so has no large weights yet; the first one has no gradient at the start.
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    history = [trainer.step(*make_batch(seed=seed)) for seed in range(3)]
+    after = dict(model.named_parameters())
+    assert all(torch.isfinite(p).all() for p in after.values())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    moved = [name for name, value in adapters.items() if "lora_" in name and not torch.equal(after[name], value)]
+    assert len(moved) > len([name for name in adapters if "lora_B" in name]), "both matrices, once the second is not 0"
+    if way != "a copy of the head":  # in float32, beside the reference's half
+        assert_starts_at_the_reference(history[0])
+
+
+def linear_dtypes(model: Any) -> list[torch.dtype]:
+    """What the linear layers of the trunk give, in every forward pass from here on."""
+    seen: list[torch.dtype] = []
+    for module in model.pretrained_model.base_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_widened_policy_computes_in_bfloat16_and_others_as_they_are(family: str) -> None:
+    for dtype, computed in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float32,) * 2):
+        trainer = trainer_of(parent_of(family).from_pretrained(tiny_model(family).to(dtype)))
+        seen = linear_dtypes(trainer.model)
+        more = {"decoder_input_ids": torch.tensor([[5, 6]])} if family == "t5" else {}
+        logits, _, values = trainer.model(torch.tensor([[5, 6]]), **more)
+        assert logits.dtype == values.dtype == torch.float32
+        queries, responses, scores = make_batch()
+        trainer.generate(queries, max_new_tokens=2)
+        trainer.step(queries, responses, scores)
+        assert set(seen) == {computed}
+
+
+def test_checkpointed_layers_recompute_under_the_same_autocast() -> None:
+    histories = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").to(torch.bfloat16))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        histories.append(check_training(trainer_of(model), steps=2))
+    assert histories[0][1]["ppo/loss/total"] == histories[1][1]["ppo/loss/total"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_autocast_around_a_step_changes_nothing(dtype: torch.dtype) -> None:
+    """Its cache would outlive the updates inside, and its precision reach the losses and the advantages."""
+    results: list[dict[str, Tensor]] = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").to(dtype)), learning_rate=1e-2
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for seed in range(2):
+                trainer.model(torch.tensor([[5, 6]]))
+                trainer.step(*make_batch(seed=seed))
+            inside = trainer.model(torch.tensor([[5, 6]]))[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert torch.equal(trainer.model(torch.tensor([[5, 6]]))[0], inside), "of the weights as they are now"
+        results.append(trainer.model.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+def test_a_widened_policy_is_saved_resumed_and_loaded(tmp_path: Path) -> None:
+    def trainer() -> PPOTrainer:
+        torch.manual_seed(0)
+        return trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").to(torch.bfloat16)))
+
+    first, second = trainer(), trainer()
+    first.step(*make_batch())
+    save_checkpoint(first, tmp_path / "checkpoint")
+    load_checkpoint(second, tmp_path / "checkpoint")
+    for one in (first, second):
+        one.step(*make_batch(seed=1))
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    first.save_pretrained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert plain.dtype == torch.float32
+    for name, value in plain.state_dict().items():
+        assert torch.equal(first.model.pretrained_model.state_dict()[name], value), name
+
+
+def test_an_optimiser_in_half_precision_is_named_before_anything_trains() -> None:
+    def policy() -> Any:
+        return AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").to(torch.bfloat16))
+
+    model = policy()
+    stranger = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"optimizer steps a parameter of shape \(3, 4\).*torch.float16.*require grad"):
+        trainer_of(model, optimizer=torch.optim.Adam([*model.parameters(), stranger]))
+    assert model.pretrained_model.dtype == torch.bfloat16, "a refusal changes nothing"
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.tensor([[5, 6]]))[0].sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"optimizer holds exp_avg of the param.* in torch.bfloat16.*make it anew"):
+        trainer_of(model, optimizer=optimizer)
+    assert model.pretrained_model.dtype == torch.bfloat16
+
+
+def test_what_is_said_when_nothing_is_wrong_is_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama")))
+    trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").double()))
+    assert "autocast" not in caplog.text
+
+
+def test_how_a_dtype_is_asked_for(tmp_path: Path) -> None:
+    directory = stored(tmp_path / "half", "llama", torch.bfloat16)
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    assert load(directory, dtype="auto").pretrained_model.dtype == torch.bfloat16
+    assert load(directory, dtype="float16").pretrained_model.dtype == torch.float16
+    assert load(directory, torch_dtype=torch.float64).pretrained_model.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"dtype is torch.float32 and torch_dtype.* is torch.float16; pass one"):
+        load(directory, dtype=torch.float32, torch_dtype=torch.float16)
+    adapted = load(directory, peft_config=tiny_lora("llama"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for model, dtype in (
+        (adapted, torch.float32),
+        (load(tmp_path / "adapter"), torch.float32),
+        (load(tmp_path / "adapter", dtype=torch.bfloat16), torch.bfloat16),
+    ):
+        assert {p.dtype for p in model.pretrained_model.parameters() if not p.requires_grad} == {dtype}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_quantised_weights_keep_the_dtypes_of_their_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = stored(tmp_path, "llama", torch.bfloat16)
+    loaded: list[dict[str, Any]] = []
+
+    def record(name: Any, **kwargs: Any) -> Any:
+        loaded.append(kwargs)
+        return tiny_model("llama")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record)
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    load(directory)
+    load(directory, quantization_config={"quant_method": "x"})
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.quantization_config = {"quant_method": "x"}
+    load(directory, config=config)
+    assert [kwargs.get("dtype") for kwargs in loaded] == [torch.float32, None, None]
