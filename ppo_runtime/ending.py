@@ -19,7 +19,7 @@ class Ending(StoppingCriteria):
     """
 
     def __init__(self, eos_token_ids: Sequence[int], criteria: Sequence[Any], *, prompt_width: int) -> None:
-        self.eos_token_ids = eos_token_ids
+        self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long)
         self.criteria = criteria
         self.prompt_width = prompt_width
         self.lengths: Tensor | None = None
@@ -27,7 +27,8 @@ class Ending(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Rows [B] that the newest token has ended."""
         last = input_ids[:, -1]
-        ended = torch.isin(last, torch.tensor(self.eos_token_ids, dtype=last.dtype, device=last.device))
+        self.eos_token_ids = self.eos_token_ids.to(last.device)
+        ended = torch.isin(last, self.eos_token_ids)
         for criterion in self.criteria:
             ended = ended | criterion(input_ids, scores, **kwargs)
         if self.lengths is None or len(self.lengths) != len(last):

@@ -62,7 +62,7 @@ class Settings:
             return model.generate(**keywords)
         # Keywords beside a generation config are on their way out of transformers, and what is None in a config is
         # filled from the model's own: so one config holds them all, and the model's own is put away meanwhile.
-        config, settings = copy.deepcopy(self.own), fields()
+        config, settings = copy.deepcopy(self.own or GenerationConfig()), fields()
         given = {name: value for name, value in vars(self.passed).items() if value is not None and name[0] != "_"}
         given |= {name: keywords.pop(name) for name in settings & keywords.keys()}
         for name, value in given.items():

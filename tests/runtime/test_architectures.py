@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
@@ -205,6 +206,21 @@ def test_an_encoder_decoder_has_room_for_a_prompt_and_for_a_response(
             trainer.step([too_long[0]], [too_long[1]], [score])
         with pytest.raises(ValueError, match=message):
             trainer.generate(too_long[0], max_new_tokens=len(too_long[1]))
+
+
+def test_the_loop_gives_prompts_and_responses_room_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt as long as the encoder has positions, and a response as long as the decoder has."""
+    monkeypatch.chdir(tmp_path)  # for the metrics
+    rows = Dataset.from_dict({"input_ids": [[5] * 64, [6] * 50]})
+    trainer = make_trainer("bart", dataset=rows, batch_size=2, mini_batch_size=1, ppo_epochs=1)
+    result = trainer.train(
+        lambda _, responses: [1.0] * len(responses),
+        steps=1,
+        generation_kwargs={"max_new_tokens": 64, "eos_token_id": None},
+    )
+    assert result.history[0]["tokens/responses_len_mean"] == 64
 
 
 def test_the_decoder_begins_with_the_start_token_or_with_bos() -> None:
