@@ -63,13 +63,16 @@ def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> l
             raise ValueError(f"{where} has shape {tuple(row.shape)}, expected 1-d (length,); remove the batch axis")
         if row.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{where} has dtype {row.dtype}, expected token ids in torch.int64")
+        holds_numbers(where, row)
         if row.numel() == 0:
             if allow_empty:
                 continue
-            raise ValueError(
-                f"{where} is empty, expected at least one token; start the prompt with a BOS or EOS token, "
-                "or drop the row"
+            remedy = (
+                "a policy that stops at once still answers with its EOS: keep that token"
+                if name == "responses"
+                else "start the prompt with a BOS or EOS token"
             )
+            raise ValueError(f"{where} is empty, expected at least one token; {remedy}, or drop the row")
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
@@ -79,31 +82,36 @@ def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> l
     return [row.long() for row in rows]
 
 
-def score_vector(scores: Any, *, count: int) -> Tensor:
+def holds_numbers(where: str, x: Tensor) -> None:
+    """Refuse tensors whose numbers cannot be looked at, or not row by row."""
+    if x.is_meta:
+        raise ValueError(f"{where} is on the meta device, where tensors hold no numbers, expected a real device")
+    if x.layout != torch.strided:
+        raise ValueError(f"{where} has layout {x.layout}, expected a dense tensor; convert with to_dense()")
+
+
+def score_vector(scores: Any, *, count: int, name: str = "scores") -> Tensor:
     """Check one finite number per sequence; returns float32 [count].
 
     Numbers may be tensors on any device, Python's or numpy's; True counts 1, for verdicts of a checker.
     """
     if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
-        raise ValueError(f"scores is a {type(scores).__name__}, expected a list of 0-d or 1-element tensors")
+        raise ValueError(f"{name} is a {type(scores).__name__}, expected a list of 0-d or 1-element tensors")
     if len(scores) != count:
-        raise ValueError(f"scores has {len(scores)} entries, expected {count} like queries")
-    return torch.tensor([_score(index, score) for index, score in enumerate(scores)], dtype=torch.float32)
+        raise ValueError(f"{name} has {len(scores)} entries, expected {count} like queries")
+    return torch.tensor([_score(f"{name}[{i}]", score) for i, score in enumerate(scores)], dtype=torch.float32)
 
 
-def _score(index: int, score: Any) -> float:
-    where = f"scores[{index}]"
+def _score(where: str, score: Any) -> float:
     if isinstance(score, Tensor):
         if score.numel() != 1:
             raise ValueError(
                 f"{where} has shape {tuple(score.shape)}, expected a 0-d or 1-element tensor: one score per sequence"
             )
-        if score.is_meta or score.is_complex():
-            kind = "on the meta device, where tensors hold no numbers" if score.is_meta else f"of dtype {score.dtype}"
-            raise ValueError(f"{where} is {kind}, expected a real number")
+        holds_numbers(where, score)
         score = score.item()
     if not isinstance(score, numbers.Real | np.bool_):
-        raise ValueError(f"{where} is a {type(score).__name__}, expected a 0-d or 1-element tensor")
+        raise ValueError(f"{where} is a {type(score).__name__}, expected a real number or a tensor that holds one")
     try:
         value = float(score)
     except OverflowError:
@@ -137,7 +145,7 @@ def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
     """Check one mask per response, of its length, holding 0/1 or booleans; returns boolean tensors."""
     if masks is None:
         return None
-    if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
+    if isinstance(masks, Tensor | str | bytes) or not isinstance(masks, Sequence):
         raise ValueError(f"response_masks is a {type(masks).__name__}, expected a list of 1-d tensors or None")
     same_count(len(responses), response_masks=masks)
     for index, (mask, response) in enumerate(zip(masks, responses, strict=True)):
@@ -146,7 +154,8 @@ def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
             raise ValueError(
                 f"response_masks[{index}] is {shape}, expected {tuple(response.shape)} like responses[{index}]"
             )
-        if bool(((mask != 0) & (mask != 1)).any()):
+        holds_numbers(f"response_masks[{index}]", mask)
+        if mask.is_complex() or bool(((mask != 0) & (mask != 1)).any()):
             raise ValueError(f"response_masks[{index}] holds other values than 0 and 1; 1 keeps a token")
     return [mask.bool() for mask in masks]
 

@@ -3,11 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -245,7 +246,13 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         Raises:
             ValueError: ``rewards`` is not one finite number per sequence.
         """
-        scores = inputs.score_vector(list(rewards), count=len(rewards))
+        for name, given in {"stats": stats, "batch": batch}.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} is a {type(given).__name__}, expected a dictionary")
+        if isinstance(columns_to_log, str) or not isinstance(columns_to_log, Sequence):
+            raise ValueError(f"columns_to_log is {columns_to_log!r}, expected a list of columns of batch")
+        listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
+        scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
         table = rollout_table(batch, columns_to_log, scores.tolist(), self.tokenizer)
         moments = global_moments(scores, torch.ones_like(scores, dtype=torch.bool), self.world)
         stats = dict(stats) | {

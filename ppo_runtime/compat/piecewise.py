@@ -18,6 +18,7 @@ from ppo_core.logprobs import token_entropy
 from ppo_core.masking import masked_mean
 from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
+from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
 from ppo_runtime.config import PPOConfig
@@ -33,6 +34,8 @@ from ppo_runtime.precision import own_precision
 from ppo_runtime.references import reference_context
 from ppo_runtime.statistics import Rollout, merged, rollout_parts, var_explained
 from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
+
+_RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"
 
 
 class Piecewise:
@@ -65,7 +68,8 @@ class Piecewise:
         An encoder-decoder has its prompts there, and decoder_input_ids (the start token in front of each response) and
         decoder_attention_mask besides. Padding is on the right, or as wide as ``pad_for_acceleration`` has it.
         """
-        responses, _ = without_start_token(list(responses), None, self._start_token)
+        queries, responses, _ = doors.batch(queries, responses, None, vocab_size=self.model.config.vocab_size)
+        responses, _ = without_start_token(responses, None, self._start_token)
         rows = self._lay_out(queries, responses, None)
         return model_inputs_of(rows, self._start_token)
 
@@ -94,7 +98,13 @@ class Piecewise:
             masks [B, L-1] of 0 and 1. Entry t is about token t+1 of ``model_inputs`` (of the decoder's, where there is
             one). Log-probabilities and values are 0 where the mask is.
         """
-        rows = rows_of(model_inputs, queries, responses, response_masks, start=self._start_token)
+        doors.language_model(model)
+        start, vocab_size = self._start_token, self.model.config.vocab_size
+        queries, responses, masks = doors.batch(queries, responses, response_masks, vocab_size=vocab_size)
+        read = doors.padded_inputs(
+            model_inputs, count=len(queries), vocab_size=vocab_size, encoder_decoder=start is not None
+        )
+        rows = rows_of(read, queries, responses, masks, start=start)
         found: list[tuple[Evaluation, Tensor | None]] = []
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
@@ -135,18 +145,18 @@ class Piecewise:
         Returns:
             (rewards, non_score_rewards[, kls]), each [B, T] and 0 where the mask is.
         """
-        mask = masks.bool()
+        doors.floating("logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs)
+        mask = doors.token_mask("masks", masks, "logprobs", logprobs)
         full = self.config.kl_penalty == "full"
         kl = (kl_estimators.full if full else KL_ESTIMATORS[self.config.kl_penalty])(logprobs, ref_logprobs, mask)
-        if not isinstance(scores, Tensor):
-            scores = torch.stack([torch.as_tensor(score, dtype=torch.float32).reshape(()) for score in scores])
-        scores = scores.to(kl.device, torch.promote_types(scores.dtype, torch.float32)).reshape(len(kl))
-        found = compute_rewards(scores, kl, mask, kl_coef=self.kl_ctl.value)
+        given = doors.score_numbers(scores, count=len(kl)).to(kl.device)
+        found = compute_rewards(given, kl, mask, kl_coef=self.kl_ctl.value)
         return (*found, kl) if return_kls else tuple(found)
 
     def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(values, advantages, returns) [B, T], 0 where the mask is; advantages whitened over all ranks."""
-        kept = mask.bool()
+        doors.floating("rewards", values=values, rewards=rewards)
+        kept = doors.token_mask("mask", mask, "rewards", rewards)
         found = estimate(rewards, values.detach(), kept, self.config, self.world)
         return torch.where(kept, values, 0.0), found.advantages, found.returns
 
@@ -166,8 +176,9 @@ class Piecewise:
         Logits serve the entropy in the statistics alone; without them (None) it is left out.
         """
         targets = Targets(old_logprobs, values, advantages, returns)
-        losses = self._losses(targets, logits, vpreds, logprobs, mask.bool())
-        stats = self._minibatch_stats(losses, targets, mask.bool(), has_entropy=logits is not None)
+        kept = _kept_tokens(targets, logits, vpreds, logprobs, mask)
+        losses = self._losses(targets, logits, vpreds, logprobs, kept)
+        stats = self._minibatch_stats(losses, targets, kept, has_entropy=logits is not None)
         return mean_of(losses.policy.loss), self.config.vf_coef * mean_of(losses.value.loss), stats
 
     def train_minibatch(
@@ -190,7 +201,13 @@ class Piecewise:
         Returns:
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
         """
-        targets, kept = Targets(old_logprobs, values, advantages, returns), mask.bool()
+        targets = Targets(old_logprobs, values, advantages, returns)
+        kept = _kept_tokens(targets, logits, vpreds, logprobs, mask)
+        if not (logprobs.requires_grad or vpreds.requires_grad):
+            raise ValueError(
+                "neither logprobs nor vpreds carries a gradient, so there is nothing to train by; take them from "
+                "batched_forward_pass outside torch.no_grad()"
+            )
         losses = self._losses(targets, logits, vpreds, logprobs, kept)
         step, count, averages = self._pending
         if count == 0 or step != self.current_step:
@@ -223,15 +240,25 @@ class Piecewise:
         Returns:
             Floats and numpy arrays by the names of :data:`ppo_runtime.metrics.METRICS`.
         """
-        mask = data["masks"].bool()
         kl = data.get("kls")
         if kl is None and self.config.kl_penalty == "full":
             raise ValueError(
                 "kls is missing, which kl_penalty='full' needs; take it from compute_rewards(return_kls=True)"
             )
+        doors.entries("record_step_stats", data, _RECORDED)
+        doors.floating(
+            "non_score_reward", **{name: data[name] for name in ("non_score_reward", "logprobs", "ref_logprobs")}
+        )
+        mask = doors.token_mask("masks", data["masks"], "non_score_reward", data["non_score_reward"])
+        doors.rows_each(len(mask), queries=data["queries"], responses=data["responses"])
+        if not isinstance(data["train_stats"], Mapping):
+            kind = type(data["train_stats"]).__name__
+            raise ValueError(f"train_stats is a {kind}, expected what stack_dicts makes of the minibatches' statistics")
+        if not isinstance(kl_coef, int | float):
+            raise ValueError(f"kl_coef is a {type(kl_coef).__name__}, expected a number, such as kl_ctl.value")
         if kl is None:
             kl = KL_ESTIMATORS[self.config.kl_penalty](data["logprobs"], data["ref_logprobs"], mask)
-        scores = torch.as_tensor([float(score) for score in data["scores"]], device=mask.device)
+        scores = doors.score_numbers(data["scores"], count=len(mask)).float().to(mask.device)
         seen = Rollout(
             mask=mask,
             logprobs=torch.where(mask, data["logprobs"].detach(), 0.0),
@@ -253,6 +280,8 @@ class Piecewise:
 
     def gather_stats(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Statistics over all ranks; see :func:`ppo_runtime.compat.stats.gather_stats`."""
+        if not isinstance(stats, Mapping):
+            raise ValueError(f"stats is a {type(stats).__name__}, expected a dictionary of statistics")
         return gather_stats(stats, self.world)
 
     def _losses(
@@ -284,3 +313,20 @@ class Piecewise:
             if parameter.grad is not None:
                 parameter.grad.div_(max(weight, 1.0))
         return weight
+
+
+def _kept_tokens(targets: Targets, logits: Any, vpreds: Any, logprobs: Any, mask: Any) -> Tensor:
+    """The mask as booleans, after everything that goes with it has been looked at."""
+    named = {"values": targets.old_values, "advantages": targets.advantages, "returns": targets.returns}
+    doors.floating("logprobs", logprobs=logprobs, old_logprobs=targets.old_logprobs, vpreds=vpreds, **named)
+    if logits is not None and not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim):
+        raise TypeError(
+            f"logits is {logits.dtype if isinstance(logits, Tensor) else f'a {type(logits).__name__}'}, "
+            "expected a floating-point tensor [B, T, V], or None"
+        )
+    if logits is not None and (logits.shape[:-1] != logprobs.shape or logits.device != logprobs.device):
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)} on {logits.device}, expected {tuple(logprobs.shape)} and the "
+            f"vocabulary on {logprobs.device}, like logprobs"
+        )
+    return doors.token_mask("mask", mask, "logprobs", logprobs)
