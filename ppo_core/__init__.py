@@ -21,6 +21,8 @@ from ppo_core.scores import ScoreState, scale_scores, update_score_state
 from ppo_core.surrogates import k2_surrogate, k3_surrogate, weighted_k1_surrogate
 from ppo_core.whitening import whiten
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Advantages",
     "Average",

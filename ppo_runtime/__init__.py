@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ppo_runtime.seeding import set_seed
     from ppo_runtime.trainer import PPOTrainer
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "AdaptiveKLController": "controllers",
     "AutoModelForCausalLMWithValueHead": "models",

@@ -90,6 +90,8 @@ def choose(requested: Requested, *, strict: bool) -> AccelChoice:
     if obstacle is None:
         reason = f"{EXTENSION} {versions[EXTENSION]} fits torch {versions['torch']}"
         return AccelChoice(requested, strict, "ipex", reason, versions)
+    if requested == "auto" and not strict and EXTENSION not in versions:
+        obstacle = obstacle.partition(";")[0]  # who left it out, and asks for nothing, needs no advice to install it
     return fall_back(AccelChoice(requested, strict, "ipex", "", versions), obstacle)
 
 

@@ -10,23 +10,43 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
+
+from ppo_runtime import __version__
+from ppo_runtime.demo.options import DEFAULTS, EMBEDDED_LEARNING_RATE, LEARNING_RATE, settle
 
 # Before torch is loaded: on a busy machine threads that spin while they wait hold one another up many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="PPO for language models.")
 
-EMBEDDED_LEARNING_RATE = 3e-4
-LEARNING_RATE = 5e-5
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ppo-core {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _setup() -> None:
+def _setup(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """PPO for language models."""
+    _log_to_terminal()
+
+
+def _log_to_terminal() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )
     for noisy in ("httpx", "datasets", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _else(name: str) -> str:
+    return f"; {DEFAULTS[name]} if not given."
 
 
 @app.command()
@@ -35,36 +55,50 @@ def demo(
         Path | None,
         typer.Option(help="A transformers directory in place of the embedded model.", exists=True, file_okay=False),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; runs/demo-<time> if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="PPO steps.", min=1)] = 32,
-    batch_size: Annotated[int, typer.Option(help="Continuations per step; an even number.", min=2)] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens per continuation, at most.", min=1)] = 24,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; runs/demo-<time> if not given.", file_okay=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Seed of everything random{_else('seed')}", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help=f"PPO steps{_else('steps')}", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Continuations per step, an even number{_else('batch_size')}", min=2)
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens per continuation, at most{_else('new_tokens')}", min=1)
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"Adam's; {EMBEDDED_LEARNING_RATE} embedded, else {LEARNING_RATE}.")
     ] = None,
-    target: Annotated[float, typer.Option(help="KL to hold, nats per continuation.")] = 8.0,
-    accel: Annotated[str, typer.Option(help="How the reference runs: auto, eager, or ipex or not at all.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    target: Annotated[float | None, typer.Option(help=f"KL to hold, nats per continuation{_else('target')}")] = None,
+    accel: Annotated[
+        str | None, typer.Option(help=f"How the reference runs: auto, eager, or ipex or not at all{_else('accel')}")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output, with the options that it was begun with.")
+    ] = False,
 ) -> None:
     """Make a language model's prose more cheerful; under three minutes on two CPU cores."""
-    from ppo_runtime.demo.run import DemoOptions, run_demo
+    given = {
+        "model": model,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": batch_size,
+        "new_tokens": new_tokens,
+        "learning_rate": learning_rate,
+        "target": target,
+        "accel": accel,
+    }
+    _or_exit(_demo, given, output, resume)
 
-    if learning_rate is None:
-        learning_rate = EMBEDDED_LEARNING_RATE if model is None else LEARNING_RATE
-    options = DemoOptions(
-        model=model,
-        output=output or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}",
-        seed=seed,
-        steps=steps,
-        batch_size=batch_size,
-        new_tokens=new_tokens,
-        learning_rate=learning_rate,
-        target=target,
-        accel=accel,
-        resume=resume,
-    )
-    _or_exit(run_demo, options, Console())
+
+def _demo(given: dict[str, Any], output: Path | None, resume: bool) -> None:
+    if resume and output is None:
+        raise ValueError("--resume is given without --output, expected the directory of the run to go on with")
+    output = output or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    options = settle(given, output=output, resume=resume)
+    from ppo_runtime.demo.run import run_demo
+
+    run_demo(options, Console())
 
 
 @app.command()
@@ -76,7 +110,7 @@ def convert(
     from ppo_runtime.convert import convert_gguf
 
     _or_exit(convert_gguf, source, output)
-    Console().print(f"Wrote [bold]{output}")
+    Console().print(Text.assemble("Wrote ", (str(output), "bold")))
 
 
 @app.command()
@@ -94,13 +128,22 @@ def _or_exit(command: Any, *args: Any) -> None:
     try:
         command(*args)
     except (ValueError, TypeError, ImportError, OSError, AccelError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        # Text, since rich would take the brackets of "ppo-core[ipex]" or of a path for markup.
+        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"))
         raise typer.Exit(2) from error
 
 
 def main() -> None:
     """Entry point."""
     app(prog_name="ppo-core" if Path(sys.argv[0]).name != "__main__.py" else "python -m ppo_runtime")
+
+
+def demo_main() -> None:
+    """The demo alone, as ``python -m ppo_runtime.demo``."""
+    _log_to_terminal()
+    alone = typer.Typer(add_completion=False)
+    alone.command()(demo)
+    alone(prog_name="python -m ppo_runtime.demo")
 
 
 if __name__ == "__main__":

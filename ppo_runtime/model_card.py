@@ -1,10 +1,10 @@
 """The README.md beside a saved policy. Made from a template, without network, and never silently left out."""
 
-from importlib import metadata
 from pathlib import Path
 
 import attrs
 
+from ppo_runtime import __version__
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.wording import counted
 
@@ -88,7 +88,7 @@ With a `PPOTrainer` around it, training goes on from here.
 
 {_settings(config)}
 
-Made with ppo_runtime {_version()}.
+Made with ppo_runtime {__version__}.
 """
     path = Path(directory) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,3 @@ def _settings(config: PPOConfig) -> str:
     changed = [name for name, value in values.items() if name not in _PRIVATE and value != defaults[name] and value]
     rows = [*_ALWAYS, *(name for name in changed if name not in _ALWAYS)]
     return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {name} | {values[name]} |" for name in rows)])
-
-
-def _version() -> str:
-    try:
-        return metadata.version("ppo-core")
-    except metadata.PackageNotFoundError:
-        return "from a source tree"

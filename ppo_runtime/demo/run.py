@@ -20,39 +20,24 @@ from datasets import Dataset
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ppo_runtime.checkpoint import steps_done
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.demo.options import DemoOptions, remember
 from ppo_runtime.loop import train
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead
 from ppo_runtime.plotting import plot_curves
 from ppo_runtime.tracking import read_jsonl
 from ppo_runtime.trainer import PPOTrainer, set_seed
+from ppo_runtime.wording import counted
 
 ASSETS = files("ppo_runtime.demo") / "assets"
 EVALUATION_SEED = 20_000
 SAMPLES_SHOWN = 3
 CHECKPOINT_EVERY = 10
-
-
-@attrs.frozen
-class DemoOptions:
-    """What the command line can change."""
-
-    model: Path | None
-    """A transformers directory; the embedded model if None."""
-    output: Path
-    seed: int
-    steps: int
-    batch_size: int
-    new_tokens: int
-    learning_rate: float
-    target: float
-    """KL to hold, nats per sequence."""
-    accel: str
-    resume: bool
-    """Go on with the run in ``output``."""
 
 
 @attrs.frozen
@@ -78,6 +63,9 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     score = sentiment()
     output = _prepare(options.output, resume=options.resume)
+    if options.resume and (report := _finished(options, console)) is not None:
+        return report
+    remember(options)
     set_seed(options.seed)
     model, tokenizer = load(options.model)
     prompts = load_prompts()
@@ -101,14 +89,19 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     )
     trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
+    acceleration = trainer.acceleration
     console.print(
+        # Text, not markup: paths, and what a model writes, may hold brackets of their own.
         Panel.fit(
-            f"model        {options.model or 'embedded (Jane Austen)'}, {parameters / 1e6:.1f} M parameters\n"
-            f"score        VADER sentiment of the continuation, -1 to 1\n"
-            f"reference    {trainer.acceleration.reason}\n"
-            f"training     {options.steps} steps of {options.batch_size} continuations of {options.new_tokens} tokens\n"
-            f"KL target    {options.target} nats per continuation\n"
-            f"output       {output}",
+            Text(
+                f"model        {options.model or 'embedded (Jane Austen)'}, {parameters / 1e6:.1f} M parameters\n"
+                f"score        VADER sentiment of the continuation, -1 to 1\n"
+                f"reference    {'eager torch' if acceleration.backend == 'eager' else acceleration.reason}\n"
+                f"training     {counted(options.steps, 'step')} of {options.batch_size} continuations of "
+                f"{counted(options.new_tokens, 'token')}\n"
+                f"KL target    {options.target} nats per continuation\n"
+                f"output       {output}"
+            ),
             title="PPO: more cheerful prose",
         )
     )
@@ -128,8 +121,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         plot_curves(history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
     if result.interrupted:
         console.print(
-            f"[yellow]Stopped after {trainer.current_step} of {options.steps} steps; model, metrics and curves are in "
-            f"{output}. Go on with --resume --output {output}"
+            Text(
+                f"Stopped after step {trainer.current_step} of {options.steps}; model, metrics and curves are in "
+                f"{output}. Go on with --resume --output {output}",
+                style="yellow",
+            )
         )
         raise SystemExit(130)
     after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
@@ -146,7 +142,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     )
     _show(console, report, prompts["eval"], before, after, score)
     AutoModelForCausalLM.from_pretrained(output / "model")  # what was saved is what others can load
-    console.print(f"Saved to [bold]{output}[/]: model/, metrics.jsonl, curves.png, samples.json, report.json")
+    files = "model/, checkpoint/, metrics.jsonl, curves.png, samples.json, report.json"
+    console.print(Text.assemble("Saved to ", (str(output), "bold"), f": {files}"))
     return report
 
 
@@ -258,9 +255,13 @@ def _show(
     numbers = Table(title="Mean score", title_justify="left")
     for name in ("", "before", "after", "change"):
         numbers.add_column(name, justify="left" if not name else "right")
-    window = report["window"]
+    recent = "step" if report["window"] == 1 else f"{report['window']} steps"
     for name, low, high in (
-        (f"training, first and last {window} steps", report["score_first_steps"], report["score_last_steps"]),
+        (
+            f"training, first and last {recent}",
+            report["score_first_steps"],
+            report["score_last_steps"],
+        ),
         ("held-out prompts, sampled", report["sampled_before"], report["sampled_after"]),
         ("held-out prompts, greedy", report["greedy_before"], report["greedy_after"]),
     ):
@@ -271,27 +272,44 @@ def _show(
     scored_before, scored_after = score(before.sampled), score(after.sampled)
     for row in range(min(SAMPLES_SHOWN, len(prompts))):
         samples.add_row(
-            prompts[row],
-            f"{before.sampled[row].strip()} [dim]({scored_before[row]:+.2f})[/]",
-            f"{after.sampled[row].strip()} [dim]({scored_after[row]:+.2f})[/]",
+            Text(prompts[row]),
+            Text.assemble(before.sampled[row].strip(), (f" ({scored_before[row]:+.2f})", "dim")),
+            Text.assemble(after.sampled[row].strip(), (f" ({scored_after[row]:+.2f})", "dim")),
         )
     console.print(samples)
     console.print(numbers)
     console.print(
-        f"KL of the last {window} steps {report['kl_last_steps']:.2f} nats per continuation "
+        f"KL of the last {recent} {report['kl_last_steps']:.2f} nats per continuation "
         f"(target {report['kl_target']}), {report['seconds']:.0f} s, "
         f"{report['seconds_per_step']:.2f} s per step, peak memory {report['peak_memory_mib']:.0f} MiB"
     )
 
 
+def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
+    """The report of a run that has made all its steps, and the way to more of them; None if it has not."""
+    path, done = options.output / "report.json", steps_done(options.output / "checkpoint") or 0
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0}
+    if done < options.steps or report["steps"] < done:
+        return None
+    console.print(
+        Text(
+            f"The run in {options.output} is finished, after step {done}. For more steps: "
+            f"--resume --output {options.output} --steps {done + options.steps}"
+        )
+    )
+    return report
+
+
 def _prepare(output: Path, *, resume: bool) -> Path:
     """The output directory, made; a second run never mixes with a first one by accident."""
-    if resume and not (output / "checkpoint").exists():
-        raise FileNotFoundError(f"output {output} holds no checkpoint to resume; start without --resume")
-    if not resume and output.exists() and any(output.iterdir()):
-        raise FileExistsError(
-            f"output {output} is not empty; choose another with --output, remove it, or go on with it by --resume"
-        )
+    resumable = steps_done(output / "checkpoint") is not None
+    empty = not output.exists() or not any(output.iterdir())
+    if resume and not resumable:
+        left = "; start without --resume" if empty else ", only the rest of a run; remove it and start without --resume"
+        raise FileNotFoundError(f"output {output} holds no checkpoint to resume{left}")
+    if not resume and not empty:
+        onwards = f", or go on with its run: --resume --output {output}" if resumable else ""
+        raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it{onwards}")
     output.mkdir(parents=True, exist_ok=True)
     # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)

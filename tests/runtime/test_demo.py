@@ -1,16 +1,26 @@
 """The demo from the command line, small: every file it promises, the same run for the same seed, and its errors."""
 
 import json
+import logging
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import ppo_core
+import ppo_runtime
+from ppo_runtime import convert
 from ppo_runtime.accel import choose
 from ppo_runtime.cli import app
+from ppo_runtime.demo import run
 from ppo_runtime.tracking import read_jsonl
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import untimed
@@ -87,3 +97,153 @@ def test_ipex_serves_the_reference_with_eager_scores(tmp_path: Path) -> None:
         assert report["acceleration"]["backend"] == accel
     for name in ("env/reward_mean", "objective/kl", "ppo/mean_non_score_reward", "ppo/returns/mean"):
         assert lines["ipex"][name] == pytest.approx(lines["eager"][name], abs=1e-5), name
+
+
+def _words(result: Any) -> str:
+    """What was printed, whatever the width it was wrapped to."""
+    return " ".join((result.output + result.stderr).split())
+
+
+HOSTILE = r"[/b] [red]not red[/] [link=x] [1] \[ ]"
+
+
+def test_what_is_not_ours_is_printed_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model output, prompts and paths with square brackets, which rich reads as its markup."""
+    evaluate = run.evaluate
+
+    def hostile(*arguments: Any) -> Any:
+        texts = [HOSTILE] * 64
+        return attrs.evolve(evaluate(*arguments), sampled=texts, greedy=texts)
+
+    monkeypatch.setattr(run, "evaluate", hostile)
+    monkeypatch.setenv("COLUMNS", "400")
+    home = tmp_path / "[bold]home[/b]"
+    tiny_model("llama", max_position_embeddings=128).save_pretrained(home / "mine")
+    tiny_tokenizer().save_pretrained(home / "mine")
+    small = ["--model", str(home / "mine"), "--accel", "eager"]
+    shown = _words(_demo(home / "run", "--steps", "1", *small))
+    assert shown.count(HOSTILE) == 6
+    for place in (f"model {home / 'mine'}", f"output {home / 'run'}", f"Saved to {home / 'run'}:"):
+        assert place in shown
+    refused = _words(_demo(home / "run", "--steps", "1", *small, exit_code=2))
+    assert f"output {home / 'run'} is not empty" in refused
+    assert f"--resume --output {home / 'run'}" in refused
+
+
+@pytest.mark.parametrize("command", ["demo", "convert"])
+def test_advice_keeps_its_brackets(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ImportError("pip install 'ppo-core[ipex]'")
+
+    monkeypatch.setattr(run, "run_demo", fail)
+    monkeypatch.setattr(convert, "convert_gguf", fail)
+    arguments = ["--output", str(tmp_path / "o")] if command == "demo" else ["a.gguf", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 2
+    assert "error: pip install 'ppo-core[ipex]'" in _words(result)
+
+
+def test_where_a_conversion_went_keeps_its_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "convert_gguf", lambda *_: None)
+    result = CliRunner().invoke(app, ["convert", "a.gguf", "[x]/y"])
+    assert _words(result) == "Wrote [x]/y"
+
+
+def test_a_run_goes_on_as_it_was_begun_and_stops_when_it_is_done(tmp_path: Path) -> None:
+    """Two steps; asked again for two: nothing. For three: one more of the same size, and the report is of all."""
+    output = tmp_path / "run"
+    _demo(output, "--steps", "2", "--seed", "3", "--accel", "eager")
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    again = CliRunner().invoke(app, ["demo", "--resume", "--output", str(output)])
+    assert again.exit_code == 0, again.output
+    assert f"is finished, after step 2. For more steps: --resume --output {output} --steps 4" in _words(again)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
+    for option, value, was in (
+        ("--batch-size", "8", "4"),
+        ("--seed", "4", "3"),
+        ("--new-tokens", "7", "6"),
+        ("--target", "9", "8.0"),
+        ("--learning-rate", "0.1", "0.0003"),
+        ("--model", str(tmp_path), "the embedded one"),
+    ):
+        other = CliRunner().invoke(app, ["demo", "--resume", "--output", str(output), option, value])
+        assert other.exit_code == 2
+        assert f"the run in {output} was begun with {was}; leave {option} out" in _words(other)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
+    more = CliRunner().invoke(app, ["demo", "--resume", "--output", str(output), "--steps", "3", "--accel", "eager"])
+    assert more.exit_code == 0, more.output
+    assert [line["step"] for line in read_jsonl(output / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((output / "report.json").read_text())["steps"] == 3
+    straight = tmp_path / "straight"
+    _demo(straight, "--steps", "3", "--seed", "3", "--accel", "eager")
+    ends = [untimed(read_jsonl(place / "metrics.jsonl")[-1]) for place in (output, straight)]
+    assert ends[0] == ends[1]
+
+
+def test_an_interrupted_run_goes_on_by_the_advice_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    score = run.sentiment()
+    calls = 0
+
+    def interrupting() -> Any:
+        def scores(texts: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:  # twice before, for the evaluation
+                signal.raise_signal(signal.SIGINT)
+            return score(texts)
+
+        return scores
+
+    monkeypatch.setattr(run, "sentiment", interrupting)
+    shown = _words(_demo(output, "--steps", "2", "--accel", "eager", exit_code=130))
+    advice = f"Go on with --resume --output {output}"
+    assert "Stopped after step 1 of 2" in shown
+    assert advice in shown
+    result = CliRunner().invoke(app, ["demo", *advice.removeprefix("Go on with ").split()])
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "report.json").read_text())["steps"] == 2
+
+
+def test_the_ways_out_do_not_lead_in_a_circle(tmp_path: Path) -> None:
+    """A directory with the rest of a run that left no checkpoint."""
+    (tmp_path / "metrics.jsonl").touch()
+    fresh = _words(_demo(tmp_path, "--steps", "1", exit_code=2))
+    assert "is not empty" in fresh
+    assert "--resume" not in fresh
+    resumed = _words(_demo(tmp_path, "--resume", exit_code=2))
+    assert "holds no checkpoint to resume, only the rest of a run; remove it" in resumed
+    assert "holds no checkpoint to resume; start without" in _words(_demo(tmp_path / "no", "--resume", exit_code=2))
+    assert "--resume is given without --output" in _words(CliRunner().invoke(app, ["demo", "--resume"]))
+
+
+def test_one_step_is_called_one_step(tmp_path: Path) -> None:
+    shown = _words(_demo(tmp_path / "run", "--steps", "1", "--accel", "eager"))
+    assert "1 step of 4 continuations" in shown
+    assert not re.search(r"\b1 steps", shown)
+
+
+def test_advice_to_install_the_extension_is_given_at_most_once(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        shown = _words(_demo(tmp_path / "run", "--steps", "1")) + caplog.text
+    assert shown.count("ppo-core[ipex]") <= (len(choose("auto", strict=False).versions) > 1)
+
+
+@pytest.mark.parametrize("command", [["-m", "ppo_runtime"], ["-m", "ppo_runtime.demo"]])
+def test_help_from_a_shell(command: list[str]) -> None:
+    """Without loading torch, so that it is there at once."""
+    code = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({command[1]!r}, run_name='__main__')"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "Usage: python -m ppo_runtime" in done.stdout or "Usage: ppo-core" in done.stdout
+    assert done.stdout.split()[-1] == "False"
+    assert "--resume" in done.stdout or command[1] == "ppo_runtime"
+
+
+def test_the_version_is_the_same_everywhere(tmp_path: Path) -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    stated = re.search(r'^version = "(.*)"', project, re.MULTILINE)
+    assert stated
+    assert ppo_core.__version__ == ppo_runtime.__version__ == stated[1]
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"ppo-core {stated[1]}\n")
