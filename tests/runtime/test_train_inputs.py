@@ -13,7 +13,8 @@ from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from rich.console import Console
 from torch.utils.data import Dataset as TorchDataset
 
-from ppo_runtime import PPOConfig
+from ppo_runtime import PPOConfig, loop
+from ppo_runtime.context import Context
 from ppo_runtime.loop import train
 from tests.runtime.tiny import VOCAB_SIZE, tiny_tokenizer
 from tests.runtime.trainers import make_trainer
@@ -366,3 +367,15 @@ def test_scores_of_another_kind_are_refused_and_nothing_is_trained(case: str, ho
 def test_what_the_score_function_raises_is_its_own(home: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         _train(_trainer(_dataset()), lambda *_: 1 / 0)
+
+
+def test_a_prompt_and_a_response_of_an_encoder_decoder_have_room_each(home: Path) -> None:
+    """A prompt as long as the encoder's context is no prompt without room."""
+    trainer = _trainer(_dataset([[5] * 60, [6], [7], [8]]))
+    seen: list[Any] = []
+    for limits, room in ((Context(row=64), 61), (Context(prompt=64, response=8), 64), (Context(), None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Context, "of", lambda _, limits=limits: limits)
+            patch.setattr(loop, "check_dataset", lambda *_, room, **__: seen.append(room))
+            loop._check_data(trainer, {"max_new_tokens": 3})
+        assert seen.pop() == room
