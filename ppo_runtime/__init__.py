@@ -4,6 +4,7 @@ Names are imported when they are first used: transformers takes seconds to impor
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # A module of the reference's, a name that has stayed there, or nothing.
+        if name.startswith("_") or find_spec(f"{__name__}.{name}") is not None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.compat"), name)
     # What is not at home elsewhere is one of the reference's array helpers.
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'compat')}"), name)
     globals()[name] = value

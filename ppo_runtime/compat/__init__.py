@@ -2,8 +2,14 @@
 
 Thin layers with the customary names and signatures; the arithmetic is ppo_core's. New code is better off with ppo_core
 itself. What changed for users of the reference is in this directory's README.md.
+
+The package can stand for the reference: ``import ppo_runtime.compat as trl``. What it does not hold says where it is.
 """
 
+from importlib import import_module
+from typing import Any
+
+import ppo_runtime
 from ppo_runtime.compat.arrays import (
     clip_by_value,
     convert_to_scalar,
@@ -17,6 +23,7 @@ from ppo_runtime.compat.arrays import (
     stats_to_np,
     whiten,
 )
+from ppo_runtime.compat.elsewhere import refuse
 from ppo_runtime.compat.sampling import LengthSampler, respond_to_batch
 from ppo_runtime.compat.stats import get_global_statistics
 
@@ -36,3 +43,18 @@ __all__ = [
     "stats_to_np",
     "whiten",
 ]
+
+_MODULES = ("core", "environment", "extras", "import_utils", "models", "trainer")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in ppo_runtime._HOMES:
+        return getattr(ppo_runtime, name)
+    if name.startswith("is_") and name.endswith("_available"):
+        return getattr(import_module(f"{__name__}.import_utils"), name)
+    if name == "SUPPORTED_ARCHITECTURES":
+        return import_module(f"{__name__}.models").SUPPORTED_ARCHITECTURES
+    refuse(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,92 @@
+"""Where the reference's names are that are not here; asking for one is an ImportError that tells it."""
+
+from collections.abc import Callable
+from typing import Any
+
+_FOR_OTHER_TASKS = [
+    "AlignPropConfig",
+    "AlignPropTrainer",
+    "BCOConfig",
+    "BCOTrainer",
+    "CPOConfig",
+    "CPOTrainer",
+    "ConstantLengthDataset",
+    "DataCollatorForCompletionOnlyLM",
+    "DDPOConfig",
+    "DDPOPipelineOutput",
+    "DDPOSchedulerOutput",
+    "DDPOStableDiffusionPipeline",
+    "DDPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "DefaultDDPOStableDiffusionPipeline",
+    "GKDConfig",
+    "GKDTrainer",
+    "IterativeSFTTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "ModelConfig",
+    "NashMDConfig",
+    "NashMDTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "PPOv2Config",
+    "PPOv2Trainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "XPOConfig",
+    "XPOTrainer",
+    "compute_accuracy",
+    "get_kbit_device_map",
+    "get_peft_config",
+    "get_quantization_config",
+    "peft_module_casting_to_bf16",
+    "setup_chat_format",
+]
+
+ELSEWHERE: dict[str, str] = dict.fromkeys(
+    _FOR_OTHER_TASKS, "is no part of PPO training and has stayed with its library; import it from there"
+) | {
+    "BestOfNSampler": "is not here: give trainer.generate every query n times and keep the response that your score "
+    "function likes best",
+    "PPODecorators": "is not needed: PPOConfig(optimize_device_cache=True) empties the cache after every step",
+    "RunningMoments": "is trainer.running to read, and ppo_core.scores.ScoreState to compute with",
+    "TextEnvironment": "is not here: join a dialogue with tools into one response yourself, and give step "
+    "response_masks with 0 where the tool has written and 1 where the policy has",
+    "TextHistory": "went with TextEnvironment: keep texts, tokens and masks in lists of your own",
+    "WANDB_PADDING": "is gone: stack_dicts fills with NaN, and nanmean leaves that out",
+    "add_suffix": "is {key + suffix: value for key, value in stats.items()}",
+    "average_torch_dicts": "is stack_dicts, and then nanmean(0) of every entry",
+    "disable_dropout_in_model": "is not needed: the trainer computes without dropout; a context that does so is "
+    "ppo_runtime.modes.without_dropout",
+    "pad_to_size": "is torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]), value=padding)",
+    "randn_tensor": "is torch.randn(shape, generator=generator, device=device, dtype=dtype)",
+    "top_k_top_p_filtering": "is ppo_core.logprobs.restrict_to_support(logits, temperature=1.0, top_k=k, top_p=p)",
+}
+"""What became of a name, as the end of a sentence that begins with it."""
+
+
+def refuse(name: str) -> None:
+    """Nothing, for a name that is unknown.
+
+    Raises:
+        ImportError: what became of the name. (``from x import y`` would hide an AttributeError's message.)
+    """
+    if name in ELSEWHERE:
+        raise ImportError(f"{name} {ELSEWHERE[name]}")
+
+
+def attributes_of(module: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` for what it does not hold."""
+
+    def __getattr__(name: str) -> Any:
+        refuse(name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return __getattr__

@@ -1,0 +1,61 @@
+"""The reference's ``import_utils``: what is installed, and which devices there are."""
+
+from importlib.util import find_spec
+
+import torch
+
+from ppo_runtime.compat.elsewhere import attributes_of
+
+__getattr__ = attributes_of(__name__)
+
+
+def is_peft_available() -> bool:
+    """Whether peft is installed."""
+    return _installed("peft")
+
+
+def is_wandb_available() -> bool:
+    """Whether Weights & Biases is installed."""
+    return _installed("wandb")
+
+
+def is_rich_available() -> bool:
+    """Whether rich is installed; it is a dependency here."""
+    return _installed("rich")
+
+
+def is_diffusers_available() -> bool:
+    """Whether diffusers is installed; nothing here uses it."""
+    return _installed("diffusers")
+
+
+def is_torchvision_available() -> bool:
+    """Whether torchvision is installed; nothing here uses it."""
+    return _installed("torchvision")
+
+
+def is_unsloth_available() -> bool:
+    """Whether unsloth is installed; nothing here uses it."""
+    return _installed("unsloth")
+
+
+def is_bitsandbytes_available() -> bool:
+    """Whether bitsandbytes is installed and has a GPU to work on."""
+    return _installed("bitsandbytes") and torch.cuda.is_available()
+
+
+def is_xpu_available() -> bool:
+    """Whether there is an Intel GPU that torch can use."""
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def is_npu_available() -> bool:
+    """Whether there is an Ascend NPU that torch can use."""
+    return _installed("torch_npu") and hasattr(torch, "npu") and torch.npu.is_available()
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # sys.modules holds something odd under the name, None for one that was made unimportable
+        return False
