@@ -104,7 +104,7 @@ def score_vector(scores: Any, *, count: int, name: str = "scores") -> Tensor:
 
 def _score(where: str, score: Any) -> float:
     if isinstance(score, Tensor):
-        if score.numel() != 1:
+        if score.numel() != 1 or score.ndim > 1:
             raise ValueError(
                 f"{where} has shape {tuple(score.shape)}, expected a 0-d or 1-element tensor: one score per sequence"
             )

@@ -44,6 +44,8 @@ class PreTrainedModelWrapper(nn.Module):
         "v_head_initializer_range",
         "v_head_init_strategy",
     )
+    lm_head_namings: ClassVar[tuple[str, ...]] = ("lm_head", "embed_out")
+    """Not read here: any head that ``get_output_embeddings`` finds will do."""
     _encoder_decoder: ClassVar[bool]
     _hidden_states: ClassVar[str]
 

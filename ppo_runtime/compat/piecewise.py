@@ -54,6 +54,9 @@ class Piecewise:
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
         raise NotImplementedError  # the trainer's
 
+    def _check_step(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> tuple[Any, Any, Any, Any]:
+        raise NotImplementedError  # the trainer's
+
     @property
     def _start_token(self) -> int | None:
         raise NotImplementedError  # the trainer's
@@ -283,6 +286,21 @@ class Piecewise:
         if not isinstance(stats, Mapping):
             raise ValueError(f"stats is a {type(stats).__name__}, expected a dictionary of statistics")
         return gather_stats(stats, self.world)
+
+    def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+        """The reference's name for the estimate of ``kl_penalty`` at every token; "full" takes whole distributions."""
+        full = self.config.kl_penalty == "full"
+        mask = torch.ones(logprob.shape[: logprob.ndim - full], dtype=torch.bool, device=logprob.device)
+        return (kl_estimators.full if full else KL_ESTIMATORS[self.config.kl_penalty])(logprob, ref_logprob, mask)
+
+    def _step_safety_checker(
+        self, batch_size: int, queries: Any, responses: Any, scores: Any, masks: Any = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
+        """The reference's name for the checks at the door of ``step``."""
+        if batch_size != len(queries):
+            raise ValueError(f"queries has {len(queries)} rows, expected batch_size = {batch_size}")
+        queries, responses, scores, masks = self._check_step(queries, responses, scores, masks)
+        return queries, responses, list(scores), masks
 
     def _losses(
         self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor

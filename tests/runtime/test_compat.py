@@ -247,6 +247,42 @@ def test_accumulation_begins_anew_after_a_step() -> None:
     assert all(torch.equal(weights[name], value) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize("penalty", ["kl", "abs", "mse", "full"])
+def test_the_penalty_of_every_token_by_its_old_name(penalty: str) -> None:
+    trainer = make_trainer(kl_penalty=penalty)
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.randn(2, 3, 5, generator=generator).log_softmax(-1) for _ in range(2))
+    if penalty == "full":
+        expected = (mine.exp() * (mine - theirs)).sum(-1)
+    else:
+        mine, theirs = mine[..., 0], theirs[..., 0]
+        expected = {"kl": mine - theirs, "abs": (mine - theirs).abs(), "mse": 0.5 * (mine - theirs) ** 2}[penalty]
+    torch.testing.assert_close(trainer._kl_penalty(mine, theirs), expected)
+
+
+def test_the_checks_of_a_step_by_their_old_name() -> None:
+    trainer = make_trainer()
+    queries, responses, scores = make_batch()
+    found = trainer._step_safety_checker(6, queries, responses, scores)
+    assert [row.tolist() for row in found[0]] == [row.tolist() for row in queries]
+    assert [row.tolist() for row in found[1]] == [row.tolist() for row in responses]
+    assert [float(score) for score in found[2]] == pytest.approx([float(score) for score in scores])
+    assert found[3] is None
+    with pytest.raises(ValueError, match="queries has 6 rows, expected batch_size = 5"):
+        trainer._step_safety_checker(5, queries, responses, scores)
+    with pytest.raises(ValueError, match=r"scores\[0\] has shape \(1, 1\), expected a 0-d or 1-element tensor"):
+        trainer.step(queries, responses, [score.reshape(1, 1) for score in scores])
+
+
+def test_gradients_are_zero_after_a_step() -> None:
+    """Where something trains; scripts look whether there is a gradient at all."""
+    trainer = make_trainer(num_shared_layers=1)
+    trainer.step(*make_batch())
+    for name, parameter in trainer.model.named_parameters():
+        assert (parameter.grad is None) != parameter.requires_grad, name
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
 def test_full_kl_needs_the_estimates_for_its_statistics() -> None:
     trainer = make_trainer(kl_penalty="full")
     with pytest.raises(ValueError, match=r"kls is missing, which kl_penalty='full' needs"):
