@@ -94,7 +94,8 @@ def run(command: list[str], folder: Path, log: Path) -> tuple[bool, str]:
         except subprocess.TimeoutExpired:
             return False, f"not done after {MINUTES} minutes"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return code == 0, lines[-1][:300] if lines else ""
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return code == 0, (errors or lines or [""])[-1][:300]
 
 
 def run_scripts(checkout: Path, itrex: Path | None, folder: Path, only: list[str]) -> bool:

@@ -155,6 +155,8 @@ def make_all(folder: Path) -> None:
         model = maker.from_config(config_of(kind, **fields))
         shard = {"max_shard_size": "100KB"} if name.endswith("sharded") else {}
         model.save_pretrained(folder / name, **shard)
+        # GPT-2's tokenizer has no padding token; those of classifiers have.
+        tokenizer.pad_token = tokenizer.eos_token if maker is classifier else None
         tokenizer.save_pretrained(folder / name)
     for name, kind in (("GPT2Model", "gpt2"), ("T5Model", "t5")):
         AutoModel.from_config(config_of(kind)).save_pretrained(folder / TESTS / f"tiny-random-{name}")
