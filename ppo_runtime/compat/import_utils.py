@@ -51,7 +51,8 @@ def is_xpu_available() -> bool:
 
 def is_npu_available() -> bool:
     """Whether there is an Ascend NPU that torch can use."""
-    return _installed("torch_npu") and hasattr(torch, "npu") and torch.npu.is_available()
+    npu = getattr(torch, "npu", None)
+    return _installed("torch_npu") and npu is not None and npu.is_available()
 
 
 def _installed(name: str) -> bool:
