@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ppo_runtime import accel, intel
+from ppo_runtime import AutoModelForCausalLMWithValueHead, accel, intel
 from ppo_runtime.accel import AccelError, accelerate_frozen, choose
 from ppo_runtime.assembly import make_reference
 from ppo_runtime.cli import app
@@ -293,7 +293,8 @@ def test_a_half_precision_reference_trains_all_the_same(tmp_path: Path, monkeypa
 def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy: Any = SimpleNamespace(is_peft_model=True)
+    policy: Any = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "is_peft_model", True)
     with installed(monkeypatch, tmp_path):
         choice = make_reference(policy, None, None, PPOConfig(accel="ipex"))[2]
         with pytest.raises(AccelError, match="the policy itself without its adapter; a ref_model can be packed"):
