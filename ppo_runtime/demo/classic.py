@@ -7,13 +7,13 @@ SmolLM2-135M; ``--reward-model`` a sequence classifier, whose logit for ``--labe
 Without one, VADER's sentiment of the response is (``pip install 'ppo-core[demo]'``).
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 import torch
+import typer
 from datasets import Dataset
 from transformers import AutoTokenizer, pipeline
 
@@ -113,6 +113,7 @@ def _scores(options: ClassicOptions) -> Scores:
         analyse = sentiment()
         return lambda _, responses: analyse(responses)
     classifier: Any = pipeline("text-classification", model=str(options.reward_model), device=-1)
+    size = _padding_of_its_own(classifier)
     labels = classifier.model.config.id2label
     label = labels[max(labels)] if options.label is None else options.label
     if label not in labels.values():
@@ -120,28 +121,77 @@ def _scores(options: ClassicOptions) -> Scores:
 
     def score(queries: list[str], responses: list[str]) -> list[float]:
         texts = [query + response for query, response in zip(queries, responses, strict=True)]
-        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=len(texts))
+        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=size or len(texts))
         return [next(entry["score"] for entry in output if entry["label"] == label) for output in outputs]
 
     return score
 
 
+def _padding_of_its_own(classifier: Any) -> int | None:
+    """Give a reward model without padding token (GPT-2's kin) its EOS for one; 1, the batch size, if it has none."""
+    tokenizer, config = classifier.tokenizer, classifier.model.config
+    if tokenizer.pad_token_id is None:
+        # On the right, where a decoder that counts positions does not see it.
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id  # where such a model looks for the end of a text
+    return 1 if tokenizer.pad_token_id is None else None
+
+
+def _default(name: str) -> Any:
+    return attrs.fields_dict(ClassicOptions)[name].default
+
+
+def command(
+    model: Annotated[Path, typer.Option(help="The policy, a transformers directory.", exists=True, file_okay=False)],
+    output: Annotated[Path, typer.Option(help="Where metrics and models go.", file_okay=False)],
+    reward_model: Annotated[
+        Path | None, typer.Option(help="A sequence classifier; VADER's sentiment without one.", exists=True)
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The classifier's label to raise; its last one if not given.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line; openings of novels without.", exists=True, dir_okay=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="PPO steps.", min=1)] = _default("steps"),
+    batch_size: Annotated[int, typer.Option(help="Responses per step.", min=1)] = _default("batch_size"),
+    mini_batch_size: Annotated[int, typer.Option(help="Responses per pass.", min=1)] = _default("mini_batch_size"),
+    response_length: Annotated[
+        tuple[int, int], typer.Option(help="Shortest and longest response, in tokens.", metavar="LEAST MOST")
+    ] = _default("response_length"),
+    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = _default("learning_rate"),
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapter; 0 trains the whole model.", min=0)] = _default("rank"),
+    dtype: Annotated[str, typer.Option(help="Of the base model, such as bfloat16.")] = _default("dtype"),
+    save_every: Annotated[int, typer.Option(help="Steps between saves.", min=1)] = _default("save_every"),
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.", min=0)] = _default("seed"),
+) -> None:
+    """The classic loop: prompts, a LoRA policy, a reward model in a pipeline, steps, logs and saves."""
+    run(
+        ClassicOptions(
+            model=model,
+            output=output,
+            reward_model=reward_model,
+            label=label,
+            prompts=prompts,
+            steps=steps,
+            batch_size=batch_size,
+            mini_batch_size=mini_batch_size,
+            response_length=response_length,
+            learning_rate=learning_rate,
+            rank=rank,
+            dtype=dtype,
+            save_every=save_every,
+            seed=seed,
+        )
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_runtime.demo.classic", description=__doc__)
-    defaults = {field.name: field.default for field in attrs.fields(ClassicOptions)}
-    for name in ("model", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("reward-model", "prompts"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--label")
-    parser.add_argument("--response-length", type=int, nargs=2, metavar=("LEAST", "MOST"), default=(8, 24))
-    for name in ("steps", "batch_size", "mini_batch_size", "learning_rate", "rank", "dtype", "save_every", "seed"):
-        default = defaults[name]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
-    given["response_length"] = tuple(given["response_length"])
-    run(ClassicOptions(**given))
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    app(args=arguments, prog_name="python -m ppo_runtime.demo.classic", standalone_mode=arguments is None)
 
 
 if __name__ == "__main__":

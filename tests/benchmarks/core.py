@@ -231,7 +231,9 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     """Print the table, once per number of threads."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.core", description="Measure how fast the core is."
+    )
     parser.add_argument("--threads", default="1,2", help="numbers of threads, comma-separated")
     parser.add_argument("--only", default="gae,head,rows", help="which parts, comma-separated")
     parser.add_argument("--compile", action="store_true", help="measure the compiled gae too (a minute of compiling)")

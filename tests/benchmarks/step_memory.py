@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Print one JSON line per head."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.step_memory", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     for name, default in {"batch": 16, "mini-batch": 4, "response": 128, "epochs": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)

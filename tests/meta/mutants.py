@@ -5,6 +5,7 @@ known bugs and conventions of other systems, and slips of sign, axis, order or d
 missing. They are run inside one process, against ``subject`` with one function replaced.
 """
 
+import argparse
 import importlib
 import math
 import sys
@@ -1017,6 +1018,10 @@ def killed(mutant: Mutant) -> bool:
 
 def main() -> int:
     """Print the table; exit with 1 if a mutant survives."""
+    argparse.ArgumentParser(
+        prog="python -m tests.meta.mutants",
+        description="Run every named wrong implementation against the property that should kill it; 1 if one survives.",
+    ).parse_args()
     survivors = 0
     width = max(map(len, MUTANTS))
     for name, entry in MUTANTS.items():

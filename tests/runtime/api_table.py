@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -323,7 +324,9 @@ def walk_document(text: str) -> dict[str, Parameters]:
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
+    parser = argparse.ArgumentParser(prog="python -m tests.runtime.api_table", description="Print the table of names.")
+    parser.add_argument("paths", nargs="*", help="documents to compare it with first")
+    for path in parser.parse_args().paths:
         document = walk_document(Path(path).read_text(encoding="utf-8"))
         if document != TRAINER_API:
             odd = sorted(key for key in {*document, *TRAINER_API} if document.get(key) != TRAINER_API.get(key))

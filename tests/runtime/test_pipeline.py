@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead
 from ppo_runtime.demo import classic
@@ -109,3 +115,37 @@ def test_the_score_is_the_labels_logit(directories: dict[str, Path]) -> None:
         assert scores[label](*texts) == pytest.approx(logits[:, column].tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="label is 'JOY', expected one of the reward model's: NEGATIVE, POSITIVE"):
         classic._scores(options(directories, label="JOY"))
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_a_reward_model_without_padding_token_scores_all_the_same(directories: dict[str, Path], eos: bool) -> None:
+    """GPT-2's tokenizer has none, and a batch of texts of different lengths needs one."""
+    reward = GPT2ForSequenceClassification(
+        GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            n_positions=64,
+            num_labels=2,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+    ).eval()
+    reward.save_pretrained(directories["reward"])
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    if not eos:
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(directories["reward"])
+    score = classic._scores(options(directories, label="LABEL_1"))
+    together = score(["ab", "c", ""], ["x", "yzwvu", "q"])
+    alone = [score([query], [response])[0] for query, response in (("ab", "x"), ("c", "yzwvu"), ("", "q"))]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_help_and_defaults_from_the_command_line(capsys: Any) -> None:
+    classic.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("python -m ppo_runtime.demo.classic", "--reward-model", "default: 20", "default: 0.0001"):
+        assert text in shown

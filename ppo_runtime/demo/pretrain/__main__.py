@@ -87,4 +87,6 @@ def pretrain(
 
 
 if __name__ == "__main__":
-    typer.run(pretrain)
+    app = typer.Typer(add_completion=False)
+    app.command()(pretrain)
+    app(prog_name="python -m ppo_runtime.demo.pretrain")
