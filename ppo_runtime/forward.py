@@ -112,6 +112,8 @@ def lay_out(
     ``input_width`` and ``response_width``, where above 0, are the least widths of ``input_ids`` and of the response
     axis, and make the rows static. No token is ever cut off: see that rows fit before they come here.
     """
+    # Wherever the rows come from, they meet here, and go to the device together.
+    queries, responses = [query.cpu() for query in queries], [response.cpu() for response in responses]
     batch, time = len(queries), max(response_width, *(len(response) for response in responses))
     encoder_decoder = decoder_start_token_id is not None
     inputs = list(queries) if encoder_decoder else [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
@@ -124,7 +126,7 @@ def lay_out(
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         tokens[row, : len(response)] = response
-        mask[row, : len(response)] = True if response_masks is None else response_masks[row]
+        mask[row, : len(response)] = True if response_masks is None else response_masks[row].cpu()
         first = 0 if encoder_decoder else len(query) - 1
         predictors[row, : len(response)] = torch.arange(first, first + len(response))
     decoder_input_ids = None

@@ -37,7 +37,8 @@ class TrainResult:
     """What a training run did."""
 
     history: list[dict[str, float]]
-    """The scalar statistics of every step that this call made."""
+    """The scalar statistics of every step that this call made: about 4 KiB of memory for each. metrics.jsonl has them
+    on disk."""
     interrupted: bool
     """Whether it was stopped by Ctrl-C; what was done until then is on disk."""
 

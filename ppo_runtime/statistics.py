@@ -1,5 +1,6 @@
 """From tensors of a step to the dictionary of statistics, equal on every rank."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -127,5 +128,5 @@ def var_explained(error: float, returns_variance: float) -> float:
 
 
 def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are single numbers: what a curve can show."""
-    return {name: float(value) for name, value in stats.items() if isinstance(value, int | float)}
+    """The entries that are single numbers: what a curve can show. Their names are shared by all steps of a history."""
+    return {sys.intern(name): float(value) for name, value in stats.items() if isinstance(value, int | float)}

@@ -21,6 +21,7 @@ from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.data import prepare_dataloader
+from ppo_runtime.devices import check_devices
 from ppo_runtime.distributed import all_or_none, broadcast_parameters, gather_rows, world_from_environment
 from ppo_runtime.estimates import estimate
 from ppo_runtime.forward import Rows, lay_out, score_rollout
@@ -99,6 +100,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.tokenizer = tokenizer
         self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
         broadcast_parameters(model, self.world)
+        check_devices(model, ref_model)
         check_split(model)
         if isinstance(optimizer, torch.optim.Optimizer):  # anything else is named below
             check_moments(optimizer, model)

@@ -47,6 +47,7 @@ class Piecewise:
     kl_ctl: Any
     world: World
     current_step: int
+    device: torch.device
     _say_skipped: SkipLog
     # Minibatches whose gradients wait for an optimiser step: the step they belong to, how many, and their averages.
     _pending: tuple[int, int, dict[str, Average]] = (0, 0, {})
@@ -107,6 +108,7 @@ class Piecewise:
         read = doors.padded_inputs(
             model_inputs, count=len(queries), vocab_size=vocab_size, encoder_decoder=start is not None
         )
+        read = {name: x.to(self.device) for name, x in read.items()}
         rows = rows_of(read, queries, responses, masks, start=start)
         found: list[tuple[Evaluation, Tensor | None]] = []
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.

@@ -250,3 +250,12 @@ def test_schedulers_of_the_optimiser_work(make: Any) -> None:
     config = PPOConfig(batch_size=6, mini_batch_size=2, accel="eager")
     trainer = PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=make(optimizer))
     trainer.step(*make_batch())
+
+
+def test_a_history_shares_the_names_of_its_statistics() -> None:
+    """What a long run keeps of a step is its numbers; names that are made anew would be a third of it."""
+    from ppo_runtime.statistics import scalars
+
+    trainer = make_trainer()
+    one, other = (scalars(trainer.step(*make_batch())) for _ in range(2))
+    assert all(a is b for a, b in zip(one, other, strict=True))
