@@ -13,6 +13,7 @@ from ppo_runtime.context import decoder_start
 from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.forward import Reference, evaluate, lay_out
 from ppo_runtime.heads import check_split
+from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.precision import is_widened, widen
 from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
@@ -29,7 +30,7 @@ def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
         )
     if tokenizer is None:
         raise TypeError("tokenizer is None, expected the model's transformers tokenizer")
-    if config.pad_for_acceleration and model.is_encoder_decoder and not config.pad_max_input_len:
+    if config.pad_for_acceleration and has_encoder(model) and not config.pad_max_input_len:
         raise ValueError(
             "pad_max_input_len is 0, expected the longest prompt: pad_for_acceleration pads an encoder-decoder's "
             "prompts to pad_max_input_len and its responses to pad_max_len"

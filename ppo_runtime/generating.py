@@ -12,6 +12,7 @@ from ppo_runtime import inputs
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.ending import criteria_of
+from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.references import reference_context
@@ -104,7 +105,7 @@ class Generating:
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
-            if return_prompt and not self.model.is_encoder_decoder:
+            if return_prompt and not has_encoder(self.model):
                 responses = [
                     torch.cat((query.to(response.device), response))
                     for query, response in zip(queries, responses, strict=True)
@@ -132,7 +133,7 @@ class Generating:
                 ", ".join(map(str, beyond)),
                 vocabulary,
             )
-        start = decoder_start(self.model) if self.model.is_encoder_decoder else None
+        start = decoder_start(self.model) if has_encoder(self.model) else None
         if start is not None and (asked := settings.asked("decoder_start_token_id")) not in (None, start):
             raise ValueError(
                 f"decoder_start_token_id is {asked!r}, expected {start} like that of the model, behind which the step "
@@ -163,7 +164,7 @@ class Generating:
         found: list[int] = []
         for start in range(0, len(queries), plan.batch_size):
             batch = queries[start : start + plan.batch_size]
-            width = 1 if self.model.is_encoder_decoder else max(plan.prompt_width, *map(len, batch))
+            width = 1 if has_encoder(self.model) else max(plan.prompt_width, *map(len, batch))
             most, what = 1, "a token"
             if length_sampler is not None:
                 most, what = whole("what length_sampler gives", length_sampler(), COUNT), "length_sampler's length"

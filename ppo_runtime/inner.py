@@ -6,12 +6,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from ppo_runtime.value_head import find_file
 
@@ -46,6 +47,11 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def has_encoder(model: Any) -> bool:
+    """Whether a wrapper's or a PEFT model's transformers model, or that itself, is an encoder-decoder."""
+    return bool(transformers_model(model).config.is_encoder_decoder)
+
+
 def cache_argument(model: Any) -> str:
     """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(transformers_model(model).forward).parameters else "past_key_values"
@@ -71,7 +77,7 @@ def load_model(
         remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
         config = AutoConfig.from_pretrained(name, **hub, **remote)
     check_config(config, repr(os.fspath(name)))
-    kwargs = _with_dtype(kwargs, config)
+    kwargs = _with_dtype(_with_quantization(kwargs), config)
     if weights is None:
         return parent.from_pretrained(name, *args, **kwargs)
     # Weights need the concrete class, and building one without storage is the public way to learn it. (Renaming
@@ -84,6 +90,24 @@ def load_model(
     if find_file(name, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
     return model
+
+
+def _with_quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Loading arguments with `load_in_8bit` and `load_in_4bit`, which transformers 5 dropped, as a configuration."""
+    kwargs = dict(kwargs)
+    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    chosen = [name for name, value in asked.items() if value]
+    if not chosen:
+        return kwargs
+    if len(chosen) > 1 or kwargs.get("quantization_config") is not None:
+        others = ["quantization_config"] if kwargs.get("quantization_config") is not None else []
+        raise ValueError(f"got {' and '.join([*chosen, *others])}, expected one way of quantising; pass one of them")
+    options: dict[str, Any] = {chosen[0]: True}
+    try:
+        kwargs["quantization_config"] = BitsAndBytesConfig(**options)
+    except PackageNotFoundError as error:
+        raise ImportError(f"{chosen[0]} needs the bitsandbytes package: pip install bitsandbytes") from error
+    return kwargs
 
 
 def _with_dtype(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:

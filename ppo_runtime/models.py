@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from ppo_runtime.hub import upload
+from ppo_runtime.hub import take_upload, upload
 from ppo_runtime.inner import (
     add_adapter,
     cache_argument,
@@ -83,7 +83,7 @@ class PreTrainedModelWrapper(nn.Module):
         holding a PEFT adapter is loaded onto the base model it names. `peft_config` adds a fresh adapter;
         `is_trainable=False` loads a stored one frozen. `reward_adapter`, a sequence-classification adapter, is put
         beside it for `compute_reward_score`. `supported_args` go to the head and everything else to
-        transformers' `from_pretrained`.
+        transformers' `from_pretrained`; `load_in_8bit` and `load_in_4bit` become a `BitsAndBytesConfig`.
 
         Weights are float32 unless `dtype` says otherwise, whatever they are stored in ("auto" keeps that); quantised
         ones are as their configuration has them. A policy that trains in half precision is widened by the trainer, see
@@ -103,10 +103,12 @@ class PreTrainedModelWrapper(nn.Module):
             else:
                 model = load(source, model_args, kwargs, stored.inner if stored is not None else None)
         elif isinstance(source, PreTrainedModel) or is_peft_model(source):
-            if model_args or kwargs:
+            # Where files come from says nothing about weights that are here; a reward adapter may need it.
+            unused = [name for name in kwargs if name not in ("trust_remote_code", *hub_arguments(kwargs))]
+            if model_args or unused:
                 raise TypeError(
                     f"a {type(source).__name__} that is already loaded takes no loading arguments, got "
-                    f"{', '.join([*map(repr, model_args), *kwargs])}; apply them where you load the model"
+                    f"{', '.join([*map(repr, model_args), *unused])}; apply them where you load the model"
                 )
             model = source
         else:
@@ -197,11 +199,15 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a directory that plain transformers (or PEFT) loads, with the head in a file of its own.
 
-        `state_dict` may be given in the layout of `self.state_dict()`; the other arguments are the inner
-        model's. Pushing is `push_to_hub`'s work: from here it would leave the head behind.
+        `state_dict` may be given in the layout of `self.state_dict()`. `push_to_hub=True` uploads it afterwards, to
+        `repo_id` or else a repository of the directory's name, with the arguments of `push_to_hub`. The other arguments
+        are the inner model's.
         """
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("save_pretrained(push_to_hub=True) would upload no value head; call push_to_hub(repo_id)")
+        if (uploading := take_upload(kwargs, save_directory)) is not None:
+            self.save_pretrained(save_directory, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self.push_to_hub(**uploading, **kwargs)
+            return
         if self.reward_adapter is not None:  # it has a place of its own, and would go without its score head
             mine = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter.name]
             kwargs.setdefault("selected_adapters", mine)
@@ -223,9 +229,14 @@ class PreTrainedModelWrapper(nn.Module):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        commit_description: str | None = None,
+        use_temp_dir: bool | None = None,
         **save_kwargs: Any,
     ) -> Any:
-        """Upload what `save_pretrained` writes; returns huggingface_hub's commit information."""
+        """Upload what `save_pretrained` writes; returns huggingface_hub's commit information.
+
+        With `use_temp_dir=False` it is written to a directory of the repository's name, which stays.
+        """
         return upload(
             partial(self.save_pretrained, **save_kwargs),
             repo_id,
@@ -234,6 +245,8 @@ class PreTrainedModelWrapper(nn.Module):
             token=token,
             revision=revision,
             create_pr=create_pr,
+            commit_description=commit_description,
+            use_temp_dir=use_temp_dir,
         )
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -270,11 +283,6 @@ class PreTrainedModelWrapper(nn.Module):
         return is_peft_model(self.pretrained_model)
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the inner model has an encoder of its own."""
-        return self._encoder_decoder
-
-    @property
     def config(self) -> Any:
         """The inner transformers model's configuration."""
         return transformers_model(self).config
@@ -304,3 +312,8 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     transformers_parent_class = AutoModelForSeq2SeqLM
     _encoder_decoder = True
     _hidden_states = "decoder_hidden_states"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True. A decoder-only wrapper has no such attribute: scripts ask by `hasattr(model, "is_encoder_decoder")`."""
+        return True

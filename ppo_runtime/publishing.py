@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World
-from ppo_runtime.hub import upload
+from ppo_runtime.hub import take_upload, upload
+from ppo_runtime.inner import has_encoder
 from ppo_runtime.model_card import is_ours, write_model_card
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.redact import hide
@@ -36,9 +37,14 @@ class Publishing:
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
 
-        A README.md that somebody else wrote there is kept. Only rank 0 writes.
+        A README.md that somebody else wrote there is kept. Only rank 0 writes. ``push_to_hub=True`` uploads the same
+        afterwards, to ``repo_id`` or else a repository of the directory's name, with the arguments of ``push_to_hub``.
         """
         if self.world.rank != 0:
+            return
+        if (uploading := take_upload(kwargs, save_directory)) is not None:
+            self.save_pretrained(save_directory, **kwargs)
+            self.push_to_hub(**uploading)
             return
         card_is_free = is_ours(save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
@@ -54,7 +60,7 @@ class Publishing:
                 model_name or DEFAULT_NAME,
                 config=self.config,
                 base_model=getattr(self.model.config, "name_or_path", None),
-                is_encoder_decoder=self.model.is_encoder_decoder,
+                is_encoder_decoder=has_encoder(self.model),
                 steps=self.current_step,
                 broken_off=self.broken_off,
             )
@@ -64,7 +70,8 @@ class Publishing:
 
         Args:
             repo_id: of the repository; made if it does not exist.
-            kwargs: ``commit_message``, ``private``, ``token``, ``revision`` and ``create_pr``.
+            kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr`` and
+                ``use_temp_dir``.
 
         Returns:
             huggingface_hub's commit information; None on other ranks.

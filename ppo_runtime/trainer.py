@@ -28,6 +28,7 @@ from ppo_runtime.forward import Rows, lay_out, score_rollout
 from ppo_runtime.generating import Generating
 from ppo_runtime.guards import SkipLog
 from ppo_runtime.heads import check_split
+from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains
 from ppo_runtime.precision import check_moments, own_precision
@@ -88,7 +89,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.world = world_from_environment()
         # Ranks that drew the same numbers would answer the same prompt with the same words.
         set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
-        self.config = config.in_use(is_encoder_decoder=model.is_encoder_decoder, is_peft_model=model.is_peft_model)
+        self.config = config.in_use(is_encoder_decoder=has_encoder(model), is_peft_model=model.is_peft_model)
         if updates := self.config.updates_of_one_sequence:
             logger.warning(
                 "mini_batch_size is 1 and batch_size %d: every step makes %d optimiser updates, each on one sequence "
@@ -317,11 +318,11 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
 
     @property
     def _start_token(self) -> int | None:
-        return decoder_start(self.model) if self.model.is_encoder_decoder else None
+        return decoder_start(self.model) if has_encoder(self.model) else None
 
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
         """The batch as the model reads it; as wide as the static padding asks for."""
-        config, encoder_decoder = self.config, self.model.is_encoder_decoder
+        config, encoder_decoder = self.config, has_encoder(self.model)
         input_width = response_width = 0
         if config.pad_for_acceleration and encoder_decoder:
             input_width, response_width = config.pad_max_input_len, config.pad_max_len

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -106,11 +108,34 @@ def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
 
 
 def find_file(name: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
-    """Path of a file in a directory or hub repository (downloaded), or None if it is not there."""
+    """Path of a file in a directory or hub repository (downloaded), or None if it is not there.
+
+    Offline, or with `local_files_only`, the cache decides.
+
+    Raises:
+        OSError: nobody can tell whether it is there: no connection, no permission, no such repository.
+    """
     try:
         return cached_file(name, filename, **hub)
-    except OSError:  # also raised offline, where only the cache can tell
-        return None
+    except OSError as error:
+        if _is_absence(error.__cause__, name, filename, hub):
+            return None
+        raise OSError(
+            f"could not find out whether {os.fspath(name)!r} holds {filename}: {error}\nTry again; or, where it has "
+            "been loaded before, pass local_files_only=True to take what is in the cache"
+        ) from error
+
+
+def _is_absence(cause: BaseException | None, name: str | os.PathLike[str], filename: str, hub: dict[str, Any]) -> bool:
+    """Whether transformers' error, by its cause, says that there is no such file, and not that nobody could look."""
+    if not isinstance(cause, LocalEntryNotFoundError):
+        return cause is None or isinstance(cause, EntryNotFoundError)
+    if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return True
+    subfolder = hub.get("subfolder") or ""
+    where = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
+    known = try_to_load_from_cache(os.fspath(name), f"{subfolder}/{filename}" if subfolder else filename, **where)
+    return known is _CACHED_NO_EXIST
 
 
 def _keys(file: str) -> set[str]:

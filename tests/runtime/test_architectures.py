@@ -38,7 +38,7 @@ def wrapper(family: str) -> Any:
 
 def evaluated(model: Any, queries: list[Tensor], responses: list[Tensor], **widths: int) -> tuple[Tensor, ...]:
     """Log-probabilities, entropies and values of a batch in one pass, padded together."""
-    start = decoder_start(model) if model.is_encoder_decoder else None
+    start = decoder_start(model) if model.config.is_encoder_decoder else None
     rows = lay_out(
         queries,
         responses,

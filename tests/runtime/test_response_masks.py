@@ -32,7 +32,7 @@ def trainer_of(family: str, **settings: Any) -> Any:
 
 
 def rows_of(model: Any, masks: list[Tensor] | None) -> Any:
-    start = model.config.decoder_start_token_id if model.is_encoder_decoder else None
+    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     kept = None if masks is None else [mask.bool() for mask in masks]
     return lay_out(
         QUERIES, RESPONSES, kept, pad_token_id=PAD_ID, decoder_start_token_id=start, device=torch.device("cpu")
