@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppo_runtime import PPOTrainer
+from ppo_runtime import PPOTrainer, update
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from tests.core.close import assert_close
 from tests.runtime import test_checkpoint, trainers
@@ -54,6 +54,32 @@ def sampled() -> list[int]:
     return trainer.generate(torch.tensor([5, 6]), max_new_tokens=20, do_sample=True, top_k=0)[0].tolist()
 
 
+def guarded() -> dict[str, Any]:
+    """A loss that is not finite in one minibatch of the second rank alone, then scores that only it cannot take."""
+    trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3)
+    rank, losses_of, calls = trainer.world.rank, update.losses_of, 0
+
+    def spoiled(now: Any, targets: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        nan = float("nan") if rank == 1 and calls == 2 else 1.0
+        return losses_of(now, targets._replace(advantages=targets.advantages * nan), *args)
+
+    update.losses_of = spoiled
+    rows = slice(3 * rank, 3 * rank + 3)
+    queries, responses, scores = (part[rows] for part in trainers.make_batch())
+    stats = trainer.step(queries, responses, scores)
+    update.losses_of = losses_of
+    said = []
+    for bad in (1e20, float("nan")):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            trainer.step(queries, responses, [bad, *scores[1:]] if rank == 1 else scores)
+        said.append(str(caught.value))
+    again = trainer.step(queries, responses, scores)
+    result = outcome(trainer, [trainers.untimed(stats), trainers.untimed(again)])
+    return result | {"skipped": stats["ppo/policy/skipped_updates"], "said": said}
+
+
 def be_one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     straight = test_checkpoint.make_trainer()
@@ -63,6 +89,7 @@ def be_one_rank(folder: Path) -> None:
         "straight": outcome(straight, test_checkpoint.run(straight, 2)),
         "interrupted": interrupted(folder),
         "sampled": sampled(),
+        "guarded": guarded(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -74,7 +101,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(__file__, tmp_path_factory.mktemp("ranks"), warnings="default")
 
 
-@pytest.mark.parametrize("case", ["steps", "straight", "interrupted"])
+@pytest.mark.parametrize("case", ["steps", "straight", "interrupted", "guarded"])
 def test_ranks_hold_the_same_weights_and_statistics(ranks: list[dict[str, Any]], case: str) -> None:
     first, second = (rank[case] for rank in ranks)
     assert all(torch.equal(x, second["weights"][name]) for name, x in first["weights"].items())
@@ -90,6 +117,17 @@ def test_two_ranks_do_what_one_does_with_all_rows(ranks: list[dict[str, Any]]) -
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_one_rank_cannot_take_all_ranks_leave_out_or_refuse(ranks: list[dict[str, Any]]) -> None:
+    """None steps alone and none waits for another: the update is left out on both, and both raise."""
+    first, second = (rank["guarded"] for rank in ranks)
+    assert first["skipped"] == second["skipped"] == 1
+    assert all(x.isfinite().all() for x in first["weights"].values())
+    assert "scores[0] is 1e+20" in second["said"][0]
+    assert "scores[0] is nan" in second["said"][1]
+    assert all("another rank refused" in said for said in first["said"])
+    assert len(first["said"]) == len(second["said"]) == 2
 
 
 def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:
