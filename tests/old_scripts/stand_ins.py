@@ -1,8 +1,8 @@
 """Tiny models, a tokenizer and datasets under the names that the old scripts load; directories in the current one."""
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,4 +222,6 @@ def _datasets(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_all(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tests.old_scripts.stand_ins", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to make them")
+    make_all(parser.parse_args().folder)
