@@ -36,16 +36,16 @@ def computing(model: Any) -> AbstractContextManager[Any]:
     inner = transformers_model(model)
     if not is_widened(inner):
         return nullcontext()
-    kind = inner.device.type
-    # Inside somebody else's autocast the cache would outlive an optimiser step, and with it the weights before it.
-    return torch.autocast(kind, dtype=_COMPUTE, cache_enabled=not torch.is_autocast_enabled(kind))
+    # Cast weights are dropped with the outermost autocast alone. Kept, they would outlive this pass inside another
+    # one, even one that is off: those of a pass without gradients carry none, and an update leaves them as they were.
+    return torch.autocast(inner.device.type, dtype=_COMPUTE, cache_enabled=False)
 
 
 @contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
     """Computes as the models inside ask for, whatever autocast of the caller's is around.
 
-    That would reach losses and advantages too, and its cache of cast weights would outlive the updates inside.
+    That would reach losses and advantages too, and what it has cast of weights would be read after their update.
     """
     try:
         with torch.autocast(device.type, enabled=False):
