@@ -22,15 +22,19 @@ accelerate before its first step.
 
 import copy
 import logging
+import sys
 import warnings
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from ppo_runtime import intel
+from ppo_runtime import intel, modes, probing
 from ppo_runtime.intel import EXTENSION, INSTALL
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.probing import first_line, try_once
@@ -143,7 +147,10 @@ def accelerate_frozen(
         )
     broken = False
     if choice.backend == "ipex":
-        obstacle = _unsuitable(model)
+        try:
+            obstacle = _unsuitable(model)
+        except Exception as error:  # of the model's own methods
+            obstacle = f"{type(model).__name__} can't be looked through ({first_line(error)}); set accel='eager' for it"
         if obstacle is None:
             packed, report = _accelerated(model, choice, outputs)
             if packed is not None:
@@ -159,9 +166,7 @@ def accelerate_frozen(
 
 def try_out() -> str | None:
     """Import the extension, pack two layers and compare, in a process of its own; what went wrong, None if nothing."""
-    _, problem = intel.load(loud=True)
-    if problem is not None:
-        return problem
+    intel.import_it()  # aloud: its notices are all there is to read once it has ended the process
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval().requires_grad_(False)
     rows = torch.randn(3, 64)
@@ -174,7 +179,17 @@ def import_problem(versions: dict[str, str], *, again: bool = False) -> str | No
 
     Tried in a process of its own unless the answer is remembered; ``again`` tries anyway.
     """
-    return try_once(f"{__name__}:{try_out.__name__}", intel.circumstances(versions), again=again)
+    circumstances = {**intel.circumstances(versions), "sources": _sources()}
+    return try_once(f"{__name__}:{try_out.__name__}", circumstances, again=again)
+
+
+def _sources() -> str:
+    """A checksum of the modules that import, pack and compare: what failed for older ones is tried again."""
+    checksum = 0
+    for module in (sys.modules[__name__], intel, modes, probing):
+        with suppress(OSError):  # an installation without sources
+            checksum = zlib.crc32(Path(str(module.__file__)).read_bytes(), checksum)
+    return str(checksum)
 
 
 def _unsuitable(model: nn.Module) -> str | None:
@@ -238,7 +253,9 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
     if extension is None:
         raise RuntimeError(problem)
     # The extension would make the copy itself, but rearranges some weights of the original before it does.
-    packed = copy.deepcopy(model).eval()
+    # Output heads stay as they are, so nothing is spent on copying and packing them.
+    heads = _heads(model)
+    packed = copy.deepcopy(model, {id(head): nn.Identity() for head in heads}).eval()
     with intel.quiet():
         packed = extension.optimize(
             packed,
@@ -248,14 +265,13 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
             linear_bn_folding=False,
             auto_kernel_selection=True,
         )
-    heads = _heads(model)
-    count = 0
-    for name, layer in model.named_modules():
+    done = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
         if layer in heads:
             packed.set_submodule(name, layer)
         elif type(layer) is nn.Linear and type(packed.get_submodule(name)) is not nn.Linear:
-            count += 1
-    return packed, count
+            done.add(layer)
+    return packed, len(done)
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:

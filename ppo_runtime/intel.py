@@ -17,11 +17,10 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +47,9 @@ _REPLACED_ON_IMPORT = (
 
 def installed() -> dict[str, str]:
     """Versions of torch and, if it is there, of the extension."""
-    return {name: version for name in ("torch", EXTENSION) if (version := _version(name))}
+    # A torch that was built in place has no metadata.
+    found = {"torch": _version("torch") or str(torch.__version__), EXTENSION: _version(EXTENSION)}
+    return {name: version for name, version in found.items() if version}
 
 
 def obstacle(versions: Mapping[str, str]) -> str | None:
@@ -71,7 +72,7 @@ def obstacle(versions: Mapping[str, str]) -> str | None:
 
 
 def circumstances(versions: Mapping[str, str]) -> dict[str, str]:
-    """All that the outcome of an import may depend on: versions, the processor, which copy, and how it is imported."""
+    """All that the outcome of an import may depend on: versions, the processor, which copy, and how it is found."""
     spec = importlib.util.find_spec(PACKAGE)
     files = [spec.origin if spec else None, torch.__file__]
     places = {
@@ -79,14 +80,15 @@ def circumstances(versions: Mapping[str, str]) -> dict[str, str]:
         for number, file in enumerate(files)
         if file and os.path.exists(file)
     }
+    loader = {name: os.environ[name] for name in ("LD_PRELOAD", "LD_LIBRARY_PATH") if name in os.environ}
     return {
         **versions,
         **places,
+        **loader,
         "python": sys.version,
+        "numpy": _version("numpy") or "",
         "transformers": _version("transformers") or "",
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        # What failed for an older importer is tried again.
-        "importer": str(zlib.crc32(Path(__file__).read_bytes())),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}",
     }
 
 
@@ -96,23 +98,25 @@ def is_loaded() -> bool:
 
 
 @functools.cache
-def load(*, loud: bool = False) -> tuple[ModuleType | None, str | None]:
+def load() -> tuple[ModuleType | None, str | None]:
     """The extension, imported; or None and why it can't be, in one line.
 
-    Tried once: what has failed half-way through leaves native code behind that can't be loaded twice. ``loud`` leaves
-    its notices where they go, which are all there is to read once it has ended the process.
+    Tried once: what has failed half-way through leaves native code behind that can't be loaded twice.
     """
     try:
-        with nullcontext() if loud else quiet():
-            return _import(), None
+        with quiet():
+            return import_it(), None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the extension answers an old processor with sys.exit
         return None, first_line(error)
 
 
-def _import() -> ModuleType:
-    """Import the extension, and put back what that replaces in torch's Python interface and in logging."""
+def import_it() -> ModuleType:
+    """Import the extension, and put back what that replaces in torch's Python interface and in logging.
+
+    Its notices go where it sends them, and it raises what it raises; :func:`load` does neither.
+    """
     functions = [(owner, name, getattr(owner, name)) for owner, name in _REPLACED_ON_IMPORT]
     root, logger_class = logging.getLogger(), logging.getLoggerClass()
     level, handlers = root.level, root.handlers[:]
@@ -197,6 +201,18 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _processor(path: str = "/proc/cpuinfo") -> str:
+    """Name and, as a checksum, abilities of the first processor; a home directory may be that of many machines."""
+    known: dict[str, str] = {}
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, _, value = (part.strip() for part in line.partition(":"))
+            known.setdefault(name, value)
+            if not name:  # the end of the first
+                break
+    return f"{known.get('model name', '')} {zlib.crc32(known.get('flags', '').encode())}"
+
+
 def _release(version: str) -> list[str]:
     return version.split(".")[:2]
 
@@ -205,19 +221,33 @@ def _release(version: str) -> list[str]:
 def quiet() -> Iterator[None]:
     """Send the extension's notices about itself to the log, at debug level.
 
-    Some are written by C++ straight to the terminal, hence the detour over the file descriptor.
+    Some are written by C++ straight to the terminal, hence the detour over the file descriptor. That is the whole
+    process's: for the seconds of an import or a packing, what other threads write to stderr goes to the log too. A
+    process without a stderr has no terminal to keep clean, and where no file can be made the notices are let through.
     """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as opened:
         warnings.simplefilter("ignore")
-        terminal = os.dup(2)
+        terminal, sink = -1, None
+        if sys.stderr is not None and sys.__stderr__ is not None:
+            with suppress(OSError):
+                terminal = os.dup(2)
+                opened.callback(os.close, terminal)
+                sink = opened.enter_context(tempfile.TemporaryFile())
+        if sink is None:
+            yield
+            return
+        _flush()
         os.dup2(sink.fileno(), 2)
         try:
             yield
         finally:
-            sys.stderr.flush()
+            _flush()
             os.dup2(terminal, 2)
-            os.close(terminal)
             sink.seek(0)
             if notices := sink.read().decode(errors="replace").strip():
                 logger.debug("%s says:\n%s", EXTENSION, notices)
+
+
+def _flush() -> None:
+    with suppress(AttributeError, OSError, ValueError):  # whatever stands there: closed, or no file at all
+        sys.stderr.flush()

@@ -4,10 +4,14 @@ Each way to fail is a line of a table; the extension is a fake one, so that the 
 """
 
 import copy
+import json
 import logging
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, accel, intel
+from ppo_runtime import AutoModelForCausalLMWithValueHead, accel, intel, probing
 from ppo_runtime.accel import AccelError, accelerate_frozen, choose
 from ppo_runtime.assembly import make_reference
 from ppo_runtime.cli import app
@@ -57,9 +61,27 @@ def convolution() -> nn.Module:
     return nn.Conv1d(1, 1, 1).requires_grad_(False)
 
 
+def frozen(kind: type[nn.Sequential]) -> nn.Module:
+    return kind(*layers()).requires_grad_(False)
+
+
 class Uncopyable(nn.Sequential):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("cannot pickle '_thread.lock' object")
+
+
+class Headless(nn.Sequential):
+    """As a wrapper that hands every call on to something which isn't there."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        raise NotImplementedError("no head")
+
+
+class Headed(nn.Sequential):
+    """Its first layer is its output head, and can be reached under two names."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self[0]
 
 
 class Elsewhere(nn.Sequential):
@@ -141,6 +163,7 @@ CASES = {
     "float64": Case("is torch.float64", MODEL, model=of_dtype(torch.float64), warns=False),
     "on a GPU": Case("0.weight of Elsewhere is on cuda:1", MODEL, model=lambda: Elsewhere(*layers()), warns=False),
     "without storage": Case("no storage", "load the model's weights", model=lambda: layers().to("meta"), warns=False),
+    "head can't be told": Case("NotImplementedError: no head", PACKING, model=lambda: frozen(Headless), warns=False),
     "nothing to pack": Case("Conv1d has no linear layer", "accel='eager'", model=convolution, warns=False),
 }
 
@@ -208,6 +231,117 @@ def test_a_healthy_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert final.backend == "ipex"
         assert final.reason.endswith("; 2 linear layers packed")
         assert state(model)["training"] == before["training"]
+
+
+def test_an_output_head_is_neither_copied_nor_shown_to_the_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = "seen = []\n" + HEALTHY.replace("assert not", "seen.extend(model.parameters())\n    assert not")
+    monkeypatch.setattr(accel, "import_problem", lambda versions: None)
+    with installed(monkeypatch, tmp_path, seen):
+        model: Any = frozen(Headed)
+        model.again = model[0]
+        packed: Any = accelerate_frozen(model, choose("auto", strict=True), rows)[0]
+        assert packed[0] is packed.again is model[0]
+        assert type(packed[2][0]).__name__ == "Packed"
+        shapes = [tuple(parameter.shape) for parameter in sys.modules[intel.PACKAGE].seen]
+        assert shapes == [(8, 8), (8,), (1, 1, 1, 1), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("source", "passes"),
+    [
+        ("raise MemoryError", True),
+        ("raise KeyboardInterrupt", True),
+        ("raise OSError(24, 'Too many open files')", True),
+        (optimize("raise RuntimeError('DefaultCPUAllocator: not enough memory')"), True),
+        ("raise ImportError('libfabric.so.1')", False),
+        (HEALTHY, False),
+    ],
+)
+def test_the_try_tells_a_shortage_from_what_is_broken(
+    source: str, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the other process does, in this one."""
+    with installed(monkeypatch, tmp_path, source), torch.random.fork_rng(devices=[]):
+        probing._answer("ppo_runtime.accel:try_out")
+    said = json.loads(capfd.readouterr().out)
+    assert said["passes"] == passes
+    assert (said["problem"] is None) == (source == HEALTHY)
+
+
+def changed_source(module: Any) -> Callable[[pytest.MonkeyPatch, Path], None]:
+    def change(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+        (place / "other.py").write_text(Path(module.__file__).read_text() + "# changed")
+        monkeypatch.setattr(module, "__file__", str(place / "other.py"))
+
+    return change
+
+
+def another_numpy(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    found = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "numpy" else found(name))
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
+    "importing": changed_source(intel),
+    "packing": changed_source(accel),
+    "trying": changed_source(probing),
+    "numpy": another_numpy,
+    "processor": lambda monkeypatch, place: monkeypatch.setattr(intel, "_processor", lambda: "another"),
+    "preloaded": lambda monkeypatch, place: monkeypatch.setenv("LD_PRELOAD", ""),
+    "searched": lambda monkeypatch, place: monkeypatch.setenv("LD_LIBRARY_PATH", str(place)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_answer_holds_for_what_it_was_found_with(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(accel, "try_once", lambda target, circumstances, *, again: asked.append(circumstances))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    for _ in range(2):
+        accel.import_problem({})
+    CHANGES[change](monkeypatch, tmp_path)
+    accel.import_problem({})
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_a_processor_is_its_name_and_what_it_can(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    told = []
+    for name, flags in (("A", "avx2"), ("A", "avx2 amx"), ("B", "avx2")):
+        file.write_text(f"processor : 0\nmodel name\t: {name}\nflags : {flags}\n\nprocessor : 1\nmodel name : C\n")
+        told.append(intel._processor(str(file)))
+    assert len(set(told)) == 3
+    assert told[1].startswith("A ")
+    assert intel._processor(str(tmp_path / "none")).startswith(" ")
+
+
+def test_torch_without_metadata_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {intel.EXTENSION: "2.8.0"})
+    monkeypatch.setattr(torch, "__version__", "2.9.0a0+git1234")
+    assert "2.8.0 does not fit torch 2.9.0a0+git1234" in choose("auto", strict=False).reason
+
+
+@pytest.mark.parametrize("stream", ["closed", "none at all", "no file can be made"])
+def test_notices_are_no_reason_to_fail(stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accel, "import_problem", lambda versions: None)
+    with installed(monkeypatch, tmp_path):
+        if stream == "closed":
+            gone = open(tmp_path / "gone", "w")  # noqa: SIM115 - it is closed, which is the point
+            gone.close()
+            monkeypatch.setattr(sys, "stderr", gone)
+        elif stream == "none at all":  # as under 2>&-
+            monkeypatch.setattr(sys, "stderr", None)
+            monkeypatch.setattr(os, "dup", lambda number: pytest.fail("descriptor 2 is another's"))
+        else:
+            monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        assert accelerate_frozen(layers(), choose("auto", strict=True), rows)[1].backend == "ipex"
 
 
 def test_what_is_loaded_already_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,12 @@
 """What one process finds out the next need not try; and nothing that happens to the file of answers matters."""
 
 import json
+import logging
 import os
+import platform
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +57,71 @@ def hangs():
     count()
     import time
     time.sleep(60)
+
+def interrupted():
+    count()
+    raise KeyboardInterrupt
+
+def lacks_memory():
+    count()
+    raise MemoryError
+
+def lacks_memory_of_torch():
+    count()
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+def finds_the_disk_full():
+    count()
+    import errno
+    raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+def has_no_file_left():
+    count()
+    import errno
+    raise OSError(errno.EMFILE, "something")
+
+def cannot_map():
+    count()
+    raise ImportError("libx.so: failed to map segment from shared object: Cannot allocate memory")
+
+def wraps():
+    count()
+    try:
+        raise MemoryError
+    except MemoryError:
+        raise ImportError("broken") from None
+
+def cannot_allocate_in_native_code():
+    count()
+    print("terminate called after throwing\\n  what():  std::bad_alloc", file=sys.stderr, flush=True)
+    os.abort()
+
+def is_denied():
+    count()
+    import errno
+    raise OSError(errno.EACCES, "Permission denied", "/tmp/x")
+
+def leaves_a_process_behind():
+    count()
+    import subprocess
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    Path(__file__).with_name("child").write_text(str(child.pid))
+    return "the numbers differ"
+
+def leaves_a_process_behind_and_hangs():
+    leaves_a_process_behind()
+    hangs()
 """
+PASSING = {
+    "interrupted": "KeyboardInterrupt",
+    "lacks_memory": "MemoryError",
+    "lacks_memory_of_torch": "RuntimeError: [enforce fail] DefaultCPUAllocator: can't",
+    "finds_the_disk_full": "OSError: [Errno 28] No space left",
+    "has_no_file_left": "OSError: [Errno 24] something",
+    "cannot_map": "ImportError: libx.so: failed to map",
+    "wraps": "ImportError: broken",
+    "cannot_allocate_in_native_code": "it ends the process (SIGABRT, saying: what():  std::bad_alloc)",
+}
 
 
 @pytest.fixture
@@ -63,6 +131,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was tried, for tests of what is kept: nothing is run, and all is well."""
+    tried: list[str] = []
+
+    def try_it(target: str) -> probing.Answer:
+        tried.append(target)
+        return probing.Answer(None)
+
+    monkeypatch.setattr(probing, "_try", try_it)
+    return tried
 
 
 def tries(place: Path) -> int:
@@ -79,6 +160,7 @@ def tries(place: Path) -> int:
         ("dies", "it ends the process (exit code 127, saying: terminate called)", True),
         ("faults", "it ends the process (SIGSEGV)", True),
         ("is_killed", "it ends the process (SIGKILL)", False),  # memory ran out: another time it may not
+        ("is_denied", "PermissionError: [Errno 13] Permission denied: '/tmp/x'", True),
         ("missing", "AttributeError: module 'tried' has no attribute 'missing'", True),
     ],
 )
@@ -89,16 +171,94 @@ def test_an_answer_is_found_once(place: Path, function: str, problem: str | None
         assert tries(place) == (1 if lasting else 2)
 
 
-def test_what_comes_to_no_end_is_no_lasting_answer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "TIMEOUT", 0.5)
-    assert "no end within 0.5 s" in str(try_once("tried:hangs", VERSIONS))
+@pytest.mark.parametrize("function", PASSING)
+def test_what_another_hour_may_change_is_no_lasting_answer(place: Path, function: str) -> None:
+    assert str(try_once(f"tried:{function}", VERSIONS)).startswith(PASSING[function])
     assert not (place / "cache").exists()
 
 
-def test_other_circumstances_are_another_question(place: Path) -> None:
+@pytest.mark.parametrize("clock", ["the same day", "the next day", "put back"])
+def test_what_comes_to_no_end_is_believed_for_a_day(place: Path, clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "TIMEOUT", 0.5)
+    assert "no end within 0.5 s" in str(try_once("tried:hangs", VERSIONS))
+    now = time.time()
+    passed = {"the same day": 80000, "the next day": probing.DAY + 60, "put back": -1000}[clock]
+    monkeypatch.setattr(time, "time", lambda: now + passed)
+    (place / "tried.py").write_text(TRIED.replace("def hangs():", "def hangs():\n    return 'comes to an end'"))
+    monkeypatch.setattr(probing, "TIMEOUT", 60.0)
+    said = try_once("tried:hangs", VERSIONS)
+    assert said == "comes to an end" if clock != "the same day" else "no end within" in str(said)
+
+
+def test_a_try_is_announced_before_it_is_made(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ppo_runtime.probing"):
+        for _ in range(2):
+            try_once("tried:fine", VERSIONS)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["trying tried:fine in a process of its own, which takes seconds, 90 at most"]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="without process groups only the process itself is ended")
+@pytest.mark.parametrize("function", ["leaves_a_process_behind", "leaves_a_process_behind_and_hangs"])
+def test_nothing_that_it_started_stays(place: Path, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "TIMEOUT", 5.0)
+    said = str(try_once(f"tried:{function}", VERSIONS))
+    assert ("no end" if "hangs" in function else "the numbers differ") in said
+    assert not runs(int((place / "child").read_text()))
+
+
+def runs(process: int) -> bool:
+    """Gives it a while to vanish; a zombie, which only its new parent can bury, has."""
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+            if " Z " in Path(f"/proc/{process}/stat").read_text():
+                return False
+        except OSError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_the_working_directory_is_the_users(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "here").mkdir()
+    for name in ("json", "sys", "importlib", "ppo_runtime"):
+        (place / "here" / f"{name}.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(place / "here")
+    assert try_once("tried:says", VERSIONS) == "the numbers differ"
+
+
+@pytest.mark.parametrize("failing", ["dump", "replace"])
+def test_an_answer_that_could_not_be_kept_leaves_nothing(
+    place: Path, asked: list[str], failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((json, "dump") if failing == "dump" else (os, "replace")), full)
+    assert try_once("tried:fine", VERSIONS) is None
+    assert asked
+    assert list((place / "cache" / "ppo-core").iterdir()) == []
+
+
+def test_it_needs_no_signal_that_only_some_systems_have() -> None:
+    """Windows has neither SIGKILL nor SIGHUP, and nearly nothing of os that is for process groups."""
+    code = (
+        "import os, signal, errno\nkill = signal.SIGKILL\n"
+        "del os.killpg, errno.EDQUOT, signal.SIGKILL, signal.SIGHUP\n"
+        "from ppo_runtime import probing\n"
+        "signal.SIGKILL = kill  # which subprocess needs here, and not on Windows\n"
+        "assert signal.SIGTERM in probing._FROM_OUTSIDE\n"
+        "print(probing._try('platform:system').problem)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == (platform.system(), "")
+
+
+def test_other_circumstances_are_another_question(place: Path, asked: list[str]) -> None:
     for circumstances in (VERSIONS, {**VERSIONS, "torch": "2.8.1"}, {**VERSIONS, "transformers": "5"}, VERSIONS):
         try_once("tried:fine", circumstances)
-    assert tries(place) == 3
+    assert len(asked) == 3
 
 
 def test_trying_again_renews_the_answer(place: Path) -> None:
@@ -111,22 +271,35 @@ def test_trying_again_renews_the_answer(place: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "null", "[1]", '"fine"', '{"problem": null}', '{"question": {}, "problem": null}', "\x00\xff", "number"],
+    [
+        "",
+        "{",
+        "null",
+        "[1]",
+        '"fine"',
+        '{"problem": null}',
+        '{"question": {}, "problem": null}',
+        "\x00\xff",
+        "number",
+        "until",
+    ],
 )
-def test_a_torn_file_is_no_answer(place: Path, damage: str) -> None:
+def test_a_torn_file_is_no_answer(place: Path, asked: list[str], damage: str) -> None:
     try_once("tried:fine", VERSIONS)
     (memory,) = (place / "cache" / "ppo-core").iterdir()
     kept = json.loads(memory.read_text())
-    damage = json.dumps({**kept, "problem": 3}) if damage == "number" else damage
+    damage = {"number": json.dumps({**kept, "problem": 3}), "until": json.dumps({**kept, "until": "soon"})}.get(
+        damage, damage
+    )
     memory.write_bytes(damage.encode("latin-1"))
     assert try_once("tried:fine", VERSIONS) is None
-    assert tries(place) == 2
+    assert len(asked) == 2
     assert json.loads(memory.read_text()) == kept
 
 
 @pytest.mark.parametrize("cache", ["a file", "relative", "no home"])
 def test_without_a_place_to_remember_it_tries_each_time(
-    place: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+    place: Path, asked: list[str], cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -136,7 +309,7 @@ def test_without_a_place_to_remember_it_tries_each_time(
     monkeypatch.setattr(Path, "home", homeless if cache == "no home" else lambda: place / "a file")
     for _ in range(2):
         assert try_once("tried:fine", VERSIONS) is None
-    assert tries(place) == 2
+    assert len(asked) == 2
     assert not Path("relative").exists()
 
 
