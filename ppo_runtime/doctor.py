@@ -9,7 +9,9 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
@@ -25,6 +27,8 @@ DIRECT = (
     *("torch", "transformers", "datasets", "safetensors", "numpy", "attrs", "jaxtyping", "rich", "typer"),
     *("vaderSentiment", "matplotlib", "peft", "intel-extension-for-pytorch"),
 )
+UNEXPECTED = "nothing needs this; should it look wrong, please report it"
+_WIDTH = max(map(len, DIRECT))
 DEMO_GIB = 1.3
 """What the demo with its embedded model takes at its peak."""
 
@@ -46,7 +50,10 @@ def diagnose() -> Iterator[Finding]:
     machine = f"{platform.system()} {platform.machine()}"
     yield Finding("python", f"{platform.python_version()} on {machine}, {sys.executable}")
     yield Finding("ppo-core", _version("ppo-core") or f"not installed, run from {CONSTRAINTS.parents[1]}")
-    yield from versions(*_tested())
+    try:
+        yield from versions(*_tested())
+    except Exception as error:  # of odd metadata: the parts themselves are tried below
+        yield Finding("versions", f"not known ({first_line(error)})", UNEXPECTED)
     for name, check, advice in (
         ("frozen models", _backend, None),
         ("threads", _threads, "reinstall torch"),
@@ -61,12 +68,14 @@ def diagnose() -> Iterator[Finding]:
 
 def report(console: Console) -> int:
     """Print the findings; 0 if the demo can run, 1 if something that it needs is missing or broken."""
-    findings = list(diagnose())
-    table = Table(show_header=False)
-    for finding in findings:
+    findings = []
+    for finding in diagnose():  # each as it comes, since the next may take a minute, or hang
+        findings.append(finding)
+        row = Table.grid(padding=(0, 2))
+        row.add_column(width=_WIDTH, no_wrap=True)
         style = "red" if finding.broken else "yellow" if finding.advice else ""
-        table.add_row(finding.name, Text(finding.value, style=style))
-    console.print(table)
+        row.add_row(finding.name, Text(finding.value, style=style))
+        console.print(row)
     for finding in findings:
         if finding.advice:
             kind = "problem" if finding.broken else "note"
@@ -83,12 +92,13 @@ def versions(tested: dict[str, str] | None, source: str) -> Iterator[Finding]:
     for name in DIRECT:
         found, expected = _version(name), (tested or {}).get(_normal(name))
         told = f" (tested {expected})" if expected and expected != _public(found) else ""
-        if found is None:
-            missing = name in required
+        if found is None and _can_be_found(name):  # such as a torch that was built in place
+            yield Finding(name, f"found, but not its version{told}")
+        elif found is None:
+            missing = _normal(name) in required
             yield Finding(name, f"not installed{told}", INSTALL if missing else None, broken=missing)
-        elif name in required and not _satisfies(found, required[name]):
-            wanted = f"{name}{required[name]}"
-            yield Finding(name, f"{found}, required {required[name]}{told}", f"pip install '{wanted}'", broken=True)
+        elif not _satisfies(found, wanted := required.get(_normal(name), "")):
+            yield Finding(name, f"{found}, required {wanted}{told}", f"pip install '{name}{wanted}'", broken=True)
         else:
             yield Finding(name, f"{found}{told}")
             others += [f"{name} {found}{told}"] if told else []
@@ -107,10 +117,11 @@ def versions(tested: dict[str, str] | None, source: str) -> Iterator[Finding]:
 
 
 def _tried(name: str, check: Callable[[], Finding | str], advice: str | None) -> Finding:
+    """What a check finds; its failure breaks the demo if there is advice for that case, else the demo needs it not."""
     try:
         found = check()
     except (Exception, SystemExit) as error:
-        return Finding(name, first_line(error), advice or "this should not happen; please report it", broken=True)
+        return Finding(name, first_line(error), advice or UNEXPECTED, broken=advice is not None)
     return found if isinstance(found, Finding) else Finding(name, found)
 
 
@@ -157,15 +168,46 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             known["MemTotal"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     total, available = known.get("MemTotal"), known.get("MemAvailable")
-    group = root / "sys/fs/cgroup"
+    for limit, used in _groups(root):
+        left = max(limit - used, 0)
+        total = limit if total is None else min(total, limit)
+        available = left if available is None else min(available, left)
+    return total, available
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of every control group with a limit that this process is in, of both versions.
+
+    Files that were read and can be dropped any time, which the kernel counts in, are not in use. A group whose path
+    leads out of what this process sees of the tree is looked for at the root of that alone.
+    """
+    places = [("", "/")]
+    with suppress(OSError):
+        lines = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
+        places += [("memory" if names else "", path) for _, names, path in lines if not names or "memory" in names]
+    seen = set()
+    for kind, path in places:
+        top = root / "sys/fs/cgroup" / kind
+        group = top / path.strip("/")
+        if ".." in group.parts:
+            group = top
+        for level in (group, *group.parents):
+            if level in seen or not level.is_relative_to(top):
+                break
+            seen.add(level)
+            limit, used, cache = ("max", "current", "") if not kind else ("limit_in_bytes", "usage_in_bytes", "total_")
+            with suppress(OSError, ValueError):  # no such group here, or one without a limit ("max")
+                most, now = (int((level / f"memory.{name}").read_text()) for name in (limit, used))
+                dropped = re.search(rf"^{cache}inactive_file (\d+)$", _read(level / "memory.stat"), re.MULTILINE)
+                if most < 2**60:  # which is version 1's way to say that there is none
+                    yield most, now - int(dropped[1] if dropped else 0)
+
+
+def _read(file: Path) -> str:
     try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return total, available
-    return (
-        limit if total is None else min(total, limit),
-        max(limit - used, 0) if available is None else min(available, max(limit - used, 0)),
-    )
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _modules() -> str:
@@ -232,31 +274,48 @@ def pins(text: str) -> dict[str, str]:
 
 
 def _required() -> dict[str, str]:
-    """What ppo-core and its demo need, by name; nothing where ppo-core itself is not installed."""
+    """What ppo-core and its demo need, by normalised name; nothing where ppo-core itself is not installed."""
     try:
-        from packaging.requirements import Requirement
+        from packaging.requirements import InvalidRequirement, Requirement
 
-        requirements = [Requirement(line) for line in metadata.requires("ppo-core") or []]
+        lines = metadata.requires("ppo-core") or []
     except (ImportError, metadata.PackageNotFoundError):
         return {}
-    return {
-        requirement.name: str(requirement.specifier)
-        for requirement in requirements
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "demo"})
-    }
+    required = {}
+    for line in lines:
+        with suppress(InvalidRequirement):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": "demo"}):
+                required[_normal(requirement.name)] = str(requirement.specifier)
+    return required
 
 
 def _satisfies(version: str, specifier: str) -> bool:
+    """True as well of a version that can't be compared, such as one made from a branch's name."""
+    if not specifier:
+        return True
     from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
 
-    return SpecifierSet(specifier).contains(version, prereleases=True)
+    try:
+        return SpecifierSet(specifier).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return True
 
 
 def _version(distribution: str) -> str | None:
     try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+        return metadata.version(distribution) or None
+    except (metadata.PackageNotFoundError, KeyError):  # not there, or left half removed
         return None
+
+
+def _can_be_found(name: str) -> bool:
+    """Whether there is a module to import; the distributions looked at have the names of theirs."""
+    try:
+        return find_spec(name.replace("-", "_")) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _public(version: str | None) -> str | None:

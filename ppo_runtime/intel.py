@@ -197,7 +197,7 @@ def _modules() -> dict[str, ModuleType]:
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, KeyError):  # not there, or left half removed
         return None
 
 

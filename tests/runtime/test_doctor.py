@@ -2,15 +2,20 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from ppo_runtime import accel, doctor
+from ppo_runtime.accel import choose
 from ppo_runtime.doctor import Finding, memory, pins, report, versions
 from tests.runtime.fake_extension import FITTING, pretend
 
@@ -77,6 +82,7 @@ def test_found_tested_and_required_versions(monkeypatch: pytest.MonkeyPatch) -> 
     needs += ["vaderSentiment==3.3.2; extra == 'demo'", "tomli>=2; python_version < '3'"]
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = findings({"torch": "2.9.1", "numpy": "2.1.0", "fsspec": "1.1", "tqdm": "4.0", "absent": "1"})
     assert found["torch"] == Finding("torch", "2.9.1+cpu"), "a build for the CPU is the version tested"
     assert found["numpy"] == Finding("numpy", "2.0.0 (tested 2.1.0)")
@@ -140,6 +146,49 @@ def test_memory_is_what_the_container_allows(
     assert memory(tmp_path) == expected
 
 
+GROUPS = {
+    "cache counts as free": ("0::/", {"": (4000, 3000, "inactive_file 500\nactive_file 7\n")}, 1500),
+    "group of a service": ("0::/a.slice/b.service", {"a.slice/b.service": (3000, 1000, "inactive_file 0\n")}, 2000),
+    "group around it": (
+        "0::/a.slice/b.service",
+        {"a.slice": (3000, 2900, ""), "a.slice/b.service": (9000, 0, "")},
+        100,
+    ),
+    "none of another": ("0::/a.slice", {"b.slice": (10, 5, "")}, None),
+    "path of the host": ("0::/../../docker/1", {"": (4000, 1000, "")}, 3000),
+    "version 1": (
+        "4:memory:/job\n0::/",
+        {"memory/job": (4000, 3000, "inactive_file 7\ntotal_inactive_file 500\n")},
+        1500,
+    ),
+    "version 1, path of the host": ("4:cpu,memory:/docker/1\n", {"memory": (4000, 1000, "")}, 3000),
+    "version 1 without limit": ("4:memory:/\n", {"memory": (9223372036854771712, 1000, "")}, None),
+    "another controller": ("4:cpu:/job\n", {"memory/job": (10, 5, "")}, None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_memory_is_what_every_control_group_allows(case: str, tmp_path: Path) -> None:
+    """Sizes are in KiB."""
+    lines, groups, left = GROUPS[case]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(lines)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8000 kB\nMemAvailable:   5000 kB\n")
+    for name, (limit, used, stat) in groups.items():
+        place = tmp_path / "sys/fs/cgroup" / name
+        place.mkdir(parents=True, exist_ok=True)
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if "memory" in name else ("memory.max", "memory.current")
+        )
+        for file, size in zip(names, (limit, used), strict=True):
+            (place / file).write_text(f"{size if size > 2**60 else size * 1024}\n")
+        if stat:
+            (place / "memory.stat").write_text(re.sub(r"\d+", lambda size: str(int(size[0]) * 1024), stat))
+    total, available = memory(tmp_path)
+    assert available == (5000 if left is None else left) * 1024
+    assert total == 8000 * 1024 if left is None else min(limit for limit, _, _ in groups.values()) * 1024
+
+
 def test_memory_without_proc_is_a_guess_at_most(tmp_path: Path) -> None:
     total, available = memory(tmp_path)
     assert total is None or total > 0
@@ -166,6 +215,70 @@ def test_the_extension_is_tried_and_not_just_looked_up(problem: str | None, monk
     else:
         assert f"takes eager torch: intel-extension-for-pytorch can't be used here ({problem})" in finding.value
         assert "pip install 'ppo-core[ipex]'" in str(finding.advice)
+
+
+def test_findings_are_printed_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next may take a minute, and the one who waits wants to know for what."""
+    shown = io.StringIO()
+
+    def diagnose() -> Iterator[Finding]:
+        yield Finding("first", "well")
+        assert "first" in shown.getvalue()
+        yield Finding("second", "odd [ipex]", "do this")
+        assert "odd [ipex]" in shown.getvalue()
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    assert report(Console(width=200, file=shown)) == 0
+
+
+@pytest.mark.parametrize("name", doctor.DIRECT)
+@pytest.mark.parametrize("spelled", [str.lower, str.upper, lambda name: name.replace("-", "_")])
+def test_a_requirement_may_be_spelled_in_any_way(
+    name: str, spelled: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setattr(metadata, "requires", lambda _: [f"{spelled(name)}>=3; extra == 'demo'"])
+    assert [finding.name for finding in findings(None).values() if finding.broken] == [name]
+    monkeypatch.setattr(metadata, "version", lambda _: "2")
+    (old,) = [finding for finding in findings(None).values() if finding.broken]
+    assert (old.name, old.advice) == (name, f"pip install '{name}>=3'")
+
+
+@pytest.mark.parametrize("version", ["2.9.0-my-branch", "git", "", None, KeyError("Version")])
+def test_odd_metadata_is_no_reason_to_fail(version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(name: str) -> Any:
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    monkeypatch.setattr(metadata, "version", of)
+    monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.8", "attrs (what?", "numpy>=1.26; odd == 'x'"])
+    found = findings({"torch": "2.9.1"})
+    shown = version if isinstance(version, str) and version else "found, but not its version"
+    assert found["torch"] == Finding("torch", f"{shown} (tested 2.9.1)"), "it is there to be tried"
+    assert not any(finding.broken for finding in found.values())
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert findings(None)["torch"].broken == (shown != version), "what is half removed is not installed"
+    assert choose("auto", strict=False).versions["torch"] == (version if shown == version else torch.__version__)
+
+
+@pytest.mark.parametrize("part", ["choose", "_tested", "memory"])
+def test_a_doctor_that_fails_is_not_a_demo_that_cannot_run(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("as never seen before")
+
+    monkeypatch.setattr(accel if part == "choose" else doctor, part, fail)
+    for name in ("_threads", "_modules", "_score", "_curves", "_model"):
+        monkeypatch.setattr(doctor, name, lambda: "well")
+    found = list(doctor.diagnose())
+    assert [finding.name for finding in found if finding.broken] == []
+    (failed,) = [finding for finding in found if "as never seen before" in finding.value]
+    assert failed.advice is not None
+    assert found[-1].name == "demo: model", "and the rest is looked at"
 
 
 def test_whatever_a_check_raises_is_a_finding() -> None:
