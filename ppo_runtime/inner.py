@@ -85,6 +85,10 @@ def load_model(
     with torch.device("meta"):
         model_class = type(parent.from_config(config))
     rest = {key: value for key, value in kwargs.items() if key not in (*hub, "config")}
+    if kwargs.get("config") is None:  # as transformers does: what is no loading argument is a field of the config
+        own = {key: rest.pop(key) for key in ("dtype", "quantization_config") if key in rest}
+        found: Any = AutoConfig.from_pretrained(name, **hub, **rest, return_unused_kwargs=True)
+        config, rest = found[0], found[1] | own
     model = model_class.from_pretrained(None, *args, config=config, state_dict=weights, **rest)
     model.name_or_path = model.config.name_or_path = os.fspath(name)
     if find_file(name, "generation_config.json", **hub) is not None:
@@ -115,12 +119,19 @@ def _with_dtype(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     kwargs = dict(kwargs)
     if "torch_dtype" in kwargs:
         older = kwargs.pop("torch_dtype")
-        if kwargs.setdefault("dtype", older) != older:
+        newer = kwargs.setdefault("dtype", older)
+        if _dtype(newer) != _dtype(older):
             raise ValueError(f"dtype is {kwargs['dtype']!r} and torch_dtype, its older name, is {older!r}; pass one")
     # transformers would take the dtype that the weights are stored in, and train in it.
     if kwargs.get("quantization_config") is None and getattr(config, "quantization_config", None) is None:
         kwargs.setdefault("dtype", torch.float32)
     return kwargs
+
+
+def _dtype(given: Any) -> Any:
+    """The dtype that a string such as "bfloat16" or "torch.bfloat16" names; anything else as it is."""
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else None
+    return found if isinstance(found, torch.dtype) else given
 
 
 def is_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:

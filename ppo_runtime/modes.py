@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,26 +36,41 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
     checkpointed layer runs again during backward, so `backward()` belongs inside this context as well: outside, the
     second run drops units that the first one kept, which torch reports as a CheckpointError where it notices.
 
-    Covers `nn.Dropout` and its kin, and float attributes named after dropout (`attention_dropout`, `layerdrop`,
-    `drop_prob`) or router jitter, which is where transformers' models keep them.
+    Covers `nn.Dropout` and its kin, and floats named after dropout (`attention_dropout`, `layerdrop`, `drop_prob`) or
+    router jitter, which is where transformers' models keep them: attributes of modules, and fields of their `config`,
+    which some read in every pass. A config that other models have as well is as it was on the way out.
     """
-    changed: list[tuple[nn.Module, str, Any]] = []
+    changed: list[tuple[Any, str, Any]] = []
     try:
-        for part in {part for module in modules for part in module.modules()}:
+        parts = {part for module in modules for part in module.modules()}
+        for part in parts:
             wanted: dict[str, Any] = dict.fromkeys(_random_attributes(part), 0.0)
             if getattr(part, "gradient_checkpointing", False) is True and not part.training:
                 wanted["training"] = True
             for name, value in wanted.items():
                 changed.append((part, name, getattr(part, name)))
                 setattr(part, name, value)
+        for config in _configs(parts):
+            for name in _random_attributes(config):
+                changed.append((config, name, getattr(config, name)))
+                object.__setattr__(config, name, 0.0)
         yield
     finally:
-        for part, name, value in changed:
-            setattr(part, name, value)
+        for holder, name, value in changed:
+            if isinstance(holder, nn.Module):
+                setattr(holder, name, value)
+            else:
+                object.__setattr__(holder, name, value)
 
 
-def _random_attributes(module: nn.Module) -> list[str]:
-    names = ["p"] if isinstance(module, _DropoutNd) else []
-    named = (name for name in vars(module) if "drop" in name or "jitter" in name)
+def _configs(parts: Iterable[nn.Module]) -> list[Any]:
+    """The modules' configurations, each object once; what has no attributes of its own is none."""
+    found = (getattr(part, "config", None) for part in parts)
+    return list({id(one): one for one in found if hasattr(one, "__dict__") and not isinstance(one, type)}.values())
+
+
+def _random_attributes(holder: Any) -> list[str]:
+    names = ["p"] if isinstance(holder, _DropoutNd) else []
+    named = (name for name in vars(holder) if "drop" in name or "jitter" in name)
     # Only what is on: an attribute left alone cannot make a compiled graph recompile.
-    return [name for name in (*names, *named) if isinstance(value := getattr(module, name), float) and value > 0]
+    return [name for name in (*names, *named) if isinstance(value := vars(holder)[name], float) and value > 0]

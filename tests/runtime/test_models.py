@@ -260,6 +260,10 @@ def test_layouts_users_have(family: str, layout: str, tmp_path: Path) -> None:
     model = legacy_layout(tmp_path / "old", family, layout)
     loaded = wrapper(family).from_pretrained(tmp_path / "old")
     assert_same(model, loaded, family)
+    field = "resid_pdrop" if family == "gpt2" else "dropout_rate"
+    other = wrapper(family).from_pretrained(tmp_path / "old", **{field: 0.25})
+    assert getattr(other.config, field) == 0.25, "a field of the configuration, as transformers takes it"
+    assert_same(model, other, family)
     loaded.save_pretrained(tmp_path / "new")
     assert_same(model, wrapper(family).from_pretrained(tmp_path / "new"), family)
     assert not any(name.startswith("pretrained") for name in load_file(tmp_path / "new" / "model.safetensors"))

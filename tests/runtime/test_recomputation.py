@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.inner import transformers_model
-from tests.runtime.tiny import FAMILIES, tiny_lora, tiny_model, tiny_tokenizer
+from ppo_runtime.modes import without_dropout
+from tests.runtime.tiny import FAMILIES, TOKENS, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 
 # peft still reads a property that transformers has renamed.
@@ -97,3 +101,71 @@ def test_layers_run_again_in_the_piecewise_methods(training: bool) -> None:
         trainer.train_minibatch(logprobs.detach(), values.detach(), logprobs, None, values, mask, ones, ones)
         found[door] = len(runs)
     assert found["the wrapper's method"] == 2 * found[None]
+
+
+def falcon(**options: bool) -> Any:
+    """Reads its residual dropout from the configuration in every pass."""
+    dropout = {"hidden_dropout": 0.4, "attention_dropout": 0.4}
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return FalconForCausalLM(FalconConfig(**(TOKENS | shape | dropout | options)))
+
+
+def gpt_neo(**options: Any) -> Any:
+    """Reads its attention dropout from the configuration for flash attention alone."""
+    dropout = dict.fromkeys(("resid_dropout", "embed_dropout", "attention_dropout"), 0.4)
+    shape = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    return GPTNeoForCausalLM(GPTNeoConfig(**(TOKENS | shape | dropout), max_position_embeddings=64, **options))
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "falcon": falcon,
+    "falcon, alibi": lambda: falcon(alibi=True),
+    "falcon, parallel": lambda: falcon(new_decoder_architecture=True),
+    "falcon, in sequence": lambda: falcon(parallel_attn=False),
+    "gpt_neo": gpt_neo,
+}
+
+
+@pytest.mark.parametrize("mode", ["as loaded", "train()", "checkpointing", "both"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_dropout_kept_in_a_configuration_is_off_in_updates(kind: str, mode: str) -> None:
+    torch.manual_seed(0)
+    plain = MAKERS[kind]().eval()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(plain).train(mode in ("train()", "both"))
+    if mode in ("checkpointing", "both"):
+        model.gradient_checkpointing_enable()
+    reference = type(plain)(plain.config).eval()
+    before = dict(vars(plain.config))
+    fields: dict[str, Any] = SETTINGS | {"ppo_epochs": 1}
+    trainer = PPOTrainer(PPOConfig(**fields), model, reference, tiny_tokenizer())
+    assert reference.config is plain.config
+    stats = trainer.step(*make_batch())
+    assert stats["ppo/policy/first_minibatch_ratio_deviation"] < 1e-4
+    assert vars(plain.config) == before
+
+
+class Owner(nn.Module):
+    """A module with any object as its configuration."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def test_configurations_of_any_kind_are_put_back() -> None:
+    shared = SimpleNamespace(hidden_dropout=0.1, router_jitter_noise=0.2, dropout=0, use_dropout=True, width=0.3)
+    frozen = Frozen(0.1)
+    model = nn.Sequential(*(Owner(config) for config in (shared, shared, frozen, {"dropout": 0.1}, None, Frozen)))
+    before = dict(vars(shared))
+    with without_dropout(model):
+        assert vars(shared) == before | {"hidden_dropout": 0.0, "router_jitter_noise": 0.0}
+        assert frozen.dropout == 0.0
+    assert vars(shared) == before
+    assert frozen.dropout == 0.1
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Refuses to be assigned to."""
+
+    dropout: float
