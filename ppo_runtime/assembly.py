@@ -15,6 +15,7 @@ from ppo_runtime.forward import Reference, evaluate, lay_out
 from ppo_runtime.heads import check_split
 from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.own_reference import check_stays, tell_of_a_difference
 from ppo_runtime.precision import is_widened, widen
 from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
 
@@ -74,7 +75,8 @@ def make_reference(
     A PEFT policy's own base, without its adapter, is what None stands for.
 
     Raises:
-        ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``.
+        ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``; or
+            there is none and the policy without its adapter would move while it trains.
         AccelError: ``config.accel_strict``, and the backend asked for can't serve the reference.
     """
     if ref_model is not None and num_shared_layers is not None:
@@ -90,6 +92,8 @@ def make_reference(
     if ref_model is None:
         widen(model, None)  # before the copy
     if ref_model is None and model.is_peft_model:
+        check_stays(model)
+        tell_of_a_difference(model)
         choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
 
         @contextmanager

@@ -122,31 +122,38 @@ def logits_at(head: LMHead, hidden: Tensor) -> Tensor:
     return logits
 
 
+def probe_logits(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits [2, 5, V] of two short made-up rows, by trunk and head, and where their tokens are real [2, 5].
+
+    In whichever mode the model is; one row begins with padding.
+    """
+    inner = _splittable(model)
+    ids, mask = _probe(inner)
+    if inner.config.is_encoder_decoder:
+        hidden, real = seq2seq_hidden_states(model, ids, mask, ids), torch.ones_like(mask).bool()
+    else:
+        hidden, real = hidden_states(model, ids, mask, mask_positions(mask)), mask.bool()
+    return logits_at(lm_head(model), hidden), real
+
+
 def check_split(model: nn.Module) -> None:
     """Prove on a few tokens that trunk and head reproduce the model's logits; SplitError says why not.
 
     The tolerance is 1e-4 times the largest logit (at least 1), wider for half precision. Costs one tiny forward
     pass of each kind, so once per run is enough, and it keeps us honest about architectures nobody here tried.
     """
-    inner = _splittable(model)
-    outer = pretrained_model(model)
-    embeddings = inner.get_input_embeddings().weight
-    ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    with torch.no_grad(), dropout_off(model), computing(model):
-        if inner.config.is_encoder_decoder:
-            hidden = seq2seq_hidden_states(model, ids, mask, ids)
-            expected = outer(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
-            real = torch.ones_like(mask).bool()
-        else:
-            hidden = hidden_states(model, ids, mask, mask_positions(mask))
-            positions = {"position_ids": mask_positions(mask)}
-            if "position_ids" not in inspect.signature(inner.forward).parameters:
-                positions = {}
-            expected = outer(input_ids=ids, attention_mask=mask, **positions).logits
-            real = mask.bool()
-    logits = logits_at(lm_head(model), hidden).detach()
+    inner, outer = _splittable(model), pretrained_model(model)
+    ids, mask = _probe(inner)
+    with torch.no_grad(), dropout_off(model):
+        logits, real = probe_logits(model)
+        with computing(model):
+            if inner.config.is_encoder_decoder:
+                expected = outer(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+            else:
+                positions = {"position_ids": mask_positions(mask)}
+                if "position_ids" not in inspect.signature(inner.forward).parameters:
+                    positions = {}
+                expected = outer(input_ids=ids, attention_mask=mask, **positions).logits
     name = type(inner).__name__
     if logits.shape != expected.shape:
         raise SplitError(
@@ -161,6 +168,15 @@ def check_split(model: nn.Module) -> None:
             f"logits of {name} differ by {error:.3g} from its trunk and head, expected at most {allowed:.3g}; "
             "compute full logits instead"
         )
+
+
+def _probe(inner: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [2, 5], the second row with two tokens of padding in front."""
+    embeddings = inner.get_input_embeddings().weight
+    ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return ids, mask
 
 
 def _splittable(model: nn.Module) -> Any:
