@@ -56,11 +56,11 @@ def world_from_environment() -> World:
     An initialised process group is used as it is. Otherwise, with WORLD_SIZE above 1, a gloo group is initialised.
 
     Raises:
-        ValueError: one of torchrun's variables is missing.
+        ValueError: one of torchrun's variables is missing, or WORLD_SIZE is no number of processes.
         RuntimeError: the initialised group can't carry CPU tensors.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if _world_size() == 1:
             return World(rank=0, size=1)
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
@@ -200,6 +200,16 @@ def broadcast_parameters(module: nn.Module, world: World) -> None:
         dist.broadcast(payload, src=0)
         with torch.no_grad():
             tensor.copy_(payload.view(tensor.dtype).view_as(tensor))
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
+            "torchrun --nproc-per-node N, or unset WORLD_SIZE"
+        )
+    return int(text)
 
 
 def _gather(vector: Tensor, world: World) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ppo_core.rewards import Rewards
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.estimates import Estimates
 from ppo_runtime.forward import Scored
@@ -21,21 +22,25 @@ _REMEDY = {
 
 
 def refuse_unusable(
-    scored: Scored, aims: Estimates, rewards: Tensor, scores: Tensor, mask: Tensor, config: PPOConfig, *, ranks: int
+    scored: Scored, aims: Estimates, rewards: Rewards, scores: Tensor, mask: Tensor, config: PPOConfig, *, ranks: int
 ) -> None:
     """Raise if any number that the update will see, or whose square it will sum, is not finite in float32.
 
     The largest sums of a step are those of squared advantages: whitening sums A^2 over the tokens of all ranks, and
     the statistics sum (V - R)^2, which is A^2 before the first update, over the tokens of all epochs. They fit if
     |A| <= sqrt(3.4e38 / (tokens * epochs * ranks)). Where scores alone matter, A is at most twice the largest one:
-    half of this is how large scores may be, 1e17 and more in a usual batch. One number is read from the device.
+    half of this is how large scores may be, 1e17 and more in a usual batch. Log-probabilities are looked at one by one,
+    since the KL of whole distributions ignores what both give no probability. One transfer from the device.
 
     Raises:
         ValueError: naming the first token whose log-probability, value or KL estimate is not finite, or else the
-            largest score or value.
+            largest score, KL penalty or value.
     """
-    squares = config.ppo_epochs * aims.raw_advantages.square().sum() + rewards.square().sum() + scores.square().sum()
-    if math.isfinite(ranks * float(squares)) and ranks * float(squares) <= LARGEST:
+    squares = config.ppo_epochs * aims.raw_advantages.square().sum() + rewards.rewards.square().sum()
+    squares = squares + scores.square().sum()
+    finite = scored.logprobs.isfinite() & scored.ref_logprobs.isfinite() & scored.values.isfinite()
+    total, unusable = torch.stack((squares, (mask & ~finite).any().to(squares))).tolist()
+    if not unusable and ranks * total <= LARGEST:  # NaN compares as False
         return
     kinds = (scored.logprobs, scored.ref_logprobs, scored.values, scored.kl)
     for (what, remedy), x in zip(_REMEDY.items(), kinds, strict=True):
@@ -48,6 +53,14 @@ def refuse_unusable(
     row = int(scores.abs().argmax())
     place = divmod(int(torch.where(mask, scored.values, 0.0).abs().argmax()), mask.shape[1])
     score, value = float(scores[row]), float(scored.values[place])
+    worst = divmod(int(rewards.non_score_rewards.abs().argmax()), mask.shape[1])
+    penalty = float(rewards.non_score_rewards[worst])
+    if abs(penalty) > max(abs(score), abs(value)):
+        raise ValueError(
+            f"responses[{worst[0]}], token {worst[1]}: the reward for staying close to the reference is {penalty:.6g} "
+            f"(a KL estimate of {float(scored.kl[worst]):.6g} times the coefficient): the squares of the advantages "
+            f"overflow float32, expected below {most:.1g}; lower init_kl_coef, take another kl_penalty, or drop the row"
+        )
     largest = (
         f"scores[{row}] is {score:.6g} as it is rewarded"
         if abs(score) >= abs(value)

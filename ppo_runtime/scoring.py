@@ -38,7 +38,3 @@ class ScoreProcessor:
     def state_dict(self) -> dict[str, float]:
         """The running moments."""
         return attrs.asdict(self.state)
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take over what ``state_dict`` gave."""
-        self.state = ScoreState(**state)

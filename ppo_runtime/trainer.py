@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ppo_core.moments import variance
 from ppo_core.rewards import compute_rewards
+from ppo_core.scores import ScoreState
 from ppo_runtime import assembly, inputs
 from ppo_runtime.compat.accelerator import Familiar
 from ppo_runtime.compat.piecewise import Piecewise
@@ -65,7 +66,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             None.
         data_collator: from a list of rows to a batch; lists per column if None.
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
-        lr_scheduler: of that optimiser; stepped once after every ``step``.
+        lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -185,7 +186,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         with _clock(times, "compute_advantages"):
             aims = estimate(rewards.rewards, scored.values, rows.mask, config, self.world)
             with all_or_none(self.world):
-                refuse_unusable(scored, aims, rewards.rewards, scores_now, rows.mask, config, ranks=self.world.size)
+                refuse_unusable(scored, aims, rewards, scores_now, rows.mask, config, ranks=self.world.size)
         self._push_if_best(raw)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with _clock(times, "optimize_step"):
@@ -222,13 +223,14 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 world=self.world,
             )
         self._update_controller(stats["objective/kl"], len(queries) * self.world.size)
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
         if config.optimize_device_cache and self._on_gpu:
             torch.cuda.empty_cache()
-        self.current_step += 1
-        self._say_skipped(outcome.skipped, self.current_step)
+        self._say_skipped(outcome.skipped, self.current_step + 1)
         times["total"] = time.perf_counter() - started
+        # Last, together with the counter: what is broken off before is undone without them.
+        if self.lr_scheduler is not None and progress.begun:
+            self.lr_scheduler.step()
+        self.current_step += 1
         return stats | {f"time/ppo/{name}": seconds for name, seconds in times.items()}
 
     def log_stats(
@@ -283,12 +285,15 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
-        self.current_step = state["current_step"]
-        self.kl_ctl.state = attrs.evolve(self.kl_ctl.state, coef=state["kl_coef"])
-        self.best_score = state["best_score"]
-        self.scores.load_state_dict(state["scores"])
+        """Take over what ``state_dict`` gave, whole or not at all; gradients that wait for an update are dropped."""
+        step, coefficient, best = state["current_step"], state["kl_coef"], state["best_score"]
+        scores = ScoreState(**state["scores"])
+        if self.kl_ctl.value != coefficient:
+            self.kl_ctl.value = coefficient  # a user's own controller has no more than this
+        self.current_step, self.best_score, self.scores.state = step, best, scores
         self.broken_off = None
+        self._pending = (0, 0, {})
+        self.model.zero_grad(set_to_none=True)
 
     def close(self) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
@@ -373,8 +378,6 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             # What was uploaded in the meantime stays uploaded.
             self.load_state_dict(before | {"best_score": self.best_score})
             self.shuffle.set_state(order)
-            self._pending = (0, 0, {})
-            self.model.zero_grad(set_to_none=True)
             self.broken_off = marked
             if progress.begun:
                 self.broken_off = (

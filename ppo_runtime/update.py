@@ -81,8 +81,9 @@ def optimise(
 
     Every update divides by the number of tokens in its *whole* backward batch, over minibatches and ranks, so that
     the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
-    No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved. After a step on
-    a CPU there are zeros in its place, as the reference leaves them; a GPU has better use for the room.
+    An update that is left out counts as skipped; where what it says is not finite, no statistic and no decision to stop
+    early sees it. No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved.
+    After a step on a CPU there are zeros in its place, as the reference leaves them; a GPU has better use for the room.
     """
     plan = list(_plan(len(rows.mask), config, generator))
     weights = _tokens_per_update(plan, rows.mask, world)
@@ -106,8 +107,6 @@ def optimise(
                     merge_into(update_averages, averages_of(losses))
                     if updates == 0:
                         deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
-                updates += 1
-                merge_into(epoch_averages, update_averages)
                 cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
                 if cause is Cause.NONE:
                     progress.begun += 1
@@ -115,6 +114,11 @@ def optimise(
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
                 else:
                     skipped[cause] += 1
+                    if not _all_finite(update_averages):
+                        update_averages = _nothing_said(update_averages)
+                        deviation = torch.zeros_like(deviation) if updates == 0 else deviation
+                updates += 1
+                merge_into(epoch_averages, update_averages)
             merge_into(averages, epoch_averages)
             if config.early_stopping and _has_moved(epoch_averages, config, world):
                 break
@@ -193,13 +197,14 @@ def _tokens_per_update(plan: list[list[list[Tensor]]], mask: Tensor, world: Worl
     """Kept tokens of every update of every epoch, over all ranks: known in advance, so one collective is enough."""
     tokens = mask.sum(-1)
     local = torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
-    gathered = gather_rows(local, world)
-    if len(gathered) != world.size * len(local):
+    # Their sum would not do: a rank with as many as all have on average would go on, and wait for the others.
+    counts = gather_rows(torch.tensor([len(local)]), world).tolist()
+    if len(set(counts)) != 1:
         raise ValueError(
-            f"this rank has {len(local)} updates in the step and {world.size} ranks have {len(gathered)} in all, "
-            "expected equally many on each; give every rank the same number of sequences"
+            f"the ranks have {counts} updates in the step, expected equally many on each; give every rank the same "
+            "number of sequences"
         )
-    totals = gathered.view(world.size, len(plan), -1).sum(0)
+    totals = gather_rows(local, world).view(world.size, len(plan), -1).sum(0)
     return totals.tolist()
 
 
@@ -226,8 +231,17 @@ def merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
         averages[name] = merge(averages[name], part) if name in averages else part
 
 
+def _all_finite(averages: dict[str, Average]) -> bool:
+    return bool(torch.stack([total for total, _ in averages.values()]).isfinite().all())
+
+
+def _nothing_said(averages: dict[str, Average]) -> dict[str, Average]:
+    """Neutral elements under the same names, which all ranks must have."""
+    return {name: Average(*map(torch.zeros_like, part)) for name, part in averages.items()}
+
+
 def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) -> bool:
-    """Whether the policy has left the rollout's by more than 1.5 target_kl; decided on all ranks' tokens."""
+    """Whether the policy has left the rollout's by more than 1.5 target_kl, or who knows where; all ranks decide."""
     key = "ppo/policy/policykl"
     policy_kl = float(mean_of(gather_averages({key: averages[key]}, world)[key]))
-    return policy_kl > 1.5 * config.target_kl
+    return not policy_kl <= 1.5 * config.target_kl  # NaN compares as False

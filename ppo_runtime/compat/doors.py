@@ -103,6 +103,14 @@ def entries(where: str, data: Mapping[str, Any], names: Sequence[str]) -> None:
         raise ValueError(f"{where} needs {', '.join(missing)}, which it was not given; see its docstring")
 
 
+def counted(name: str, rows: Any, *, batch_size: Any) -> None:
+    """Refuse what is no list of ``batch_size`` rows."""
+    if not isinstance(rows, list | tuple | Tensor):
+        raise ValueError(f"{name} is a {type(rows).__name__}, expected a list of token ids, one tensor per row")
+    if batch_size != len(rows):
+        raise ValueError(f"{name} has {len(rows)} rows, expected batch_size = {batch_size!r}")
+
+
 def rows_each(count: int, **lists: Any) -> None:
     """Refuse lists that have not one sized entry for each of ``count`` sequences."""
     for name, rows in lists.items():

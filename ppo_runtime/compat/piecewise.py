@@ -5,8 +5,8 @@ package, so that their numbers are the same. Masks may be integers here, as they
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -201,7 +201,8 @@ class Piecewise:
 
         ``logprobs`` and ``vpreds`` come from ``batched_forward_pass`` with gradient; the others are targets. The
         gradient is that of the mean over all tokens of the accumulated minibatches and ranks, clipped to
-        ``max_grad_norm``. An update whose mean ratio exceeds ``ratio_threshold`` is left out.
+        ``max_grad_norm``. An update whose mean ratio exceeds ``ratio_threshold`` is left out. Where a pass fails, the
+        minibatches accumulated before it are dropped as well: begin the update again.
 
         Returns:
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
@@ -218,20 +219,21 @@ class Piecewise:
         if count == 0 or step != self.current_step:
             count, averages = 0, {}
             self.model.zero_grad(set_to_none=True)
-        with own_precision(mask.device), without_dropout(self.model):  # a checkpointed layer runs again here
-            (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
-        merge_into(averages, averages_of(losses))
-        count += 1
-        if count == self.config.gradient_accumulation_steps:
-            weight = self._divide_gradients(averages["ppo/loss/policy"])
-            cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
-            if cause is Cause.NONE:
-                self.optimizer.step()
-            else:
-                self._say_skipped(Counter({cause: 1}), self.current_step + 1)
-            self.model.zero_grad(set_to_none=True)
-            count, averages = 0, {}
-        self._pending = (self.current_step, count, averages)
+        with self._dropped_unless_whole():
+            with own_precision(mask.device), without_dropout(self.model):  # a checkpointed layer runs again here
+                (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
+            merge_into(averages, averages_of(losses))
+            count += 1
+            if count == self.config.gradient_accumulation_steps:
+                weight = self._divide_gradients(averages["ppo/loss/policy"])
+                cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
+                if cause is Cause.NONE:
+                    self.optimizer.step()
+                else:
+                    self._say_skipped(Counter({cause: 1}), self.current_step + 1)
+                self.model.zero_grad(set_to_none=True)
+                count, averages = 0, {}
+            self._pending = (self.current_step, count, averages)
         return self._minibatch_stats(losses, targets, kept, has_entropy=logits is not None)
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
@@ -261,7 +263,10 @@ class Piecewise:
             raise ValueError(f"train_stats is a {kind}, expected what stack_dicts makes of the minibatches' statistics")
         if not isinstance(kl_coef, int | float):
             raise ValueError(f"kl_coef is a {type(kl_coef).__name__}, expected a number, such as kl_ctl.value")
-        if kl is None:
+        if kl is not None:
+            doors.floating("non_score_reward", non_score_reward=data["non_score_reward"], kls=kl)
+            kl = torch.where(mask, kl.detach(), 0.0)
+        else:
             kl = KL_ESTIMATORS[self.config.kl_penalty](data["logprobs"], data["ref_logprobs"], mask)
         scores = doors.score_numbers(data["scores"], count=len(mask)).float().to(mask.device)
         seen = Rollout(
@@ -299,10 +304,19 @@ class Piecewise:
         self, batch_size: int, queries: Any, responses: Any, scores: Any, masks: Any = None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
         """The reference's name for the checks at the door of ``step``."""
-        if batch_size != len(queries):
-            raise ValueError(f"queries has {len(queries)} rows, expected batch_size = {batch_size}")
+        doors.counted("queries", queries, batch_size=batch_size)
         queries, responses, scores, masks = self._check_step(queries, responses, scores, masks)
         return queries, responses, list(scores), masks
+
+    @contextmanager
+    def _dropped_unless_whole(self) -> Iterator[None]:
+        """A backward pass that fails has added some of its gradients, and nobody knows which."""
+        try:
+            yield
+        except BaseException:
+            self._pending = (0, 0, {})
+            self.model.zero_grad(set_to_none=True)
+            raise
 
     def _losses(
         self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor

@@ -1,0 +1,255 @@
+"""What a step reports, keeps and undoes where a part of it fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ppo_runtime import PPOConfig, PPOTrainer, update
+from ppo_runtime.distributed import World, world_from_environment
+from tests.runtime.tiny import tiny_model
+from tests.runtime.trainers import make_batch, make_trainer, untimed
+
+NAN, INF = float("nan"), float("inf")
+LINEAR = torch.optim.lr_scheduler.LinearLR
+
+
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, value: float, *, spoiled: Callable[[int], bool]) -> None:
+    """Log-probabilities become ``value`` in those updates (counted from 0) of the step."""
+    losses_of, calls = update.losses_of, 0
+
+    def bad(now: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return losses_of(now._replace(logprobs=now.logprobs * 0 + value) if spoiled(calls - 1) else now, *args)
+
+    monkeypatch.setattr(update, "losses_of", bad)
+
+
+# --- what a left-out update says ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("which", [0, 4, 11])
+def test_one_bad_update_poisons_no_statistic(which: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    spoil_losses(monkeypatch, value, spoiled=lambda number: number == which)
+    stats = trainer.step(*make_batch())
+    assert stats["ppo/policy/skipped_updates"] == 1
+    assert [name for name, found in stats.items() if not np.isfinite(found).all()] == []
+    assert stats["ppo/policy/entropy"] > 0
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_early_stopping_still_judges_the_updates_that_were_made(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"early_stopping": True, "target_kl": 1e-4, "learning_rate": 1e-2}
+    assert make_trainer(**settings).step(*make_batch())["ppo/policy/epochs"] == 1
+    spoil_losses(monkeypatch, value, spoiled=lambda number: number % 3 == 0)
+    stats = make_trainer(**settings).step(*make_batch())
+    assert stats["ppo/policy/epochs"] == 1
+    assert stats["ppo/policy/skipped_updates"] == 1
+
+
+def test_a_kl_that_is_not_finite_counts_as_moved() -> None:
+    one = torch.ones(())
+    for total, moved in ((NAN, True), (INF, True), (1.0, True), (0.0, False)):
+        averages = {"ppo/policy/policykl": update.Average(one * total, one)}
+        assert update._has_moved(averages, PPOConfig(target_kl=0.5), World(0, 1)) is moved
+
+
+# --- refused at the door of the update ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 3), (2, 1), (3, 2, 1), (2, 2, 5, 3)])
+def test_ranks_with_unequal_updates_all_raise(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that has as many as they have on average."""
+    row = torch.ones(1, 4, dtype=torch.bool)
+
+    def gathered(x: torch.Tensor, world: World) -> torch.Tensor:
+        return torch.tensor(counts) if x.dtype == torch.int64 else torch.ones(sum(counts))
+
+    monkeypatch.setattr(update, "gather_rows", gathered)
+    for rank, count in enumerate(counts):
+        with pytest.raises(ValueError, match="same number of sequences"):
+            update._tokens_per_update([[[torch.tensor([0])]] * count], row, World(rank, len(counts)))
+
+
+@pytest.mark.parametrize("whose", ["policy", "reference"])
+def test_a_token_without_probability_is_refused_under_the_full_kl(whose: str) -> None:
+    """The whole vocabulary's KL leaves out what both give no probability, and so stays finite."""
+    trainer = make_trainer("gpt_neox", kl_penalty="full")
+    queries, responses, scores = make_batch()
+    for model in (trainer.model, trainer.ref_model):
+        head = model.pretrained_model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)), requires_grad=model is trainer.model)
+        with torch.no_grad():
+            head.bias[int(responses[0][0])] = -INF
+    with pytest.raises(ValueError, match=r"responses\[0\], token 0: the policy's log-probability is -inf"):
+        trainer.step(queries, responses, scores)
+    assert trainer.current_step == 0
+
+
+@pytest.mark.parametrize("coefficient", [1e22, 1e30, 1e38])
+def test_an_overflowing_penalty_is_not_blamed_on_the_scores(coefficient: float) -> None:
+    trainer = make_trainer(ref_model=tiny_model("llama", seed=1), init_kl_coef=coefficient, adap_kl_ctrl=False)
+    with pytest.raises(ValueError, match=r"responses\[\d\], token \d.*init_kl_coef.*kl_penalty") as refusal:
+        trainer.step(*make_batch())
+    assert "scale the scores" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("size", ["two", "1.5", "0", "-1"])
+def test_a_world_size_that_is_no_number_is_named(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is '{size}'"):
+        world_from_environment()
+
+
+def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert world_from_environment() == World(0, 1)
+
+
+# --- the scheduler --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", ["_update_controller", "_say_skipped"])
+def test_a_step_broken_off_late_leaves_the_scheduler(late: str) -> None:
+    def strike(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = make_trainer()
+    trainer.lr_scheduler = LINEAR(trainer.optimizer)
+    before = trainer.lr_scheduler.state_dict()
+    setattr(trainer, late, strike)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(*make_batch())
+    assert trainer.current_step == 0
+    assert trainer.lr_scheduler.state_dict() == before
+
+
+def test_a_step_without_an_update_leaves_the_scheduler() -> None:
+    trainer = make_trainer(ratio_threshold=1e-6)
+    trainer.lr_scheduler = LINEAR(trainer.optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = trainer.step(*make_batch())
+    assert stats["ppo/policy/skipped_updates"] == 12
+    assert trainer.lr_scheduler.last_epoch == 0
+    trainer.config.ratio_threshold = 10.0
+    trainer.step(*make_batch())
+    assert trainer.lr_scheduler.last_epoch == 1
+
+
+# --- the trainer's own state ----------------------------------------------------------------------------------------
+
+
+class OwnController:
+    """A user's, with what the trainer asks of one and no more."""
+
+    value = 0.1
+
+    def update(self, current: float, n_steps: int) -> None:
+        raise RuntimeError("mine")
+
+
+def test_a_failing_step_with_a_users_own_controller_says_what_failed() -> None:
+    trainer = make_trainer()
+    trainer.kl_ctl = OwnController()
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.step(*make_batch())
+    trainer.load_state_dict(trainer.state_dict() | {"kl_coef": 0.3})
+    assert trainer.kl_ctl.value == 0.3
+
+
+@pytest.mark.parametrize("field", ["current_step", "kl_coef", "best_score", "scores"])
+def test_a_state_that_lacks_a_field_changes_nothing(field: str) -> None:
+    trainer = make_trainer()
+    before = trainer.state_dict()
+    other = before | {"current_step": 7, "kl_coef": 0.7, "best_score": 7.0}
+    for broken in (
+        {name: value for name, value in other.items() if name != field},
+        other | {"scores": {"unknown": 1.0}},
+        other | {"kl_coef": NAN},
+    ):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            trainer.load_state_dict(broken)
+        assert trainer.state_dict() == before
+
+
+# --- accumulation, piece by piece -----------------------------------------------------------------------------------
+
+
+def minibatch(trainer: PPOTrainer) -> tuple[Any, ...]:
+    """Arguments of ``train_minibatch``."""
+    queries, responses, _ = make_batch()
+    read = trainer.prepare_model_inputs(queries, responses)
+    logprobs, _, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, read)
+    assert values is not None
+    ones = torch.ones_like(logprobs)
+    return logprobs.detach(), values.detach(), logprobs, None, values, mask, ones, ones
+
+
+def gradients(trainer: PPOTrainer) -> int:
+    return sum(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_failed_backward_pass_drops_the_accumulation(count: int) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=3)
+
+    def strike(*_: Any) -> None:
+        raise MemoryError("full")
+
+    for _ in range(count):
+        trainer.train_minibatch(*minibatch(trainer))
+    hooked = next(trainer.model.parameters()).register_hook(strike)
+    with pytest.raises(MemoryError):
+        trainer.train_minibatch(*minibatch(trainer))
+    hooked.remove()
+    assert gradients(trainer) == 0
+    fresh = make_trainer(gradient_accumulation_steps=3)
+    for one in (trainer, fresh):
+        for _ in range(3):
+            one.train_minibatch(*minibatch(one))
+    for ours, theirs in zip(trainer.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_taken_over_drops_the_accumulation() -> None:
+    trainer = make_trainer(gradient_accumulation_steps=3)
+    for _ in range(2):
+        trainer.train_minibatch(*minibatch(trainer))
+    trainer.load_state_dict(trainer.state_dict())
+    assert gradients(trainer) == 0
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.train_minibatch(*minibatch(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def recorded(trainer: PPOTrainer, **other: Any) -> dict[str, Any]:
+    """Statistics from pieces, some of them exchanged."""
+    queries, responses, scores = make_batch()
+    pieces = minibatch(trainer)
+    stats = trainer.train_minibatch(*pieces)
+    data = {"scores": scores, "logprobs": pieces[0], "ref_logprobs": pieces[0], "non_score_reward": pieces[1]}
+    data |= {"queries": queries, "responses": responses, "masks": pieces[5], "train_stats": stats}
+    return trainer.record_step_stats(0.1, **(data | other))
+
+
+@pytest.mark.parametrize("kls", [[1.0], torch.zeros(3), torch.zeros(2, 2), "kl", torch.zeros(6, 8, dtype=torch.int64)])
+def test_kls_are_looked_at(kls: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="kls"):
+        recorded(make_trainer(), kls=kls)
+    assert "objective/kl" in untimed(recorded(make_trainer()))
+
+
+@pytest.mark.parametrize(("size", "queries"), [(6, None), (6, 3), ("six", []), (6, [])])
+def test_the_safety_checker_looks_before_it_counts(size: Any, queries: Any) -> None:
+    _, responses, scores = make_batch()
+    with pytest.raises((TypeError, ValueError), match=r"queries|batch_size"):
+        make_trainer()._step_safety_checker(size, queries, responses, scores)
