@@ -103,6 +103,22 @@ def make_writable(name: str, directory: Path) -> None:
         ) from error
 
 
+def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_step: int) -> None:
+    """Refuse a fresh run where another one's checkpoint lies, which it would replace.
+
+    Args:
+        output_dir: of the run.
+        done: the steps of the checkpoint there; None without one.
+        resume: what the caller asked for.
+        current_step: of the trainer; one that has made steps goes on with its own run.
+    """
+    if done is not None and not resume and current_step == 0:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds the checkpoint of a run after step {done}, expected a "
+            "directory without one for a new run; pass resume=True to go on with that run, or choose another output_dir"
+        )
+
+
 def score_list(values: Any, *, count: int) -> list[Tensor]:
     """What a score function returned, one 0-d tensor for each response.
 
@@ -136,7 +152,14 @@ def _score(index: int, value: Any) -> Tensor:
     number = value.item() if array else value
     if not isinstance(number, int | float) and not (hasattr(number, "__float__") and not isinstance(number, str)):
         raise ValueError(f"score_fn returned {_shown(number)} as entry {index}, expected a number")
-    return torch.tensor(float(number))
+    try:
+        # In double precision: ``step`` names a score that single precision cannot hold as it was returned.
+        return torch.tensor(float(number), dtype=torch.float64)
+    except OverflowError as error:
+        raise ValueError(
+            f"score_fn returned a number of more than 308 digits as entry {index}, expected one that float32 can hold, "
+            "up to 3.4e38; scale the scores"
+        ) from error
 
 
 def _is_scalar(values: Any) -> bool:

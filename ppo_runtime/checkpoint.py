@@ -240,7 +240,7 @@ def _check_data(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -
             "of then, or start a new run from the saved model"
         )
     prompts = prompt_digest(trainer.dataloader.dataset) if trainer.dataloader is not None else None
-    if state.get("prompts", prompts) != prompts:
+    if prompts is not None and state.get("prompts") not in (None, prompts):
         logger.warning("the run goes on with other prompts than the checkpoint's")
 
 

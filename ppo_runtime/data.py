@@ -25,10 +25,17 @@ def collate(rows: list[Any]) -> Any:
     """A list per column: prompts differ in length, so nothing is stacked. Rows without columns are: as torch does it.
 
     Raises:
-        ValueError: tuples or tensors whose shapes differ.
+        ValueError: tuples or tensors whose shapes differ; rows whose columns do.
     """
     if isinstance(rows[0], Mapping):
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        for index, row in enumerate(rows):
+            if missing := [name for name in names if name not in row]:
+                raise ValueError(
+                    f"row {index} of the batch has no {missing[0]!r}, expected the columns of the other rows; give "
+                    "every row the same columns, or pass a data_collator"
+                )
+        return {name: [row[name] for row in rows] for name in names}
     try:
         return default_collate(rows)
     except (RuntimeError, TypeError) as error:
@@ -89,15 +96,30 @@ class PromptBatches(Sampler[list[int]]):
 
 
 def prompt_digest(dataset: Any) -> str | None:
-    """SHA-256 of some of the prompts, the same for the same data; None where looking at a row could change anything."""
-    if not isinstance(dataset, Dataset | list | tuple) or not len(dataset):
+    """SHA-256 of some of the prompts, the same for the same data.
+
+    None where looking at a row could change anything, as a transform that draws random numbers does, or where a prompt
+    is something else than whole numbers.
+    """
+    if not isinstance(dataset, Dataset | list | tuple) or not len(dataset) or transforms(dataset):
         return None
     digest = sha256()
     for index in range(0, len(dataset), -(-len(dataset) // _DIGESTED)):
         row = dataset[index]
         ids = row.get("input_ids") if isinstance(row, Mapping) else row
-        digest.update(repr(ids if ids is None or isinstance(ids, list) else np.asarray(ids).tolist()).encode())
+        if isinstance(ids, torch.Tensor):
+            ids = ids.cpu().tolist()
+        elif isinstance(ids, np.ndarray):
+            ids = ids.tolist()
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            return None
+        digest.update(repr(ids).encode())
     return digest.hexdigest()
+
+
+def transforms(dataset: Any) -> bool:
+    """Whether a ``datasets.Dataset`` makes its rows only when they are read (``set_transform``)."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def prepare_dataloader(
@@ -119,7 +141,8 @@ def prepare_dataloader(
             stream.
     """
     _check_kinds(dataset, data_collator)
-    if config.remove_unused_columns and getattr(dataset, "column_names", None):
+    # What a transform reads may be what nobody else does.
+    if config.remove_unused_columns and getattr(dataset, "column_names", None) and not transforms(dataset):
         dataset = _without_unused_columns(dataset, model)
     # A generator of its own: without one, every epoch would begin with a draw from the global generator.
     options = {

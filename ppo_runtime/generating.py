@@ -113,6 +113,13 @@ class Generating:
             answers.append(responses[0].unsqueeze(0) if single else responses)
         return tuple(answers) if generate_ref_response else answers[0]
 
+    def check_generation(self, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any) -> None:
+        """Refuse the settings that ``generate`` would refuse for any prompt; nothing is drawn."""
+        settings = Settings(self.model, generation_kwargs)
+        check_settings(settings, self.model)
+        self._plan(settings, 1)
+        _check_sampler(length_sampler)
+
     def _plan(self, settings: Settings, batch_size: int) -> Plan:
         """Padding and what ends a row, checked."""
         vocabulary = self.model.config.vocab_size
@@ -156,11 +163,7 @@ class Generating:
         self, queries: list[Tensor], settings: Settings, plan: Plan, length_sampler: Callable[[], int] | None
     ) -> list[int]:
         """Most tokens of each batch's responses, where there is room for them."""
-        if length_sampler is not None and not callable(length_sampler):
-            raise ValueError(
-                f"length_sampler is {length_sampler!r}, expected a function that gives a length, such as "
-                "LengthSampler(4, 17)"
-            )
+        _check_sampler(length_sampler)
         found: list[int] = []
         for start in range(0, len(queries), plan.batch_size):
             batch = queries[start : start + plan.batch_size]
@@ -213,3 +216,11 @@ class Generating:
         if topic not in self._said:
             logger.warning(message, *values)
         self._said |= {topic}
+
+
+def _check_sampler(length_sampler: Any) -> None:
+    if length_sampler is not None and not callable(length_sampler):
+        raise ValueError(
+            f"length_sampler is {length_sampler!r}, expected a function that gives a length, such as "
+            "LengthSampler(4, 17)"
+        )

@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ppo_runtime import arguments, inputs
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
-from ppo_runtime.context import Context
 from ppo_runtime.data import collate
 from ppo_runtime.distributed import agree_any
 from ppo_runtime.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.redact import plain_settings
+from ppo_runtime.room import prompt_room
 from ppo_runtime.statistics import scalars
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def train(
         steps: calls of ``step`` in the whole run; the configuration's ``total_ppo_epochs`` if None.
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
         generation_batch_size: prompts generated together; a whole batch if None.
-        output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None.
+        output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None. A
+            fresh trainer is refused where another run's checkpoint lies, unless it resumes it.
         checkpoint_every: steps between checkpoints; None makes one at the end and on Ctrl-C only.
         resume: go on from ``<output_dir>/checkpoint``, bit for bit; from the beginning, with a warning, if there is
             none.
@@ -75,7 +76,8 @@ def train(
 
     Raises:
         ValueError, TypeError: an argument or the data cannot work; nothing has been generated or written then.
-        ValueError: the score function returned something else than numbers; the model as trained so far is saved.
+        ValueError: the score function returned something else than numbers; the model as trained so far is saved, if
+            a step was made.
 
     Whatever ends a run early, ``model`` holds weights after whole steps. What an update was broken off in goes to
     ``model-broken-off``, and its card says so.
@@ -91,9 +93,12 @@ def train(
     for name, wanted in {"resume": resume, "checkpoint_every": every}.items():
         if wanted and output is None:
             raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
+    trainer.check_generation(**options)
     _check_data(trainer, options)
     checkpoint = None if output is None else output / "checkpoint"
-    if output is not None:
+    if output is not None and checkpoint is not None:
+        done = steps_done(checkpoint)
+        arguments.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
         arguments.make_writable("output_dir", output)
     if resume and checkpoint is not None:
         _resume(trainer, checkpoint, steps)
@@ -105,7 +110,7 @@ def train(
         arguments.make_writable("logging_dir", trainer.config.logging_dir)
         trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
-    interrupted = False
+    interrupted, begun = False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.
     console = console or Console(stderr=True)
     try:
@@ -116,7 +121,8 @@ def train(
                 history.append(stats)
                 bar.update(task, advance=1, status=_status(stats))
                 # Any rank's Ctrl-C stops all of them, after the same step.
-                interrupted = agree_any(stop.is_set(), trainer.world)
+                # In the last one it stops nothing: the run is whole.
+                interrupted = agree_any(stop.is_set(), trainer.world) and trainer.current_step < steps
                 due = every is not None and trainer.current_step % every == 0
                 if checkpoint is not None and (due or interrupted or trainer.current_step == steps):
                     save_checkpoint(trainer, checkpoint)
@@ -126,7 +132,9 @@ def train(
         interrupted = True
     finally:
         try:
-            if output is not None:
+            # Without a step there is nothing new, and what lies there may be better than an untrained model.
+            changed = trainer.current_step > begun or trainer.broken_off is not None
+            if output is not None and (changed or trainer.current_step >= steps):
                 _save(trainer, output, steps=steps)
         finally:
             trainer.close()
@@ -140,13 +148,11 @@ def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> Non
     loader = trainer.dataloader
     if getattr(loader, "collate_fn", None) is not collate:
         return
-    context = Context.of(trainer.model)
-    sampled = "length_sampler" in generation_kwargs
-    response = 1 if sampled else generation_kwargs.get("max_new_tokens", 1)
+    room = prompt_room(trainer, generation_kwargs)
     check_dataset(
         getattr(loader, "dataset", None),
         vocab_size=trainer.model.config.vocab_size,
-        room=context.prompt if context.row is None else context.row - response,
+        room=room,
     )
 
 
@@ -177,7 +183,7 @@ def _one_step(
         **generation_kwargs,
     )
     texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    scores = arguments.score_list(score_fn(list(prompts), texts), count=len(texts))
+    scores = arguments.score_list(score_fn(list(prompts), list(texts)), count=len(texts))
     stats = trainer.step(queries, responses, scores)
     stats["time/loop/step"] = time.perf_counter() - started
     trainer.log_stats(stats, {"query": prompts, "response": texts}, scores)
@@ -247,7 +253,7 @@ def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
     trainer.save_pretrained(model)
     if trainer.world.rank == 0:
         run = {
-            "steps": steps,
+            "steps": max(steps, trainer.current_step),
             "steps_done": trainer.current_step,
             "broken_off": trainer.broken_off,
             "kl_coef": trainer.kl_ctl.value,
@@ -261,5 +267,5 @@ def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
             model,
             trainer.current_step,
         )
-    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
+    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
         logger.warning("the saved model in %s holds weights that are not finite", model)

@@ -10,23 +10,25 @@ from datasets import Dataset
 from torch import Tensor
 
 from ppo_runtime import inputs
+from ppo_runtime.data import transforms
+from ppo_runtime.room import Room
 
 _TOKENISE = "tokenise the text first: tokenizer(text)['input_ids']"
 _CHUNK = 1000
 
 
-def check_dataset(dataset: Any, *, vocab_size: int, room: int | None) -> None:
+def check_dataset(dataset: Any, *, vocab_size: int, room: Room) -> None:
     """Refuse a dataset with a prompt that no step could take, by its row.
 
-    A ``datasets.Dataset`` and a list are read to the end. Rows of other datasets are checked when their batch comes,
-    since reading one may cost much or draw random numbers.
+    A ``datasets.Dataset`` and a list are read to the end. Rows of other datasets, and of one with a transform
+    (``set_transform``), are checked when their batch comes: reading one may cost much or draw random numbers.
 
     Args:
         dataset: rows with "input_ids", for the collator of lists.
         vocab_size: of the model.
-        room: tokens that a prompt may have at most; None if the context is not known.
+        room: what a prompt may take.
     """
-    for index, row in _suspects(dataset, vocab_size, room):
+    for index, row in _suspects(dataset, vocab_size, room.tokens):
         where = f"dataset[{index}]"
         if not isinstance(row, Mapping) or "input_ids" not in row:
             found = _names(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
@@ -36,10 +38,10 @@ def check_dataset(dataset: Any, *, vocab_size: int, room: int | None) -> None:
             inputs.token_rows("prompt", [ids], vocab_size=vocab_size, allow_empty=False)
         except ValueError as refusal:
             raise ValueError(str(refusal).replace("prompt[0]", f"{where}['input_ids']")) from refusal
-        if room is not None and len(ids) > room:
+        if room.tokens is not None and len(ids) > room.tokens:
             raise ValueError(
-                f"{where}['input_ids'] has {len(ids)} tokens, expected at most {room}, so that the response fits into "
-                "the model's context; shorten or drop the row, or generate fewer tokens"
+                f"{where}['input_ids'] has {len(ids)} tokens, expected at most {room.tokens}, so that {room.why}; "
+                "shorten or drop the row, or generate fewer tokens"
             )
 
 
@@ -95,7 +97,7 @@ def _suspects(dataset: Any, vocab_size: int, room: int | None) -> Iterator[tuple
     """The rows to look at one by one: all of a list, and of a table those chunks that a quick look does not clear."""
     if isinstance(dataset, list | tuple):
         yield from enumerate(dataset)
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or transforms(dataset):
         return
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {_names(dataset.column_names)}, expected 'input_ids'; {_TOKENISE}")

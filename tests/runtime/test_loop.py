@@ -82,11 +82,13 @@ def test_ctrl_c_leaves_metrics_and_model(tmp_path: Path) -> None:
 
 
 def test_a_bad_score_saves_what_was_done_and_says_which(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
     def failing(queries: list[str], responses: list[str]) -> list[float]:
-        return [float("nan")] * len(responses)
+        return [0.5 if trainer.current_step == 0 else float("nan")] * len(responses)
 
     with pytest.raises(ValueError, match=r"scores\[0\] is nan"):
-        train(_trainer(tmp_path), failing, steps=2, output_dir=tmp_path, console=_quiet())
+        train(trainer, failing, steps=2, output_dir=tmp_path, console=_quiet())
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 

@@ -271,6 +271,88 @@ def test_another_batch_size_is_said_and_no_prompt_comes_twice(tmp_path: Path, ca
     assert not set(rest) & set(seen)
 
 
+@pytest.mark.parametrize("kind", ["tuples", "lists", "tensors", "arrays"])
+def test_a_checkpoint_is_made_whatever_the_rows_are(tmp_path: Path, kind: str) -> None:
+    ids = torch.tensor([5, 6])
+    row: Any = {"tuples": (ids, ids), "lists": [5, 6], "tensors": ids, "arrays": ids.numpy()}[kind]
+    assert (prompt_digest([row] * 8) is None) == (kind == "tuples")
+    save_checkpoint(_trainer(tmp_path, [row] * 8), tmp_path / "checkpoint")
+    assert steps_done(tmp_path / "checkpoint") == 0
+
+
+def test_a_digest_runs_no_transform() -> None:
+    def fail(_: Any) -> Any:
+        raise AssertionError
+
+    assert prompt_digest(_rows().with_transform(fail)) is None
+
+
+# --- a run that lies there ---------------------------------------------------------------------------------------
+
+
+def _files(home: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": -1}, {"top_kk": 3}, {"num_return_sequences": 2}, {"pad_token_id": -1}, {"length_sampler": 3}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_a_start_that_is_refused_touches_no_earlier_run(tmp_path: Path, asked: dict[str, Any], resume: bool) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    before = _files(tmp_path)
+    trainer = _trainer(tmp_path)
+    trainer.current_step = 0 if resume else 1
+    with pytest.raises((ValueError, TypeError), match=next(iter(asked))):
+        train(trainer, lambda _, texts: [0.5], steps=4, generation_kwargs=asked, output_dir=tmp_path, resume=resume)
+    assert _files(tmp_path) == before
+
+
+def test_a_start_that_fails_before_its_first_step_saves_nothing(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    (tmp_path / "checkpoint").rename(tmp_path / "kept")
+    before = _files(tmp_path / "model") | {tmp_path / "run.json": (tmp_path / "run.json").read_bytes()}
+    with pytest.raises(ZeroDivisionError):
+        _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0)
+    assert before.items() <= _files(tmp_path).items()
+
+
+def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    before = _files(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a run after step 2.*resume=True.*another output"):
+        _train(_trainer(tmp_path), tmp_path, steps=3)
+    assert _files(tmp_path) == before
+
+
+def test_ctrl_c_in_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.current_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return [0.5] * len(texts)
+
+    trainer = _trainer(tmp_path)
+    assert not _train(trainer, tmp_path, steps=2, score=score).interrupted
+    assert steps_done(tmp_path / "checkpoint") == 2
+
+
+def test_the_record_of_a_run_is_not_shortened(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["steps"], run["steps_done"], run["broken_off"]) == (2, 2, None)
+
+
+def test_frozen_weights_in_eight_bits_are_saved(tmp_path: Path) -> None:
+    """What cannot be asked for infinities, and does not change, is not asked."""
+    trainer = _trainer(tmp_path)
+    frozen = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+    trainer.save_pretrained = lambda *_: trainer.model.register_parameter("frozen_in_eight_bits", frozen)
+    _train(trainer, tmp_path, steps=1)
+
+
 # --- broken off --------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from rich.console import Console
 from torch.utils.data import Dataset as TorchDataset
 
-from ppo_runtime import PPOConfig, loop
+from ppo_runtime import PPOConfig, room
 from ppo_runtime.context import Context
 from ppo_runtime.loop import train
 from tests.runtime.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -369,13 +369,88 @@ def test_what_the_score_function_raises_is_its_own(home: Path) -> None:
         _train(_trainer(_dataset()), lambda *_: 1 / 0)
 
 
-def test_a_prompt_and_a_response_of_an_encoder_decoder_have_room_each(home: Path) -> None:
+@pytest.mark.parametrize("number", [10**400, 1e300], ids=["an integer", "a float"])
+def test_a_score_that_is_too_large_is_named_as_it_was_returned(number: Any, home: Path) -> None:
+    with pytest.raises(ValueError, match=r"308 digits as entry 0|scores\[0\] is 1e\+300, expected"):
+        _train(_trainer(_dataset()), lambda _, texts: [number] * len(texts))
+
+
+def test_a_score_function_that_changes_its_lists_changes_no_log(home: Path) -> None:
+    def careless(prompts: list[str], texts: list[str]) -> list[float]:
+        count = len(texts)
+        prompts.clear()
+        texts.clear()
+        return [0.5] * count
+
+    trainer = _trainer(_dataset())
+    logged: list[Any] = []
+    trainer.log_stats = lambda _, batch, __: logged.append(batch)
+    _train(trainer, careless)
+    assert [len(column) for column in logged[0].values()] == [4, 4]
+
+
+# --- room --------------------------------------------------------------------------------------------------------
+
+STATIC = {"pad_for_acceleration": True, "pad_max_len": 8}
+NO_ROOM: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "more than the context": ({}, {"max_new_tokens": 100}, r"\['max_new_tokens'\] is 100, expected at most 63"),
+    "all of the context": ({}, {"max_new_tokens": 64}, r"\['max_new_tokens'\] is 64, expected at most 63"),
+    "more than the padding": (STATIC, {"max_new_tokens": 8}, r"is 8, expected at most 7: a row of pad_max_len"),
+    "a prompt beyond the padding": (STATIC, {"max_new_tokens": 6}, r"dataset\[0\].*has 3 tokens.*most 2.*pad_max_len"),
+    "a prompt beyond its padding": (
+        STATIC | {"pad_max_input_len": 2},
+        {"max_new_tokens": 3},
+        r"dataset\[0\].*has 3 tokens, expected at most 2, so that it fits into pad_max_input_len",
+    ),
+    "a prompt beyond max_length": (
+        {},
+        {"max_length": 3},
+        r"dataset\[0\].*has 3 tokens, expected at most 2.*max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_ROOM)
+def test_a_response_without_room_is_refused_first(case: str, home: Path) -> None:
+    settings, asked, message = NO_ROOM[case]
+    trainer = _trainer(_dataset(), **settings)
+    _refused(lambda: _train(trainer, generation_kwargs=asked), trainer, message, home)
+
+
+@pytest.mark.parametrize("asked", [{"max_new_tokens": 5}, {"length_sampler": lambda: 2}])
+def test_what_just_fits_is_taken(asked: dict[str, Any], home: Path) -> None:
+    assert len(_train(_trainer(_dataset(), **STATIC), generation_kwargs=asked).history) == 1
+
+
+def test_a_prompt_and_a_response_of_an_encoder_decoder_have_room_each(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt as long as the encoder's context is no prompt without room."""
-    trainer = _trainer(_dataset([[5] * 60, [6], [7], [8]]))
-    seen: list[Any] = []
-    for limits, room in ((Context(row=64), 61), (Context(prompt=64, response=8), 64), (Context(), None)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Context, "of", lambda _, limits=limits: limits)
-            patch.setattr(loop, "check_dataset", lambda *_, room, **__: seen.append(room))
-            loop._check_data(trainer, {"max_new_tokens": 3})
-        assert seen.pop() == room
+    for apart, limits, most in (
+        (False, Context(row=64), 61),
+        (True, Context(prompt=64, response=3), 64),
+        (False, Context(), None),
+    ):
+        monkeypatch.setattr(Context, "of", lambda _, limits=limits: limits)
+        monkeypatch.setattr(room, "has_encoder", lambda _, apart=apart: apart)
+        assert room.prompt_room(_trainer(_dataset()), {"max_new_tokens": 3}).tokens == most
+
+
+def test_rows_made_when_they_are_read_are_taken(home: Path) -> None:
+    """A transform that tokenises, and draws random numbers, is run for batches alone."""
+    calls: list[int] = []
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        calls.append(len(batch["text"]))
+        torch.rand(1)
+        return {"input_ids": [[5, 6]] * len(batch["text"]), "query": batch["text"]}
+
+    rows = Dataset.from_dict({"text": ["a"] * 8}).with_transform(tokenise)
+    assert len(_train(_trainer(rows), steps=2, output_dir=home / "o", checkpoint_every=1).history) == 2
+    assert sum(calls) == 8
+
+
+def test_rows_with_other_columns_are_named(home: Path) -> None:
+    rows = [{"input_ids": [5], "query": "a"}] * 3 + [{"input_ids": [5]}]
+    with pytest.raises(ValueError, match=r"row \d of the batch has no 'query', expected the columns of the other rows"):
+        _train(_trainer(rows))
