@@ -159,9 +159,14 @@ def accelerate_frozen(
                 obstacle, broken = report, True
         if obstacle is not None:
             choice = fall_back(choice, obstacle)
+    tell(choice, broken=broken)
+    return model, choice
+
+
+def tell(choice: AccelChoice, *, broken: bool = False) -> None:
+    """Log what runs the frozen models: a warning if the extension was asked for by name, or is broken."""
     asked_in_vain = choice.requested == "ipex" and choice.backend == "eager"
     logger.log(logging.WARNING if asked_in_vain or broken else logging.INFO, "acceleration: %s", choice.reason)
-    return model, choice
 
 
 def try_out() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose, fall_back
+from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose, fall_back, tell
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import decoder_start
 from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
@@ -95,6 +95,7 @@ def make_reference(
         check_stays(model)
         tell_of_a_difference(model)
         choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
+        tell(choice)
 
         @contextmanager
         def adapter_off() -> Iterator[Any]:

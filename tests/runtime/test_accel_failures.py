@@ -145,7 +145,6 @@ CASES = {
     "BaseException": Case(r"Odd: first\)", IMPORT, "class Odd(BaseException): pass\nraise Odd('first\\nsecond')"),
     "fails late": Case("SyntaxError: ", IMPORT, f"{HEALTHY}\nfrom . import fine, broken"),
     "SIGABRT": Case(r"ends the process \(SIGABRT, saying: terminate called\)", IMPORT, ABORT, probed=True),
-    "exit code 0": Case(r"ends the process \(exit code 0\)", IMPORT, "import os\nos._exit(0)", probed=True),
     "no optimize": Case("AttributeError: module .* has no attribute 'optimize'", PACKING, ""),
     "packing raises": Case(r"OSError: no primitive\)", PACKING, optimize(r"raise OSError('no primitive\nx')")),
     "packing exits": Case("SystemExit: 1", PACKING, optimize("raise SystemExit(1)")),
@@ -425,7 +424,7 @@ def test_a_half_precision_reference_trains_all_the_same(tmp_path: Path, monkeypa
 
 
 def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy: Any = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
     monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "is_peft_model", True)
@@ -437,6 +436,8 @@ def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
         "eager",
         "eager torch: the reference is the policy itself without its adapter; a ref_model can be packed",
     )
+    (said,) = [record for record in caplog.records if record.name == "ppo_runtime.accel"]
+    assert (said.levelname, said.getMessage()) == ("WARNING", f"acceleration: {choice.reason}")
 
 
 def test_the_command_line_insists_on_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

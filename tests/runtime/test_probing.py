@@ -45,6 +45,10 @@ def dies():
     print("terminate called", file=sys.stderr, flush=True)
     os._exit(127)
 
+def vanishes():
+    count()
+    os._exit(0)
+
 def is_killed():
     count()
     os.kill(os.getpid(), 9)
@@ -158,6 +162,7 @@ def tries(place: Path) -> int:
         ("raises", "LookupError: first", True),
         ("leaves", "SystemExit: no AVX2", True),
         ("dies", "it ends the process (exit code 127, saying: terminate called)", True),
+        ("vanishes", "it ends the process (exit code 0)", True),
         ("faults", "it ends the process (SIGSEGV)", True),
         ("is_killed", "it ends the process (SIGKILL)", False),  # memory ran out: another time it may not
         ("is_denied", "PermissionError: [Errno 13] Permission denied: '/tmp/x'", True),
@@ -201,10 +206,19 @@ def test_a_try_is_announced_before_it_is_made(place: Path, caplog: pytest.LogCap
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="without process groups only the process itself is ended")
 @pytest.mark.parametrize("function", ["leaves_a_process_behind", "leaves_a_process_behind_and_hangs"])
 def test_nothing_that_it_started_stays(place: Path, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "TIMEOUT", 5.0)
+    real, child = subprocess.Popen.wait, place / "child"
+
+    def wait(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None or "hangs" not in function:
+            return real(process, timeout)
+        while not (child.exists() and child.read_text()):
+            time.sleep(0.05)
+        raise subprocess.TimeoutExpired("it", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
     said = str(try_once(f"tried:{function}", VERSIONS))
     assert ("no end" if "hangs" in function else "the numbers differ") in said
-    assert not runs(int((place / "child").read_text()))
+    assert not runs(int(child.read_text()))
 
 
 def runs(process: int) -> bool:
