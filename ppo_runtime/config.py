@@ -1,13 +1,15 @@
 """Every setting of the trainer and the only home of its defaults."""
 
+import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import attrs
 
@@ -67,7 +69,10 @@ def _number(low: float, high: float, *, low_open: bool, optional: bool = False) 
     def check(_: object, field: "attrs.Attribute[Any]", value: Any) -> None:
         if value is None and optional:
             return
-        number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        try:
+            number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # a whole number beyond what a float holds
+            number = math.inf
         if not math.isfinite(number) or not low <= number <= high or (low_open and number == low):
             raise ValueError(
                 f"{field.name} is {value!r}, expected a finite number in {interval}{' or None' if optional else ''}"
@@ -78,7 +83,8 @@ def _number(low: float, high: float, *, low_open: bool, optional: bool = False) 
 
 def _one_of(choices: tuple[Any, ...]) -> Validator:
     def check(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
-        if value not in choices:
+        # An array compares with a text entry by entry, so that the kinds come first.
+        if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
             raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
     return check
@@ -109,6 +115,11 @@ def _text(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
         raise ValueError(f"{field.name} is {value!r}, expected a text that is not empty")
 
 
+def _maybe_text(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{field.name} is {_without_secrets(value)}, expected a text or None")
+
+
 def _script_name() -> str:
     return Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "ppo"
 
@@ -131,6 +142,10 @@ def _flag(default: bool) -> Any:
     return _setting(default, _boolean)
 
 
+def _label(default: str | None) -> Any:
+    return attrs.field(default=default, validator=_maybe_text)
+
+
 def _count(default: int) -> Any:
     return _setting(default, _positive_integer)
 
@@ -138,28 +153,63 @@ def _count(default: int) -> Any:
 _OPTIONS = attrs.Converter(_options, takes_field=True)
 
 
-def _with_former_names(cls: ConfigT) -> ConfigT:
-    """Let the constructor take what earlier releases of the reference called otherwise."""
+def _taking_former_names(cls: ConfigT) -> ConfigT:
+    """Let the constructor take what earlier releases of the reference called otherwise, and check what it has made."""
     generated = cls.__init__
+    takes = inspect.signature(generated).parameters
+    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
 
     @functools.wraps(generated)
-    def __init__(self: Any, **settings: Any) -> None:
+    def __init__(self: Any, *values: Any, **settings: Any) -> None:
         settings = former_settings.translated(settings, stacklevel=2)
-        generated(self, **settings)
-        former_settings.warn_of_norm_alone(settings, stacklevel=2)
+        for name in settings:
+            if name not in takes and not takes_anything:
+                raise TypeError(_unknown(cls, name, takes))
+        generated(self, *values, **settings)
+        if getattr(self, "_standing", None) is None:  # dataclasses has made this constructor, which checks nothing
+            self._check()
+        former_settings.warn_of_norm_alone(vars(self), stacklevel=2)
 
     cls.__init__ = __init__
-    cls._generated_init = generated
     return cls
+
+
+def _names(cls: type) -> set[str]:
+    """The settings of a configuration, those among them that a subclass has added."""
+    added = {name for kind in cls.__mro__ if issubclass(kind, _Standing) for name in inspect.get_annotations(kind)}
+    return {*attrs.fields_dict(cls), *added}
+
+
+def _unknown(cls: type, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{cls.__name__} has no setting {name!r}{f'; did you mean {near[0]}?' if near else ''}"
+
+
+def _restored(cls: "type[PPOConfig]", values: Mapping[str, Any]) -> "PPOConfig":
+    made = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    object.__setattr__(made, "_standing", "free")
+    return made
 
 
 class _Standing:
     # Not among what vars() shows. Absent while it is being made; then "free", or "in use" as a trainer's own.
     __slots__ = ("_standing",)
-    _generated_init: ClassVar[Callable[..., None]]
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        made: Any = cls
+        own = vars(cls)
+        if made is not PPOConfig and "__init__" in own and not hasattr(cls.__init__, "__wrapped__"):
+            # A subclass, as old scripts make them: its decorator has made a constructor, after __init_subclass__.
+            if "__attrs_attrs__" in own or "__dataclass_fields__" in own:
+                _taking_former_names(made)
+            if own.get("__attrs_own_setattr__"):  # it would check a field by itself, and know no trainer
+                made.__setattr__ = PPOConfig.__setattr__
+        return object.__new__(cls)
 
 
-@_with_former_names
+@_taking_former_names
 @with_dataclass_fields
 @attrs.define(kw_only=True, slots=False, on_setattr=attrs.setters.NO_OP)
 class PPOConfig(_Standing):
@@ -181,20 +231,20 @@ class PPOConfig(_Standing):
     """Of everything random: sampling, the order of the data, the order of the minibatches."""
     log_with: TrackerName | None = attrs.field(default=None, validator=_one_of((None, *get_args(TrackerName))))
     """A tracker beside the JSONL file that is always written."""
-    task_name: str | None = None
+    task_name: str | None = _label(None)
     """These four go with the run's settings to the trackers; nothing is loaded by them."""
-    model_name: str | None = "gpt2"
-    query_dataset: str | None = "imdb"
-    reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
+    model_name: str | None = _label("gpt2")
+    query_dataset: str | None = _label("imdb")
+    reward_model: str | None = _label("sentiment-analysis:lvwerra/distilbert-imdb")
     remove_unused_columns: bool = _flag(True)
     """Drop columns of a ``datasets.Dataset`` that neither the model nor the trainer reads."""
     drop_last: bool = _flag(True)
     """Drop a last batch shorter than ``batch_size``; False trains on it as well."""
     tracker_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """For the tracker of ``log_with``, plain or under its name: {"wandb": {"entity": "us"}}."""
-    accelerator_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS)
+    accelerator_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """Not used: this runtime has no accelerate. Anything in it is refused."""
-    project_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS)
+    project_kwargs: Options = attrs.field(factory=JSONDict, converter=_OPTIONS, repr=_without_secrets)
     """Where metrics go, as "logging_dir" or else "project_dir"; it takes nothing else."""
     tracker_project_name: str = attrs.field(default="ppo", validator=_text)
     """Project of a Weights & Biases run."""
@@ -265,8 +315,8 @@ class PPOConfig(_Standing):
     """Width of the prompts in generation and in an encoder. 0: as wide as they are."""
 
     # Found out by the trainer.
-    is_encoder_decoder: bool | None = None
-    is_peft_model: bool | None = None
+    is_encoder_decoder: bool | None = _setting(None, _one_of((None, True, False)))
+    is_peft_model: bool | None = _setting(None, _one_of((None, True, False)))
 
     def __attrs_post_init__(self) -> None:
         """Check what takes more than one field to check."""
@@ -279,10 +329,8 @@ class PPOConfig(_Standing):
         if standing is None or name == "_standing":
             return object.__setattr__(self, name, value)
         for known, changed in former_settings.translated({name: value}, stacklevel=2).items():
-            if known not in attrs.fields_dict(type(self)):
-                near = difflib.get_close_matches(known, attrs.fields_dict(type(self)), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise AttributeError(f"PPOConfig has no setting {known!r}{hint}")
+            if known not in _names(type(self)):
+                raise AttributeError(_unknown(type(self), known, _names(type(self))))
             if standing == "in use" and known in FIXED:
                 raise ValueError(
                     f"{known} was read when the trainer was made, and setting it to {without_secrets(changed)!r} "
@@ -296,8 +344,24 @@ class PPOConfig(_Standing):
     def _copy(self, **changes: Any) -> "PPOConfig":
         """A checked copy; nothing is said again that was said of this one."""
         copy = object.__new__(type(self))
-        type(self)._generated_init(copy, **(vars(self) | changes))
+        for name, value in (self._values() | changes).items():
+            object.__setattr__(copy, name, value)
+        copy._check()
         return copy
+
+    def _values(self) -> dict[str, Any]:
+        return vars(self) | {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+
+    def _check(self) -> None:
+        """Convert and check every field, as the constructor of attrs does."""
+        for field in attrs.fields(type(self)):
+            object.__setattr__(self, field.name, attrs.setters.convert(self, field, getattr(self, field.name)))
+        attrs.validate(self)
+        PPOConfig.__attrs_post_init__(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle is nobody's: whatever this one is, that one can be assigned to."""
+        return _restored, (type(self), self._values())
 
     def in_use(self, **found_out: Any) -> "PPOConfig":
         """A trainer's own copy, with what it has found out about its model."""
@@ -310,8 +374,9 @@ class PPOConfig(_Standing):
             raise ValueError("use_habana is True, but this runtime has no Habana backend; leave it False")
         if self.accelerator_kwargs:
             raise ValueError(
-                f"accelerator_kwargs is {self.accelerator_kwargs!r}, expected to be empty: this runtime has no "
-                "accelerate. For several processes start the script with torchrun; for the CPU backend set accel"
+                f"accelerator_kwargs has {', '.join(map(repr, self.accelerator_kwargs))}, expected to be empty: this "
+                "runtime has no accelerate. For several processes start the script with torchrun; for the CPU "
+                "backend set accel"
             )
         if unknown := sorted(set(self.project_kwargs) - {"logging_dir", "project_dir"}):
             raise ValueError(
@@ -320,7 +385,9 @@ class PPOConfig(_Standing):
             )
         for name, place in self.project_kwargs.items():
             if place is not None and not isinstance(place, str | Path):
-                raise ValueError(f"project_kwargs[{name!r}] is {place!r}, expected the path of a directory")
+                raise ValueError(
+                    f"project_kwargs[{name!r}] is {_without_secrets(place)}, expected the path of a directory"
+                )
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError(
                 f"push_to_hub_if_best_kwargs has {sorted(self.push_to_hub_if_best_kwargs)}, expected 'repo_id' among "
@@ -344,7 +411,13 @@ class PPOConfig(_Standing):
     @property
     def world_size(self) -> int:
         """Processes started by torchrun, 1 otherwise."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise ValueError(
+                f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
+                "torchrun --nproc-per-node N, or unset WORLD_SIZE"
+            )
+        return int(text)
 
     @property
     def backward_batch_size(self) -> int:
@@ -380,4 +453,5 @@ class PPOConfig(_Standing):
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary of every field."""
-        return attrs.asdict(self)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return own | attrs.asdict(self)

@@ -39,6 +39,8 @@ def with_dataclass_fields(cls: ClassT) -> ClassT:
 
 def _dataclass_field(field: "attrs.Attribute[Any]") -> Any:
     default: Any = field.default
+    # What attrs shows in its own way, such as without its secrets, a dataclass that inherits it does not show.
+    shown = field.repr is True
     if hasattr(default, "factory"):
-        return dataclasses.field(default_factory=default.factory, kw_only=True)
-    return dataclasses.field(default=default, kw_only=True)
+        return dataclasses.field(default_factory=default.factory, kw_only=True, repr=shown)
+    return dataclasses.field(default=default, kw_only=True, repr=shown)

@@ -33,11 +33,20 @@ def translated(settings: Mapping[str, Any], *, stacklevel: int) -> dict[str, Any
     Args:
         settings: by present or former names.
         stacklevel: of the warnings, counted from the caller of this function.
+
+    Raises:
+        ValueError: a setting is given by both its names, with different values.
     """
     present = {name: value for name, value in settings.items() if not is_former(name)}
     for name in settings.keys() - present.keys():
         value = settings[name]
         if name in RENAMED and value is not None:
+            now = settings.get(RENAMED[name])
+            if now is not None and now != value:
+                raise ValueError(
+                    f"{name} is {value!r} and {RENAMED[name]} is {now!r}, expected one of them alone: {name} is the "
+                    f"former name of {RENAMED[name]}"
+                )
             present[RENAMED[name]] = value
             _warn(f"{name} is now {RENAMED[name]}, which is set to {value!r}", stacklevel)
         elif name in DROPPED and value:

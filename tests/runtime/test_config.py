@@ -1,5 +1,6 @@
 """PPOConfig: defaults of the reference, derived sizes, and refusals that name the field."""
 
+import numpy as np
 import pytest
 
 from ppo_runtime.config import PPOConfig
@@ -50,12 +51,28 @@ def test_derived_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         ("early_stopping", 1),
         ("use_habana", True),
         ("accelerator_kwargs", {"cpu": True}),
+        ("learning_rate", 10**400),
+        ("log_with", np.array(["wandb", "tensorboard"])),
+        ("accel", np.array(["auto", "eager"])),
+        ("task_name", 3),
+        ("model_name", ["gpt2"]),
+        ("is_peft_model", "no"),
+        ("is_encoder_decoder", 1),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as refusal:
         PPOConfig(**{field: value})
     assert "{" not in str(refusal.value).replace(repr(value), ""), "a message with an unfilled placeholder"
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5"])
+def test_a_world_size_that_is_none_is_named(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is '{given}' in the environment, expected the number"):
+        PPOConfig()
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert PPOConfig().world_size == 1
 
 
 def test_batch_size_must_be_a_multiple_of_the_backward_batch() -> None:

@@ -155,7 +155,7 @@ def test_a_misspelt_name_is_refused() -> None:
     config = PPOConfig()
     with pytest.raises(AttributeError, match="PPOConfig has no setting 'mini_batchsize'; did you mean mini_batch_size"):
         config.mini_batchsize = 3
-    with pytest.raises(TypeError, match="mini_batchsize"):
+    with pytest.raises(TypeError, match="PPOConfig has no setting 'mini_batchsize'; did you mean mini_batch_size"):
         PPOConfig(mini_batchsize=3)
 
 
@@ -168,10 +168,19 @@ def test_copies_are_equal_and_can_be_assigned() -> None:
     with pytest.raises(ValueError, match="tracker_kwargs was read") as refusal:
         make_trainer().config.tracker_kwargs = {"wandb": {"token": "hf_secretsecretsecret"}}
     assert "secretsecret" not in str(refusal.value)
-    in_use = pickle.loads(pickle.dumps(make_trainer().config))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), attrs.evolve])
+def test_a_copy_of_a_trainers_settings_is_nobodys(copied: Any) -> None:
+    config = make_trainer().config
+    other = copied(config)
+    assert other == config
+    other.seed = 5
+    assert config.seed == 0
     with pytest.raises(ValueError, match="seed was read"):
-        in_use.seed = 5
-    attrs.evolve(in_use).seed = 5
+        config.seed = 5
+    with pytest.raises(ValueError, match="gamma is 2"):
+        other.gamma = 2.0
 
 
 # --- numbers -------------------------------------------------------------------------------------------------
@@ -275,6 +284,15 @@ def test_former_names_say_what_holds_now(given: Any, holds: Any, says: str, assi
 @pytest.mark.parametrize("name", ["optimize_cuda_cache", "forward_batch_size", "world_size", "dataset_num_proc"])
 def test_a_former_name_that_asks_for_nothing_goes_silently(name: str) -> None:
     assert PPOConfig(**{name: None}) == PPOConfig()
+
+
+@pytest.mark.parametrize("name", ["forward_batch_size", "optimize_cuda_cache"])
+def test_a_setting_by_both_its_names_is_one_value(name: str) -> None:
+    now, first, second = ("mini_batch_size", 4, 8) if "batch" in name else ("optimize_device_cache", False, True)
+    with pytest.raises(ValueError, match=rf"{name} is {second} and {now} is {first}, expected one of them alone"):
+        PPOConfig(batch_size=8, **{now: first, name: second})
+    with pytest.warns(UserWarning, match=name):
+        assert getattr(PPOConfig(batch_size=8, **{now: second, name: second}), now) == second
 
 
 def test_norm_alone_leaves_scores_as_they_are() -> None:

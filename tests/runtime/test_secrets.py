@@ -105,6 +105,29 @@ def test_an_object_is_named_and_not_printed() -> None:
     assert SECRET not in str(plain_settings(PPOConfig(tracker_kwargs={"session": Session(SECRET)})))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accelerator_kwargs": {"token": SECRET}},
+        {"project_kwargs": {"logging_dir": {"token": SECRET}}},
+        {"project_kwargs": {"token": SECRET}},
+        {"push_to_hub_if_best_kwargs": {"token": SECRET}},
+        {"task_name": {"token": SECRET}},
+    ],
+)
+def test_a_refusal_names_no_secret(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=name) as refusal:
+        PPOConfig(**settings)
+    assert SECRET not in str(refusal.value)
+
+
+def test_no_dictionary_of_settings_prints_its_secrets() -> None:
+    for field in attrs.fields(PPOConfig):
+        if field.name.endswith("_kwargs"):
+            assert callable(field.repr), field.name
+
+
 def test_a_record_holds_every_field() -> None:
     config = PPOConfig(batch_size=8, project_kwargs={"logging_dir": Path("here")})
     assert plain_settings(config) == config.to_dict() | {"project_kwargs": {"logging_dir": "here"}}
