@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ppo_runtime.data import PromptBatches, prompt_digest
 from ppo_runtime.distributed import agree_any
 from ppo_runtime.redact import plain_settings, without_secrets
+from ppo_runtime.value_head import HEAD_PREFIX
 
 if TYPE_CHECKING:
     from ppo_runtime.trainer import PPOTrainer
@@ -114,7 +115,8 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
         )
     weights = load_file(source / _POLICY, device="cpu")
     _check_names(source, weights, _trained(trainer.model))
-    if state["frozen"] != frozen_digest(trainer):
+    # Checkpoints of before hashed the reference's unused value head as well.
+    if state["frozen"] not in (frozen_digest(trainer), frozen_digest(trainer, reference_head=True)):
         raise ValueError(
             f"{source} was made beside other frozen weights: the reference, or the layers that do not train, differ; "
             "make the trainer from the same original model and reference, not from trained weights"
@@ -148,12 +150,16 @@ def steps_done(directory: str | Path) -> int | None:
     return _restored(json.loads((source / _STATE).read_text(encoding="utf-8"))["trainer"], {})["current_step"]
 
 
-def frozen_digest(trainer: "PPOTrainer") -> str:
-    """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones."""
+def frozen_digest(trainer: "PPOTrainer", *, reference_head: bool = False) -> str:
+    """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
+
+    Without the reference's value head, which nothing reads and which may be drawn anew with every start.
+    """
     digest = hashlib.sha256()
     for model in (trainer.model, trainer.ref_model):
         for name, parameter in [] if model is None else sorted(model.named_parameters()):
-            if not parameter.requires_grad:
+            unused = model is trainer.ref_model and name.startswith(HEAD_PREFIX) and not reference_head
+            if not parameter.requires_grad and not unused:
                 digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
                 raw = parameter.detach().cpu().flatten().contiguous().view(torch.uint8)
                 digest.update(raw.numpy().data)

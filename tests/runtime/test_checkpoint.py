@@ -172,3 +172,28 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, caplog
 def test_an_object_that_would_need_pickle_is_named() -> None:
     with pytest.raises(TypeError, match=r"lr_scheduler\.milestones is a object"):
         module._plain({"milestones": object()}, "lr_scheduler")
+
+
+def test_a_reference_differs_by_its_weights_and_not_by_its_unused_head(tmp_path: Path) -> None:
+    """The next process draws another value head before the reference is copied."""
+    first = make_trainer()
+    saved = save_checkpoint(first, tmp_path / "saved")
+    other = make_trainer()
+    with torch.no_grad():
+        other.ref_model.v_head.summary.weight.fill_(0.7)
+    load_checkpoint(other, saved)
+    changed = make_trainer()
+    with torch.no_grad():
+        next(changed.ref_model.pretrained_model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="other frozen weights"):
+        load_checkpoint(changed, saved)
+
+
+def test_a_digest_of_before_is_still_known(tmp_path: Path) -> None:
+    first = make_trainer()
+    saved = save_checkpoint(first, tmp_path / "saved")
+    path = saved / "state.json"
+    state = json.loads(path.read_text())
+    state["frozen"] = module.frozen_digest(first, reference_head=True)
+    path.write_text(json.dumps(state))
+    load_checkpoint(make_trainer(), saved)
