@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from ppo_runtime import inputs
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.ending import criteria_of
-from ppo_runtime.inner import has_encoder
+from ppo_runtime.heads import reads_padding
+from ppo_runtime.inner import has_encoder, transformers_model
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.references import reference_context
@@ -78,6 +80,8 @@ class Generating:
         for name, flag in (("return_prompt", return_prompt), ("generate_ref_response", generate_ref_response)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected True or False")
+        generation_kwargs = self._without_padding_arguments(generation_kwargs)
+        batch_size = self._batch_size(queries, batch_size)
         settings = Settings(self.model, generation_kwargs)
         check_settings(settings, self.model)
         plan = self._plan(settings, batch_size)
@@ -115,10 +119,45 @@ class Generating:
 
     def check_generation(self, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any) -> None:
         """Refuse the settings that ``generate`` would refuse for any prompt; nothing is drawn."""
-        settings = Settings(self.model, generation_kwargs)
+        settings = Settings(self.model, self._without_padding_arguments(generation_kwargs))
         check_settings(settings, self.model)
         self._plan(settings, 1)
         _check_sampler(length_sampler)
+
+    def _without_padding_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The old trainer's ``remove_padding`` and ``pad_to_multiple_of``, which ask for nothing here, taken out."""
+        given = dict(given)
+        if (removed := given.pop("remove_padding", True)) is not True:
+            raise ValueError(
+                f"remove_padding is {removed!r}, expected True or to be left out: responses come without padding; for "
+                "one tensor pad them with torch.nn.utils.rnn.pad_sequence(responses, batch_first=True)"
+            )
+        if given.pop("pad_to_multiple_of", None) is not None:
+            self._say_once("pad_to_multiple_of", "pad_to_multiple_of is ignored: prompts are padded to the longest one")
+        return given
+
+    def _batch_size(self, queries: list[Tensor], batch_size: int) -> int:
+        """Queries generated together: one where padding would be read."""
+        static = self.config.pad_max_input_len if self.config.pad_for_acceleration else 0
+        ragged = batch_size > 1 and len({len(query) for query in queries}) > 1
+        if has_encoder(self.model) or not (ragged or static) or not self._reads_padding:
+            return batch_size
+        name = type(transformers_model(self.model)).__name__
+        if static:
+            raise ValueError(
+                f"pad_for_acceleration is True, expected False: {name} reads the padding before a prompt, and would "
+                "answer another one"
+            )
+        self._say_once(
+            "reads_padding",
+            "%s reads the padding before a prompt: queries of different lengths are answered one by one",
+            name,
+        )
+        return 1
+
+    @cached_property
+    def _reads_padding(self) -> bool:
+        return reads_padding(self.model)
 
     def _plan(self, settings: Settings, batch_size: int) -> Plan:
         """Padding and what ends a row, checked."""

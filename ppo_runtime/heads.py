@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppo_runtime.inner import is_peft_model, pretrained_model, transformers_model
+from ppo_runtime.inner import is_compiled, is_peft_model, pretrained_model, transformers_model
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.precision import computing, is_widened
 
@@ -26,8 +26,14 @@ from ppo_runtime.precision import computing, is_widened
 _T5_KIN = ("t5", "longt5", "umt5", "switch_transformers")
 
 
+_UNSUPPORTED = (
+    "this architecture is not supported: choose one of the README's, or report its name and configuration to the "
+    "project's issue tracker"
+)
+
+
 class SplitError(ValueError):
-    """The model's logits are not its LM head applied to its trunk; compute full logits instead."""
+    """The model's logits are not its LM head applied to its trunk, which is all that is trained here."""
 
 
 class LMHead(NamedTuple):
@@ -105,10 +111,9 @@ def lm_head(model: nn.Module) -> LMHead:
     if type(head) is not nn.Linear:
         raise SplitError(
             f"the LM head of {type(inner).__name__} is a {type(head).__module__}.{type(head).__name__}, "
-            "expected a plain torch.nn.Linear; compute full logits instead"
+            f"expected a plain torch.nn.Linear; {_head_remedy(head)}"
         )
-    softcap = getattr(inner.config, "final_logit_softcapping", None)
-    return LMHead(head.weight, _bias(head, inner), softcap, _scale(inner.config))
+    return LMHead(head.weight, _bias(head, inner), _softcap(inner.config), _scale(inner.config))
 
 
 def logits_at(head: LMHead, hidden: Tensor) -> Tensor:
@@ -142,7 +147,13 @@ def check_split(model: nn.Module) -> None:
     The tolerance is 1e-4 times the largest logit (at least 1), wider for half precision. Costs one tiny forward
     pass of each kind, so once per run is enough, and it keeps us honest about architectures nobody here tried.
     """
-    inner, outer = _splittable(model), pretrained_model(model)
+    outer = pretrained_model(model)
+    if is_compiled(outer):
+        raise SplitError(
+            "the model inside is wrapped by torch.compile, which trunk and head pass by; pass it as it was before "
+            "torch.compile"
+        )
+    inner = _splittable(model)
     ids, mask = _probe(inner)
     with torch.no_grad(), dropout_off(model):
         logits, real = probe_logits(model)
@@ -158,16 +169,28 @@ def check_split(model: nn.Module) -> None:
     if logits.shape != expected.shape:
         raise SplitError(
             f"logits of {name} have shape {tuple(expected.shape)}, its trunk and head give {tuple(logits.shape)}; "
-            "compute full logits instead"
+            f"{_UNSUPPORTED}"
         )
     precision = torch.bfloat16 if is_widened(model) else expected.dtype
     allowed = max(1e-4, 4 * torch.finfo(precision).eps) * max(1.0, expected[real].abs().max().item())
     error = (logits - expected)[real].abs().max().item()
     if not error <= allowed:  # NaN included
         raise SplitError(
-            f"logits of {name} differ by {error:.3g} from its trunk and head, expected at most {allowed:.3g}; "
-            "compute full logits instead"
+            f"logits of {name} differ by {error:.3g} from its trunk and head, expected at most {allowed:.3g}: "
+            f"something comes between them that is not known here; {_UNSUPPORTED}"
         )
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether a decoder-only model's logits depend on what stands in the padding before a row, as RWKV's do."""
+    inner = _splittable(model)
+    ids, mask = _probe(inner)
+    bare = ids[1:, 2:]
+    with torch.no_grad(), dropout_off(model):
+        hidden = hidden_states(model, ids, mask, mask_positions(mask))[1:, 2:]
+        alone = hidden_states(model, bare, torch.ones_like(bare), mask_positions(torch.ones_like(bare)))
+    # Rounding differs with the width; what padding does to a state is no matter of rounding.
+    return not (hidden - alone).abs().max().item() <= 0.05 * alone.abs().max().item()
 
 
 def _probe(inner: Any) -> tuple[Tensor, Tensor]:
@@ -184,10 +207,13 @@ def _splittable(model: nn.Module) -> Any:
     # Virtual tokens enter in PeftModel.forward, which the trunk does not pass through.
     if is_peft_model(outer) and outer.active_peft_config.is_prompt_learning:
         kind = outer.active_peft_config.peft_type
-        raise SplitError(f"{kind} acts outside the trunk of the model; compute full logits instead")
+        raise SplitError(
+            f"the adapter's peft_type is {getattr(kind, 'value', kind)}, which acts outside the trunk of the model, "
+            "expected one inside it; use LoRA, peft.LoraConfig(...), or another that changes layers"
+        )
     inner = transformers_model(model)
     if not inner.config.is_encoder_decoder and inner.base_model is inner:
-        raise SplitError(f"{type(inner).__name__} keeps no trunk apart from its head; compute full logits instead")
+        raise SplitError(f"{type(inner).__name__} keeps no trunk apart from its head; {_UNSUPPORTED}")
     return inner
 
 
@@ -197,6 +223,20 @@ def _bias(head: nn.Linear, inner: Any) -> Tensor | None:
     if buffer is None:
         return head.bias
     return buffer.reshape(-1) if head.bias is None else head.bias + buffer.reshape(-1)
+
+
+def _head_remedy(head: nn.Module) -> str:
+    if type(head).__module__.startswith("peft."):
+        return (
+            "leave the LM head out of the adapter: not in target_modules, and, where it is tied to the embeddings, no "
+            "trainable_token_indices; modules_to_save trains a whole copy of it where it is not tied"
+        )
+    return f"load the model with its head as it is, not quantised; else {_UNSUPPORTED}"
+
+
+def _softcap(config: Any) -> float | None:
+    named = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return next((cap for cap in named if cap is not None), None)
 
 
 def _scale(config: Any) -> float:

@@ -47,6 +47,11 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether a model is what torch.compile returned, which is no transformers model any more."""
+    return type(model).__name__ == "OptimizedModule"
+
+
 def has_encoder(model: Any) -> bool:
     """Whether a wrapper's or a PEFT model's transformers model, or that itself, is an encoder-decoder."""
     return bool(transformers_model(model).config.is_encoder_decoder)
@@ -160,6 +165,11 @@ def load_adapter(
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
     """A PeftModel: a fresh adapter on a model."""
+    if not isinstance(peft_config, import_peft().PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}, expected a peft configuration; write "
+            "peft.LoraConfig(**peft_config) for a dictionary of LoRA's fields"
+        )
     return _same_mode(import_peft().get_peft_model(model, peft_config))
 
 

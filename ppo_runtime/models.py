@@ -17,6 +17,7 @@ from ppo_runtime.inner import (
     cache_argument,
     hub_arguments,
     is_adapter,
+    is_compiled,
     is_peft_model,
     load_adapter,
     load_model,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ppo_runtime.rewards_adapter import RewardAdapter
 
 WrapperT = TypeVar("WrapperT", bound="PreTrainedModelWrapper")
+
+
+_COMPILED = "; pass it as it was before torch.compile"
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -114,7 +118,7 @@ class PreTrainedModelWrapper(nn.Module):
         else:
             raise TypeError(
                 f"pretrained_model_name_or_path is a {type(source).__name__}, expected a name, a directory, "
-                "a transformers PreTrainedModel or a peft PeftModel"
+                f"a transformers PreTrainedModel or a peft PeftModel{_COMPILED if is_compiled(source) else ''}"
             )
         if peft_config is not None:
             if is_peft_model(model):
@@ -146,8 +150,9 @@ class PreTrainedModelWrapper(nn.Module):
     def _check(cls, model: Any) -> None:
         inner = transformers_model(model)
         if not isinstance(inner, PreTrainedModel):
+            hint = _COMPILED if is_compiled(inner) else ""
             raise TypeError(
-                f"got a {type(inner).__name__}, expected a transformers PreTrainedModel or a peft PeftModel"
+                f"got a {type(inner).__name__}, expected a transformers PreTrainedModel or a peft PeftModel{hint}"
             )
         cls._check_config(inner.config, type(inner).__name__)
         if inner.get_output_embeddings() is None:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
             "lr_scheduler is of another optimizer than the trainer's, and so would schedule nothing; pass the one that "
             "it was made of as optimizer="
         )
+
+
+def first_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Of the first group, for the statistics; NaN where the optimiser finds a rate of its own, as Adafactor may."""
+    rate = optimizer.param_groups[0].get("lr")
+    return math.nan if rate is None else float(rate)
 
 
 def _kind(value: Any) -> str:

@@ -31,7 +31,7 @@ from ppo_runtime.guards import SkipLog
 from ppo_runtime.heads import check_split
 from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains
+from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains, first_learning_rate
 from ppo_runtime.precision import check_moments, own_precision
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
@@ -188,7 +188,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             with all_or_none(self.world):
                 refuse_unusable(scored, aims, rewards, scores_now, rows.mask, config, ranks=self.world.size)
         self._push_if_best(raw)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        learning_rate = first_learning_rate(self.optimizer)
         with _clock(times, "optimize_step"):
             outcome = optimise(
                 model,

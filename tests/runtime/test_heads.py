@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, RecurrentGemmaConfig
 
 from ppo_runtime.heads import (
     SplitError,
@@ -17,6 +17,7 @@ from ppo_runtime.heads import (
     lm_head,
     logits_at,
     mask_positions,
+    reads_padding,
     seq2seq_hidden_states,
 )
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
@@ -174,7 +175,7 @@ def test_check_split_refuses_a_scale_it_does_not_know() -> None:
     model = tiny_model("llama")
     head = model.lm_head
     head.register_forward_hook(lambda module, args, output: 1.5 * output)
-    with pytest.raises(SplitError, match=r"LlamaForCausalLM differ by .* full logits"):
+    with pytest.raises(SplitError, match=r"LlamaForCausalLM differ by .*this architecture is not supported.*report"):
         check_split(model)
 
 
@@ -186,7 +187,7 @@ def test_adapters_on_the_head_are_refused_before_they_differ(target: str) -> Non
     if target == "q_proj":
         check_split(model)
         return
-    with pytest.raises(SplitError, match=r"peft.*Linear"):
+    with pytest.raises(SplitError, match=r"peft.*Linear.*leave the LM head out of the adapter"):
         check_split(model)
 
 
@@ -206,7 +207,7 @@ def test_a_trained_copy_of_the_head_is_followed() -> None:
 
 def test_prompt_learning_is_refused() -> None:
     model = wrapped("gpt2", peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(SplitError, match="PROMPT_TUNING"):
+    with pytest.raises(SplitError, match=r"PROMPT_TUNING.*peft\.LoraConfig"):
         check_split(model)
 
 
@@ -224,3 +225,30 @@ def test_check_split_leaves_modes_alone() -> None:
     assert model.training
     assert model.pretrained_model.training
     assert not model.v_head.training
+
+
+def test_the_soft_cap_goes_by_another_name_in_recurrent_gemma() -> None:
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 32, "attention_window_size": 8, "lru_width": 16, "logits_soft_cap": 0.5}
+    model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**shape, pad_token_id=0, eos_token_id=1)).eval()
+    assert lm_head(model).softcap == 0.5
+    check_split(model)
+
+
+def test_a_head_of_another_kind_says_what_to_do() -> None:
+    model = tiny_model("llama")
+    model.lm_head = type("OtherLinear", (nn.Linear,), {})(16, VOCAB_SIZE)
+    with pytest.raises(SplitError, match=r"OtherLinear.*not quantised.*report"):
+        check_split(model)
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_no_family_here_reads_padding(family: str) -> None:
+    assert not reads_padding(tiny_model(family))
+
+
+def test_a_compiled_model_inside_is_named() -> None:
+    model = wrapped("llama")
+    model.pretrained_model = torch.compile(model.pretrained_model, backend="eager")
+    with pytest.raises(SplitError, match=r"torch\.compile"):
+        check_split(model)
