@@ -78,7 +78,8 @@ def generation_settings(given: Any, defaults: Mapping[str, Any]) -> dict[str, An
             "arguments that returns a number of tokens"
         )
     # Both lengths at once would have the user's one ignored.
-    own = {name: value for name, value in defaults.items() if not (name == "max_new_tokens" and "max_length" in given)}
+    length = given.get("max_length", getattr(given.get("generation_config"), "max_length", None)) is not None
+    own = {name: value for name, value in defaults.items() if not (name == "max_new_tokens" and length)}
     return plain(given, **own)
 
 

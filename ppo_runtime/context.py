@@ -76,8 +76,15 @@ def decoder_start(model: Any) -> int:
 
 
 def _positions(config: Any, field: str, part: Any = None) -> int | None:
-    """The first limit that is there: the field's, that of a configuration of its own, the common one."""
-    for found in (getattr(config, field, None), getattr(part, "max_position_embeddings", None)):
+    """The first limit that is there: the field's, that of a configuration of its own, the common one.
+
+    Below 1 it says that there is none: XLNet's is -1.
+    """
+    for found in (
+        getattr(config, field, None),
+        getattr(part, "max_position_embeddings", None),
+        getattr(config, "max_position_embeddings", None),
+    ):
         if found is not None:
-            return found
-    return getattr(config, "max_position_embeddings", None)
+            return found if found >= 1 else None
+    return None

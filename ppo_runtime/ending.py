@@ -30,7 +30,7 @@ class Ending(StoppingCriteria):
         self.eos_token_ids = self.eos_token_ids.to(last.device)
         ended = torch.isin(last, self.eos_token_ids)
         for criterion in self.criteria:
-            ended = ended | criterion(input_ids, scores, **kwargs)
+            ended = ended | _verdict(criterion, criterion(input_ids, scores, **kwargs), rows=len(last))
         if self.lengths is None or len(self.lengths) != len(last):
             self.lengths = torch.full_like(last, -1)
         width = input_ids.shape[1] - self.prompt_width
@@ -45,6 +45,19 @@ class Ending(StoppingCriteria):
             row[: length if 0 <= length < whole else whole]
             for row, length in zip(responses, self.lengths.tolist(), strict=True)
         ]
+
+
+def _verdict(criterion: Any, said: Any, *, rows: int) -> Any:
+    """What a criterion returned: one truth value for each row, or one for all of them."""
+    if isinstance(said, bool) or (
+        isinstance(said, Tensor) and said.dtype == torch.bool and said.shape in ((rows,), (1,), ())
+    ):
+        return said
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    found = f"{said.dtype} {tuple(said.shape)}" if isinstance(said, Tensor) else repr(said)[:60]
+    raise ValueError(
+        f"stopping_criteria: {name} returned {found}, expected a boolean tensor ({rows},), True where a row is over"
+    )
 
 
 def criteria_of(stopping_criteria: Any, stop_strings: Any, tokenizer: Any) -> list[Any]:

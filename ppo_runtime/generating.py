@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_runtime import inputs
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
+from ppo_runtime.drawn import Drawn
 from ppo_runtime.ending import criteria_of
 from ppo_runtime.heads import reads_padding
 from ppo_runtime.inner import has_encoder, transformers_model
@@ -35,9 +36,16 @@ class Generating:
     tokenizer: Any
     pad_token_id: int
     eos_token_ids: set[int]
-    # Names of settings that were warned about, and whether the latest responses were sampled at all.
+    # Names of settings that were warned about.
     _said: frozenset[str] = frozenset()
-    _greedy: bool = False
+    _drawn_lately: Drawn | None = None
+
+    @property
+    def _drawn(self) -> Drawn:
+        """The policy's responses of the latest calls."""
+        if self._drawn_lately is None:
+            self._drawn_lately = Drawn()
+        return self._drawn_lately
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +117,8 @@ class Generating:
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
+            if not answers:
+                self._drawn.remember(responses, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):
                 responses = [
                     torch.cat((query.to(response.device), response))
@@ -230,7 +240,6 @@ class Generating:
         return found
 
     def _warn_of_sampling(self, settings: Settings) -> None:
-        self._greedy = not settings["do_sample"]
         found = {name: text for name, text in departures(settings).items() if name not in self._said}
         if found:
             neutral = [f"{name}={NEUTRAL.get(name)}" for name in found]
@@ -242,12 +251,12 @@ class Generating:
             )
         self._said |= found.keys()
 
-    def _warn_of_greedy_responses(self) -> None:
+    def _warn_of_greedy_responses(self, responses: Sequence[Tensor]) -> None:
         """Said when they are trained on: to look at a policy, greedy responses are as good as others."""
-        if self._greedy:
+        if self._drawn.greedy(responses):
             self._say_once(
                 "do_sample",
-                "the latest responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
+                "the responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
                 "the policy's distribution: pass do_sample=True for responses that are trained on",
             )
 

@@ -61,7 +61,8 @@ def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> l
             raise ValueError(f"{where} is a {type(row).__name__}, expected a 1-d tensor of token ids")
         if row.ndim != 1:
             raise ValueError(f"{where} has shape {tuple(row.shape)}, expected 1-d (length,); remove the batch axis")
-        if row.dtype not in (torch.int64, torch.int32):
+        # An empty tensor is a float one unless it is told otherwise: what is said about it is that it is empty.
+        if row.numel() > 0 and row.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{where} has dtype {row.dtype}, expected token ids in torch.int64")
         holds_numbers(where, row)
         if row.numel() == 0:

@@ -8,14 +8,27 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from ppo_runtime.inner import transformers_model
-from ppo_runtime.values import FLAGS, KINDS, NUMBERS, REFUSED, among, check_number, plain_number, shown
+from ppo_runtime.inner import has_encoder, transformers_model
+from ppo_runtime.values import (
+    FLAGS,
+    KINDS,
+    NUMBERS,
+    REFUSED,
+    REFUSED_WITH_ENCODER,
+    among,
+    check_number,
+    plain_number,
+    shown,
+    token_ids,
+)
 
 # Arguments of transformers' generate that reach it by its **kwargs.
 _OTHER_ARGUMENTS = ("tokenizer", "trust_remote_code")
 # Where None would reach arithmetic of transformers: what it stands for, or that it is left out.
 _NONE_IS: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
 _LEFT_OUT = ("max_length",)
+# Two ways to say one thing, of which transformers heeds the second wherever that is set.
+_SAME_THING = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 
 
 class Settings:
@@ -35,6 +48,11 @@ class Settings:
             self.keywords["logits_processor"] = [processor]
         self.passed: GenerationConfig | None = generation_kwargs.get("generation_config")
         self.own = getattr(transformers_model(model), "generation_config", None)
+        self._refused = refused(model)
+        for name, stronger in _SAME_THING.items():
+            # The model's own must not win over what the caller said in the other way.
+            if self.asked(name) is not None and self.asked(stronger) is None:
+                self.keywords[stronger] = None
 
     def __getitem__(self, name: str) -> Any:
         """The value in force; None where everyone leaves it to transformers' defaults."""
@@ -51,19 +69,27 @@ class Settings:
         """Neutral values in place of what the model's own config asks for and the trainer does not do."""
         return {
             name: neutral[0] if neutral else None
-            for name, (neutral, _) in REFUSED.items()
+            for name, (neutral, _) in self._refused.items()
             if getattr(self.own, name, None) is not None and not among(getattr(self.own, name), neutral)
         }
 
     def generate(self, model: Any, **ours: Any) -> Any:
         """The model's ``generate`` with the caller's arguments, and ours in place of the same ones of anybody's."""
-        keywords = self.keywords | ours
-        if self.passed is None:
+        settings = fields()
+        # What is refused is neutral by now; a release that does not know such a setting takes it for a model's input.
+        keywords = {
+            name: value
+            for name, value in (self.keywords | ours).items()
+            if name not in REFUSED or name in settings or hasattr(self.own, name)
+        }
+        if self.passed is None and not self.overruled():
             return model.generate(**keywords)
-        # Keywords beside a generation config are on their way out of transformers, and what is None in a config is
-        # filled from the model's own: so one config holds them all, and the model's own is put away meanwhile.
-        config, settings = copy.deepcopy(self.own or GenerationConfig()), fields()
-        given = {name: value for name, value in vars(self.passed).items() if value is not None and name[0] != "_"}
+        # Keywords beside a generation config are on their way out of transformers, what is None in a config is filled
+        # from the model's own, and that one is validated before any keyword replaces what does not go together in it:
+        # so one config holds them all, and the model's own is put away meanwhile.
+        config = copy.deepcopy(self.own or GenerationConfig())
+        passed = {} if self.passed is None else vars(self.passed)
+        given = {name: value for name, value in passed.items() if value is not None and name[0] != "_"}
         given |= {name: keywords.pop(name) for name in settings & keywords.keys()}
         for name, value in given.items():
             setattr(config, name, value)
@@ -80,6 +106,11 @@ def fields() -> set[str]:
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
+def refused(model: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Settings that may only be left out or neutral with this model: what is neutral, and why."""
+    return REFUSED | (REFUSED_WITH_ENCODER if has_encoder(model) else {})
+
+
 def check_settings(settings: Settings, model: Any) -> None:
     """Refuse, by name, what the caller asked for and cannot have; the model's own settings are nobody's mistake.
 
@@ -92,7 +123,7 @@ def check_settings(settings: Settings, model: Any) -> None:
             "a dictionary's entries are passed as keywords: generate(..., **settings)"
         )
     _known(settings, model)
-    for name, (neutral, reason) in REFUSED.items():
+    for name, (neutral, reason) in refused(model).items():
         value = settings.asked(name)
         if value is not None and not among(value, neutral):
             raise ValueError(f"{name} is {shown(value)}, expected to be left out; {reason}")
@@ -104,8 +135,22 @@ def check_settings(settings: Settings, model: Any) -> None:
     for name, (fits, expected) in KINDS.items():
         if (value := settings.asked(name)) is not None and not fits(value):
             raise ValueError(f"{name} is {shown(value)}, expected {expected}")
+    _leaves_tokens(settings, transformers_model(model).config.vocab_size)
     if settings.asked("synced_gpus") and not torch.distributed.is_initialized():
         raise ValueError("synced_gpus is True, expected to be left out: there is no group of processes to wait for")
+
+
+def _leaves_tokens(settings: Settings, vocab_size: int) -> None:
+    """What is forced exists, and what is suppressed leaves something to choose; the model's own settings likewise."""
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        value = settings[name]
+        if value is not None and not all(0 <= token < vocab_size for token in token_ids(name, value)):
+            raise ValueError(f"{name} is {shown(value)}, expected a token id in [0, {vocab_size}), or None")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if settings[name] is not None and set(range(vocab_size)) <= set(token_ids(name, settings[name])):
+            raise ValueError(
+                f"{name} holds all {vocab_size} tokens of the vocabulary, expected to leave one that can be chosen"
+            )
 
 
 def _known(settings: Settings, model: Any) -> None:

@@ -176,7 +176,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         with all_or_none(self.world):
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
-            self._warn_of_greedy_responses()
+            self._warn_of_greedy_responses(responses)
             with _clock(times, "forward_pass"):
                 scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
         scores_now = self.scores(raw).to(self.device)

@@ -33,6 +33,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "constraints": ((), _GONE),
     "force_words_ids": ((), _GONE),
 }
+# The same for encoder-decoders alone.
+REFUSED_WITH_ENCODER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "guidance_scale": ((1, 1.0), "the second pass that it guides by is one of decoder-only models"),
+    "prefill_chunk_size": ((), "the encoder reads the prompt whole, and a decoder fed in chunks gives other tokens"),
+}
 
 
 class _Number(NamedTuple):

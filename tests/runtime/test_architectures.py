@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.context import decoder_start
+from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.forward import evaluate, lay_out
 from ppo_runtime.modes import dropout_off
 from tests.runtime.tiny import (
@@ -56,6 +57,16 @@ def evaluated(model: Any, queries: list[Tensor], responses: list[Tensor], **widt
 
 def assert_close(one: Any, other: Any) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("said", [None, -1, 0])
+def test_a_limit_below_one_is_no_limit(said: int | None) -> None:
+    """XLNet's configuration has -1 where others have the length of their context."""
+    config = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=said)
+    context = Context.of(SimpleNamespace(config=config))
+    assert context == Context()
+    context.check([5], [1], names=("queries", "responses"), response="response")
+    assert Context.of(SimpleNamespace(config=SimpleNamespace(**vars(config) | {"max_position_embeddings": 1}))).row == 1
 
 
 @families

@@ -15,7 +15,7 @@ from ppo_runtime import LengthSampler, PPOTrainer, respond_to_batch
 from ppo_runtime.settings import fields
 from ppo_runtime.values import FLAGS, KINDS, NUMBERS, REFUSED
 from tests.runtime.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model, tiny_tokenizer
-from tests.runtime.trainers import SETTINGS, make_trainer
+from tests.runtime.trainers import SETTINGS, make_batch, make_trainer
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8])]
 NAN, INF = float("nan"), float("inf")
@@ -44,6 +44,7 @@ REFUSALS: dict[str, list[Any]] = {
         ),
         *(torch.tensor(5), torch.tensor([[5, 6]]), torch.tensor([5.0]), torch.tensor([True]), EMPTY, [EMPTY], [[]]),
         *([torch.tensor([[5]])], [torch.tensor(5)], [torch.tensor([-1])], [torch.tensor([VOCAB_SIZE])], [[2**70]]),
+        *(torch.tensor([]), [torch.tensor([])], np.array([])),
         *(torch.tensor([5], dtype=torch.int16), [5.5], [[5.5]], [[True]], np.array([5.0]), np.array([[5, 6]])),
         *({"input_ids": [5]}, [-1], [VOCAB_SIZE]),
     ],
@@ -89,6 +90,10 @@ REFUSALS: dict[str, list[Any]] = {
     "decoder_input_ids": [QUERIES[0]],
     "past_key_values": [5],
     "synced_gpus": [True, "yes"],
+    "forced_eos_token_id": [VOCAB_SIZE, [5, VOCAB_SIZE]],
+    "forced_bos_token_id": [VOCAB_SIZE],
+    "suppress_tokens": [list(range(VOCAB_SIZE))],
+    "begin_suppress_tokens": [list(range(VOCAB_SIZE))],
 }
 TENSORS = ("negative_prompt_ids", "negative_prompt_attention_mask")
 for argument in (*NUMBERS, *FLAGS, *KINDS, *REFUSED):
@@ -115,6 +120,11 @@ ACCEPTED: dict[str, tuple[dict[str, Any], list[int] | None]] = {
     "a sampler over max_new_tokens": ({"length_sampler": lambda: 3, "max_new_tokens": 9, "eos_token_id": None}, [3, 3]),
     "transformers' own length": ({"max_new_tokens": None, "eos_token_id": None}, [20, 20]),
     "a length with the prompt": ({"max_new_tokens": None, "max_length": 5, "eos_token_id": None}, [2, 2]),
+    "a length with the prompt, in a config": (
+        {"generation_config": GenerationConfig(max_length=5, do_sample=True), "eos_token_id": None},
+        [2, 2],
+    ),
+    "a least length, negative": ({"min_length": -1, "eos_token_id": None}, [4, 4]),
     "no length with the prompt": ({"max_length": None, "max_new_tokens": 4, "eos_token_id": None}, [4, 4]),
     "no EOS": ({"eos_token_id": None}, [4, 4]),
     "an empty list of EOS": ({"eos_token_id": []}, [4, 4]),
@@ -192,9 +202,79 @@ def test_what_is_accepted_on_purpose(case: str, trainers: dict[str, PPOTrainer])
     assert lengths is None or found == lengths
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refused_setting_may_be_neutral(name: str, trainers: dict[str, PPOTrainer]) -> None:
+    """Whether or not the installed transformers knows it."""
+    for value in (None, *REFUSED[name][0]):
+        assert len(call(trainers["llama"], max_new_tokens=1, **{name: value})) == 2
+
+
+@pytest.mark.parametrize("door", ["keyword", "generation_config"])
+@pytest.mark.parametrize("name", ["length", "least length"])
+def test_what_the_caller_says_wins_over_what_the_models_own_config_says_otherwise(name: str, door: str) -> None:
+    """max_length and max_new_tokens say one thing in two ways, and so do min_length and min_new_tokens."""
+    trainer = make_trainer()
+    own = trainer.model.pretrained_model.generation_config
+    if name == "length":
+        own.max_new_tokens, asked, ends = 30, {"max_length": 5}, None
+    else:
+        own.min_new_tokens, asked, ends = 3, {"min_length": 8, "max_new_tokens": 9}, list(range(1, VOCAB_SIZE))
+    asked |= {"do_sample": True}
+    options = asked if door == "keyword" else {"generation_config": GenerationConfig(**asked)}
+    [row] = trainer.generate(torch.tensor([5, 6, 7]), eos_token_id=ends, **options)
+    # Nearly every token ends the response, so it is as long as it must be.
+    assert len(row) == 5 if name == "length" else len(row) >= 8
+
+
+@pytest.mark.parametrize("named", [{"guidance_scale": 1.5}, {"prefill_chunk_size": 2}])
+def test_what_only_decoders_can_do_is_refused_for_an_encoder_decoder(
+    named: dict[str, Any], trainers: dict[str, PPOTrainer]
+) -> None:
+    [name] = named
+    with pytest.raises(ValueError, match=f"{name} is .*, expected to be left out"):
+        call(trainers["t5"], **named)
+    # The model's own is nobody's mistake, and has no effect.
+    drawn = []
+    for own in (None, named[name]):
+        trainer = make_trainer("t5")
+        setattr(trainer.model.pretrained_model.generation_config, name, own)
+        torch.manual_seed(3)
+        drawn.append([row.tolist() for row in call(trainer)])
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    "verdict", [None, [True, False], 1, "no", torch.tensor([1, 0]), torch.tensor([True] * 3)], ids=repr
+)
+def test_a_stopping_criterion_says_true_or_false_of_each_row(verdict: Any, trainers: dict[str, PPOTrainer]) -> None:
+    def judge(*_: Any, **__: Any) -> Any:
+        return verdict
+
+    with pytest.raises(ValueError, match=r"stopping_criteria: judge returned .*, expected a boolean tensor \(2,\)"):
+        call(trainers["llama"], stopping_criteria=[judge])
+
+
+def test_a_stopping_criterion_may_judge_all_rows_at_once(trainers: dict[str, PPOTrainer]) -> None:
+    for verdict in (True, torch.tensor(True), torch.tensor([True])):
+        rows = call(trainers["llama"], return_prompt=False, stopping_criteria=[lambda *_, v=verdict, **__: v])
+        assert [len(row) for row in rows] == [1, 1]
+
+
 def test_every_argument_is_in_the_table() -> None:
     arguments = inspect.signature(PPOTrainer.generate).parameters.keys() - {"self", "generation_kwargs"}
     assert arguments <= REFUSALS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long, torch.bool])
+def test_an_empty_row_is_called_empty_whatever_its_dtype(dtype: torch.dtype, trainers: dict[str, PPOTrainer]) -> None:
+    """torch.tensor([]) is a float tensor; that it holds no tokens is what its owner has to hear."""
+    empty = torch.tensor([], dtype=dtype)
+    for queries in (empty, [torch.tensor([5]), empty]):
+        with pytest.raises(ValueError, match="is empty, expected at least one token; start the prompt with a BOS"):
+            call(trainers["llama"], query_tensor=queries)
+    queries, responses, scores = make_batch()
+    with pytest.raises(ValueError, match=r"responses\[1\] is empty, .* still answers with its EOS"):
+        trainers["llama"].step(queries, [responses[0], empty, *responses[2:]], scores)
 
 
 def test_one_query_is_one_query_in_every_form(trainers: dict[str, PPOTrainer]) -> None:
@@ -238,6 +318,9 @@ def test_what_the_models_own_config_asks_for_is_overruled() -> None:
     own = trainer.model.pretrained_model.generation_config
     own.do_sample = True
     own.num_return_sequences, own.return_dict_in_generate, own.output_scores, own.token_healing = 3, True, True, True
+    before = copy.deepcopy(own.to_dict())
+    assert len(call(trainer, return_prompt=False)) == 2
+    own.do_sample = False
     before = copy.deepcopy(own.to_dict())
     assert len(call(trainer, return_prompt=False)) == 2
     config = GenerationConfig(do_sample=True, max_new_tokens=2)

@@ -174,6 +174,40 @@ def test_greedy_responses_are_said_when_they_are_trained_on(said: Any) -> None:
     assert "do_sample=True" in message
 
 
+@pytest.mark.parametrize("trained_on", ["sampled", "greedy"])
+@pytest.mark.parametrize("last", ["sampled", "greedy"])
+def test_what_was_generated_last_does_not_decide_what_is_said_of_a_step(trained_on: str, last: str, said: Any) -> None:
+    """A look at the policy in between, the other way, is no matter."""
+    trainer = make_trainer()
+    queries, _, scores = make_batch()
+    responses = {}
+    for way in sorted(("sampled", "greedy"), key=last.__eq__):
+        responses[way] = trainer.generate(
+            queries, return_prompt=True, **plain(max_new_tokens=3, do_sample=way != "greedy")
+        )
+    own = [row[len(query) :] for query, row in zip(queries, responses[trained_on], strict=True)]
+    trainer.step(queries, own, scores)
+    assert ["do_sample=True" in message for message in said()] == [True] * (trained_on == "greedy")
+
+
+@pytest.mark.parametrize("length", ["keyword", "generation_config"])
+def test_the_loop_leaves_a_length_to_the_caller(length: str) -> None:
+    """In whichever of the two ways it is said: max_length counts the prompt, of one token here."""
+    trainer = make_trainer(dataset=Dataset.from_dict({"input_ids": [[5 + row] for row in range(6)]}))
+    trainer.model.pretrained_model.generation_config.max_new_tokens = 30
+    given = {"max_length": 5, "do_sample": True}
+    lengths: list[int] = []
+
+    def score(_: list[str], responses: list[str]) -> list[float]:
+        lengths.extend(map(len, responses))
+        return [1.0] * len(responses)
+
+    options = given if length == "keyword" else {"generation_config": GenerationConfig(**given)}
+    trainer.train(score, steps=1, generation_kwargs={**options, "eos_token_id": []})
+    assert max(lengths) <= 4 * len("<eos>")
+    assert trainer.generate(torch.tensor([5]), **options, eos_token_id=None).shape == (1, 5)
+
+
 def test_the_loop_samples_plainly_whatever_the_model_says(said: Any) -> None:
     """And leaves to a caller what the caller sets, by keyword or in a generation config."""
     rows = Dataset.from_dict({"input_ids": [[5 + row] for row in range(6)]})
