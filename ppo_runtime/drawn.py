@@ -22,10 +22,6 @@ class Drawn:
             if len(self._sampled) > _MOST:
                 del self._sampled[next(iter(self._sampled))]
 
-    def holds(self, responses: Iterable[Tensor]) -> bool:
-        """Whether all of these were returned."""
-        return all(_content(response) in self._sampled for response in responses)
-
     def greedy(self, responses: Iterable[Tensor]) -> bool:
         """Whether all of these were returned, and one of them at least by greedy decoding alone."""
         found = [self._sampled.get(_content(response)) for response in responses]
