@@ -6,25 +6,37 @@ the place in the data of each process. What never changes, the reference above a
 so that a checkpoint is not continued against another reference.
 """
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppo_runtime.data import PromptBatches, prompt_digest
-from ppo_runtime.distributed import agree_any
-from ppo_runtime.redact import plain_settings, without_secrets
+from ppo_runtime.distributed import agree_any, all_or_none
+from ppo_runtime.fitting import (
+    check_optimizer_state,
+    check_scheduler_state,
+    check_tensors,
+    optimizer_made_of,
+    scheduler_class,
+    warn_of_differences,
+)
+from ppo_runtime.redact import plain_settings
+from ppo_runtime.trees import plain, restored
 from ppo_runtime.value_head import HEAD_PREFIX
 
 if TYPE_CHECKING:
@@ -34,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _POLICY, _OPTIMIZER, _STATE = "policy.safetensors", "optimizer.safetensors", "state.json"
+_OURS = re.compile(rf"{re.escape(_POLICY)}|{re.escape(_OPTIMIZER)}|{re.escape(_STATE)}|rank-\d+\.json")
+_WHOLE = "what save_checkpoint wrote; copy the checkpoint again, or remove it and go on from another"
+_ENTRIES = "world_size", "frozen", "config", "optimizer", "lr_scheduler", "trainer"
+_MISFITS = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 # Where a run's files go has no influence on its numbers.
 _INDIFFERENT = frozenset(
     {"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "steps", "accel_strict"}
@@ -48,29 +64,30 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
 
     Args:
         trainer: after any number of steps.
-        directory: the checkpoint to make. Its parent is made as well.
+        directory: the checkpoint to make, a directory of its own: one that is there must be empty or a checkpoint. Its
+            parent is made as well.
 
     Returns:
         ``directory`` as a path.
 
     Raises:
-        ValueError: weights or the optimiser's moments are not finite, or the last step was broken off while it was
-            moving them. A checkpoint that is there is kept.
+        ValueError: ``directory`` is a file or holds something else than a checkpoint; weights or the optimiser's
+            moments are not finite, or the last step was broken off while it was moving them. What is there is kept.
         TypeError: the optimiser or the scheduler holds something that JSON and tensors cannot express.
         RuntimeError: another rank could not write its part.
     """
-    target = Path(directory).absolute()
-    draft, previous = _siblings(target)
-    world = trainer.world
-    if world.rank == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-    agree_any(False, world)  # nobody writes before the directory is there
+    target, world = _resolved(directory), trainer.world
+    with all_or_none(world):  # nobody writes before the directory is there
+        check_replaceable(target)
+        draft, previous = _siblings(target)
+        if world.rank == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
     complete = False
     try:
         _check_worth_keeping(trainer)
-        _write_json(draft / f"rank-{world.rank}.json", _plain(_rank_state(trainer), f"rank-{world.rank}"))
+        _write_json(draft / f"rank-{world.rank}.json", plain(_rank_state(trainer), f"rank-{world.rank}"))
         if world.rank == 0:
             _write_shared(trainer, draft)
         complete = True
@@ -80,16 +97,16 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
             shutil.rmtree(draft, ignore_errors=True)
     if failed_somewhere:
         raise RuntimeError(f"no checkpoint was made in {target}: a rank failed to write its part, see its traceback")
-    if world.rank == 0:
-        _sync(draft)
-        if target.exists():
+    with all_or_none(world):  # nobody goes on before it is in place
+        if world.rank == 0:
+            _sync(draft)
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                target.rename(previous)
+            draft.rename(target)
+            _sync(target.parent)
             shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        draft.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    agree_any(False, world)  # nobody goes on before it is in place
-    return target
+    return Path(directory).absolute()
 
 
 def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
@@ -97,57 +114,88 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
 
     Make it from the same original model, reference, dataset and kind of optimiser and scheduler; the reference is the
     policy as it was *before* training, so do not start from the trained weights. Settings may differ, and are named in
-    a warning if they do: the continuation is then not the one that would have been.
+    a warning if they do: the continuation is then not the one that would have been. Another ``learning_rate`` holds
+    from here on, unless a scheduler goes on from the checkpoint's. Call it on every rank.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it belongs to another model, reference or world size, or was made by a later version. The trainer
-            is unchanged then.
+        ValueError: it is damaged, belongs to another model, reference, optimiser, scheduler or world size, or was made
+            by a later version. The trainer is unchanged then.
+        RuntimeError: another rank could not load it.
     """
-    source = _existing(Path(directory).absolute())
-    state = json.loads((source / _STATE).read_text(encoding="utf-8"))
-    if state["format"] != FORMAT:
-        raise ValueError(f"{source} has format {state['format']}, expected {FORMAT}; use the version that wrote it")
-    if state["world_size"] != trainer.world.size:
-        raise ValueError(
-            f"{source} was written by {state['world_size']} ranks, but there are {trainer.world.size}; "
-            "start as many processes as then"
+    with all_or_none(trainer.world):
+        source = _existing(_resolved(directory))
+        state = _read_state(source)
+        if state["world_size"] != trainer.world.size:
+            raise ValueError(
+                f"{source} was written by {state['world_size']} ranks, but there are {trainer.world.size}; "
+                "start as many processes as then"
+            )
+        with _named_if_damaged(source):
+            weights = load_file(source / _POLICY, device="cpu")
+            optimizer = restored(state["optimizer"], load_file(source / _OPTIMIZER, device="cpu"))
+            scheduler = restored(state["lr_scheduler"], {})
+            own = restored(state["trainer"], {})
+            rank = restored(_read_json(source / f"rank-{trainer.world.rank}.json"), {})
+        check_tensors(source, weights, _trained(trainer.model))
+        # Checkpoints of before hashed the reference's unused value head as well.
+        if state["frozen"] not in (frozen_digest(trainer), frozen_digest(trainer, reference_head=True)):
+            raise ValueError(
+                f"{source} was made beside other frozen weights: the reference, or the layers that do not train, "
+                "differ; make the trainer from the same original model and reference, not from trained weights"
+            )
+        check_scheduler_state(source, state, trainer.lr_scheduler)
+        check_optimizer_state(source, state.get("optimizer_made_of"), optimizer, trainer)
+        _check_data(source, rank, trainer)
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        with _undone_unless_whole(source, trainer):
+            trainer.optimizer.load_state_dict(optimizer)
+            if trainer.lr_scheduler is not None:
+                trainer.lr_scheduler.load_state_dict(scheduler)
+            trainer.load_state_dict(own)
+            _restore_generators(trainer, rank)
+        with torch.no_grad():
+            for name, tensor in _trained(trainer.model).items():
+                tensor.copy_(weights[name])
+        trainer.metrics_after = trainer.current_step
+        changed = warn_of_differences(
+            state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
-    weights = load_file(source / _POLICY, device="cpu")
-    _check_names(source, weights, _trained(trainer.model))
-    # Checkpoints of before hashed the reference's unused value head as well.
-    if state["frozen"] not in (frozen_digest(trainer), frozen_digest(trainer, reference_head=True)):
-        raise ValueError(
-            f"{source} was made beside other frozen weights: the reference, or the layers that do not train, differ; "
-            "make the trainer from the same original model and reference, not from trained weights"
-        )
-    if (state["lr_scheduler"] is None) != (trainer.lr_scheduler is None):
-        raise ValueError(
-            f"{source} has {'no' if state['lr_scheduler'] is None else 'an'} lr_scheduler state, and the trainer has "
-            f"{'none' if trainer.lr_scheduler is None else 'one'}; pass the same kind as then"
-        )
-    rank = _restored(json.loads((source / f"rank-{trainer.world.rank}.json").read_text(encoding="utf-8")), {})
-    _check_data(source, rank, trainer)
-    _warn_of_differences(state["config"], _configuration(trainer))
-
-    trainer.optimizer.load_state_dict(_restored(state["optimizer"], load_file(source / _OPTIMIZER, device="cpu")))
-    with torch.no_grad():
-        for name, tensor in _trained(trainer.model).items():
-            tensor.copy_(weights[name])
-    if trainer.lr_scheduler is not None:
-        trainer.lr_scheduler.load_state_dict(_restored(state["lr_scheduler"], {}))
-    trainer.load_state_dict(_restored(state["trainer"], {}))
-    trainer.metrics_after = trainer.current_step
-    _restore_rank(trainer, rank)
+        if "learning_rate" in changed and trainer.lr_scheduler is None:
+            for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def steps_done(directory: str | Path) -> int | None:
     """How many steps a checkpoint stands after; None if there is none, complete, of this name."""
     try:
-        source = _existing(Path(directory).absolute())
+        source = _existing(_resolved(directory))
     except FileNotFoundError:
         return None
-    return _restored(json.loads((source / _STATE).read_text(encoding="utf-8"))["trainer"], {})["current_step"]
+    state = _read_state(source)
+    with _named_if_damaged(source):
+        return restored(state["trainer"], {})["current_step"]
+
+
+def check_replaceable(directory: str | Path) -> None:
+    """Refuse to make a checkpoint where something else is, which would be lost.
+
+    Raises:
+        ValueError: ``directory`` is a file, or holds anything but a checkpoint's files.
+    """
+    target = _resolved(directory)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file, expected the directory of a checkpoint; take another name")
+    names = {entry.name for entry in target.iterdir()}
+    others = sorted(name for name in names if not _OURS.fullmatch(name))
+    if names and (others or _STATE not in names):
+        held = others[0] if others else f"no {_STATE}"
+        raise ValueError(
+            f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; give the "
+            f"checkpoint a directory of its own, such as {target / 'checkpoint'}"
+        )
 
 
 def frozen_digest(trainer: "PPOTrainer", *, reference_head: bool = False) -> str:
@@ -182,12 +230,13 @@ def _check_worth_keeping(trainer: "PPOTrainer") -> None:
         )
     weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}
-    _plain(trainer.optimizer.state_dict(), "optimizer", moments)
+    plain(trainer.optimizer.state_dict(), "optimizer", moments)
     for name, tensor in (weights | moments).items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            lower = "lower learning_rate" if trainer.lr_scheduler is None else "lower the scheduler's learning rates"
             raise ValueError(
                 f"{name} holds numbers that are not finite: no checkpoint is made of them; load the last one, and "
-                "lower learning_rate or set max_grad_norm"
+                f"{lower} or set max_grad_norm"
             )
 
 
@@ -199,9 +248,11 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
         "world_size": trainer.world.size,
         "frozen": frozen_digest(trainer),
         "config": _configuration(trainer),
-        "optimizer": _plain(trainer.optimizer.state_dict(), "optimizer", optimizer_tensors),
-        "lr_scheduler": None if scheduler is None else _plain(scheduler, "lr_scheduler"),
-        "trainer": _plain(trainer.state_dict(), "trainer"),
+        "optimizer": plain(trainer.optimizer.state_dict(), "optimizer", optimizer_tensors),
+        "optimizer_made_of": optimizer_made_of(trainer),
+        "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
+        "scheduler_class": scheduler_class(trainer.lr_scheduler),
+        "trainer": plain(trainer.state_dict(), "trainer"),
     }
     _write_tensors(draft / _POLICY, _trained(trainer.model))
     _write_tensors(draft / _OPTIMIZER, optimizer_tensors)
@@ -209,6 +260,11 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
 
 
 def _rank_state(trainer: "PPOTrainer") -> dict[str, Any]:
+    return _generators(trainer) | {"prompts": prompt_digest(getattr(trainer.dataloader, "dataset", None))}
+
+
+def _generators(trainer: "PPOTrainer") -> dict[str, Any]:
+    """The random generators of this process, and its place in the data."""
     data = _batches(trainer)
     return {
         "python": random.getstate(),
@@ -217,11 +273,10 @@ def _rank_state(trainer: "PPOTrainer") -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
         "shuffle": trainer.shuffle.get_state(),
         "data": None if data is None else data.state_dict(),
-        "prompts": prompt_digest(getattr(trainer.dataloader, "dataset", None)),
     }
 
 
-def _restore_rank(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
+def _restore_generators(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
     data = _batches(trainer)
     if state["data"] is not None and data is not None:
         data.load_state_dict(state["data"])
@@ -231,6 +286,30 @@ def _restore_rank(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])  # noqa: NPY002  as above
     random.setstate(state["python"])
+
+
+@contextmanager
+def _undone_unless_whole(source: Path, trainer: "PPOTrainer") -> Iterator[None]:
+    """Put back what was taken over, where the rest cannot be. The weights, which always fit, come afterwards."""
+    scheduler = trainer.lr_scheduler
+    optimizer, own, generators = trainer.optimizer.state_dict(), trainer.state_dict(), _generators(trainer)
+    broken_off, metrics_after = trainer.broken_off, trainer.metrics_after
+    scheduled = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+    try:
+        yield
+    except BaseException as error:
+        trainer.optimizer.load_state_dict(optimizer)
+        if scheduler is not None:
+            scheduler.load_state_dict(scheduled)
+        trainer.load_state_dict(own)
+        trainer.broken_off, trainer.metrics_after = broken_off, metrics_after
+        _restore_generators(trainer, generators)
+        if isinstance(error, _MISFITS):
+            raise ValueError(
+                f"{source} does not fit this trainer: {type(error).__name__}: {error}; make the optimizer and the "
+                "lr_scheduler as they were made then. Nothing has changed"
+            ) from error
+        raise
 
 
 def _check_data(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -> None:
@@ -260,88 +339,44 @@ def _configuration(trainer: "PPOTrainer") -> dict[str, Any]:
     return {name: value for name, value in plain_settings(trainer.config).items() if name not in _INDIFFERENT}
 
 
-def _warn_of_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
-    changed = [
-        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
-        logger.warning("the run goes on with other settings than the checkpoint's: %s", "; ".join(changed))
-
-
-def _check_names(source: Path, stored: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
-    differences = [
-        *(f"{name} is missing from the model" for name in sorted(stored.keys() - present.keys())),
-        *(f"{name} is missing from the checkpoint" for name in sorted(present.keys() - stored.keys())),
-        *(
-            f"{name} is {stored[name].dtype} {tuple(stored[name].shape)} in the checkpoint and "
-            f"{present[name].dtype} {tuple(present[name].shape)} in the model"
-            for name in sorted(stored.keys() & present.keys())
-            if (stored[name].dtype, stored[name].shape) != (present[name].dtype, present[name].shape)
-        ),
-    ]
-    if differences:
-        raise ValueError(
-            f"{source} was made with another model ({len(differences)} differences): {'; '.join(differences[:3])}"
-        )
-
-
-# --- trees of plain values ---------------------------------------------------------------------------------------
-
-
-def _plain(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
-    """A tree as JSON can hold it, exactly; tensors go to ``tensors`` if given, else into the tree as numbers."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor):
-        if tensors is None:
-            return {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-        tensors[where] = value
-        return {"stored": where}
-    if isinstance(value, np.ndarray):
-        return {"array": value.tolist(), "dtype": str(value.dtype)}
-    if isinstance(value, Mapping):
-        kind = "counter" if isinstance(value, Counter) else "dict"
-        items = [(_plain(k, where, tensors), _plain(v, f"{where}.{k}", tensors)) for k, v in value.items()]
-        return {kind: items}
-    if isinstance(value, list | tuple):
-        items = [_plain(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    raise TypeError(
-        f"{where} is a {type(value).__name__}, expected numbers, strings, tensors and containers of these: "
-        "a checkpoint holds no pickled objects"
-    )
-
-
-def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What ``_plain`` was given."""
-    if isinstance(value, list):
-        return [_restored(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "stored" in value:
-        return tensors[value["stored"]]
-    if "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
-    if "array" in value:
-        return np.array(value["array"], dtype=value["dtype"])
-    if "tuple" in value:
-        return tuple(_restored(item, tensors) for item in value["tuple"])
-    kind, items = next(iter(value.items()))
-    pairs = ((_restored(key, tensors), _restored(item, tensors)) for key, item in items)
-    return Counter(dict(pairs)) if kind == "counter" else dict(pairs)
-
-
 # --- files -------------------------------------------------------------------------------------------------------
 
 
 def _siblings(target: Path) -> tuple[Path, Path]:
     """Where a checkpoint is written, and where the one that it replaces waits meanwhile."""
     return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")
+
+
+def _resolved(directory: str | Path) -> Path:
+    """The directory itself, where it is named by a link or with dots."""
+    return Path(directory).resolve()
+
+
+def _read_state(source: Path) -> dict[str, Any]:
+    """What ``state.json`` holds, of this format and with all that it must have."""
+    state = _read_json(source / _STATE)
+    found = state.get("format") if isinstance(state, dict) else None
+    if found is not None and found != FORMAT:
+        raise ValueError(f"{source} has format {found}, expected {FORMAT}; use the version that wrote it")
+    missing = [name for name in ("format", *_ENTRIES) if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ValueError(f"{source / _STATE} has no {missing[0]!r}, expected {_WHOLE}")
+    return state
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f"{path} cannot be read ({error}), expected {_WHOLE}") from error
+
+
+@contextmanager
+def _named_if_damaged(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, AttributeError, LookupError, TypeError, StopIteration) as error:
+        raise ValueError(f"{source} cannot be read ({type(error).__name__}: {error}), expected {_WHOLE}") from error
 
 
 def _existing(target: Path) -> Path:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.trees import plain
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import untimed
 
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, caplog
 
 def test_an_object_that_would_need_pickle_is_named() -> None:
     with pytest.raises(TypeError, match=r"lr_scheduler\.milestones is a object"):
-        module._plain({"milestones": object()}, "lr_scheduler")
+        plain({"milestones": object()}, "lr_scheduler")
 
 
 def test_a_reference_differs_by_its_weights_and_not_by_its_unused_head(tmp_path: Path) -> None:

@@ -1,0 +1,307 @@
+"""Checkpoints that do not fit, are damaged, or would be made where something else is: refused, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ppo_runtime import PPOTrainer, distributed
+from ppo_runtime import checkpoint as module
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.distributed import World
+from tests.runtime.trainers import make_batch, make_trainer
+
+SCHEDULERS = torch.optim.lr_scheduler
+
+
+def adam(model: Any, order: Callable[[list[Any]], list[Any]] = list) -> torch.optim.Optimizer:
+    return torch.optim.Adam(order(list(model.parameters())), lr=1e-3)
+
+
+def exchanged(parameters: list[Any]) -> list[Any]:
+    """Two of one shape have changed places."""
+    first, second = [index for index, parameter in enumerate(parameters) if parameter.shape == (16, 16)][:2]
+    parameters[first], parameters[second] = parameters[second], parameters[first]
+    return parameters
+
+
+def in_two_groups(model: Any) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    return torch.optim.Adam([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=1e-3)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": adam,
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-3),
+    "two groups": in_two_groups,
+    "backwards": lambda model: adam(model, lambda parameters: parameters[::-1]),
+    "exchanged": lambda model: adam(model, exchanged),
+}
+MADE: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "linear": SCHEDULERS.LinearLR,
+    "cosine": lambda optimizer: SCHEDULERS.CosineAnnealingLR(optimizer, T_max=10),
+    "sequential": lambda optimizer: SCHEDULERS.SequentialLR(
+        optimizer, [SCHEDULERS.ConstantLR(optimizer), SCHEDULERS.ExponentialLR(optimizer, 0.9)], [2]
+    ),
+    "another sequence": lambda optimizer: SCHEDULERS.SequentialLR(
+        optimizer, [SCHEDULERS.ConstantLR(optimizer), SCHEDULERS.CosineAnnealingLR(optimizer, T_max=10)], [2]
+    ),
+}
+
+
+def trainer_with(optimizer: str = "adam", scheduler: str | None = None, **settings: Any) -> PPOTrainer:
+    trainer = make_trainer(optimizer_of=OPTIMIZERS[optimizer], **settings)
+    trainer.lr_scheduler = None if scheduler is None else MADE[scheduler](trainer.optimizer)
+    return trainer
+
+
+def saved(trainer: PPOTrainer, path: Path, *, old: bool = False) -> Path:
+    """A checkpoint after one step; an old one knows less of what it was made with."""
+    trainer.step(*make_batch())
+    save_checkpoint(trainer, path)
+    if old:
+        state = json.loads((path / "state.json").read_text())
+        del state["optimizer_made_of"], state["scheduler_class"]
+        (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def everything(trainer: PPOTrainer) -> dict[str, Any]:
+    """All that loading changes."""
+    return copy.deepcopy(
+        {
+            "weights": dict(trainer.model.state_dict()),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": None if trainer.lr_scheduler is None else trainer.lr_scheduler.state_dict(),
+            "trainer": trainer.state_dict(),
+            "shuffle": trainer.shuffle.get_state(),
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": str(np.random.get_state()),  # noqa: NPY002  set_seed seeds this generator
+            "others": [trainer.metrics_after, trainer.broken_off],
+        }
+    )
+
+
+def assert_refused(trainer: PPOTrainer, path: Path, message: str) -> None:
+    before = everything(trainer)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(trainer, path)
+    assert str(everything(trainer)) == str(before)
+    torch.testing.assert_close(everything(trainer)["weights"], before["weights"], rtol=0, atol=0)
+
+
+# --- another optimiser or scheduler ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ("adam", "sgd", "the state of Adam, and the optimizer is SGD"),
+        ("sgd", "adam", "the state of SGD, and the optimizer is Adam"),
+        ("adam", "adamw", "the state of Adam, and the optimizer is AdamW"),
+        ("adam", "two groups", r"groups of \[\d+\] parameters, and here are \[3, \d+\]"),
+        ("two groups", "adam", r"groups of \[3, \d+\] parameters"),
+        ("adam", "backwards", "in the same order"),
+        ("adam", "exchanged", r"state for .* where the optimizer has .* now"),
+    ],
+)
+def test_another_optimiser_is_refused(then: str, now: str, message: str, tmp_path: Path) -> None:
+    path = saved(trainer_with(then), tmp_path / "checkpoint")
+    assert_refused(trainer_with(now), path, message)
+
+
+def test_moments_of_another_shape_are_refused_in_an_old_checkpoint_too(tmp_path: Path) -> None:
+    path = saved(trainer_with("adam"), tmp_path / "checkpoint", old=True)
+    assert_refused(trainer_with("backwards"), path, r"exp_avg of shape .* for a parameter of shape")
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "momentum", "adamw", "adafactor", "two groups", "backwards"])
+@pytest.mark.parametrize("scheduler", [None, "sequential"])
+def test_the_same_optimiser_goes_on(optimizer: str, scheduler: str | None, old: bool, tmp_path: Path) -> None:
+    first = trainer_with(optimizer, scheduler)
+    path = saved(first, tmp_path / "checkpoint", old=old)
+    second = trainer_with(optimizer, scheduler)
+    load_checkpoint(second, path)
+    for one in (first, second):
+        one.step(*make_batch(seed=1))
+    torch.testing.assert_close(
+        dict(second.model.named_parameters()), dict(first.model.named_parameters()), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ("linear", "cosine", "state of LinearLR, and the lr_scheduler is CosineAnnealingLR"),
+        ("linear", "sequential", r"state of LinearLR, and the lr_scheduler is SequentialLR\(ConstantLR, ExponentialLR"),
+        ("sequential", "another sequence", r"ExponentialLR\), and the lr_scheduler is SequentialLR"),
+        ("linear", None, "has an lr_scheduler state, and the trainer has none"),
+        (None, "linear", "has no lr_scheduler state, and the trainer has one"),
+    ],
+)
+def test_another_scheduler_is_refused(then: str | None, now: str | None, message: str, tmp_path: Path) -> None:
+    path = saved(trainer_with(scheduler=then), tmp_path / "checkpoint")
+    assert_refused(trainer_with(scheduler=now), path, message)
+
+
+def test_an_old_checkpoint_with_another_scheduler_changes_nothing(tmp_path: Path) -> None:
+    path = saved(trainer_with(scheduler="linear"), tmp_path / "checkpoint", old=True)
+    assert_refused(trainer_with(scheduler="sequential"), path, "does not fit this trainer")
+
+
+# --- what is announced is true --------------------------------------------------------------------------------------
+
+
+def test_another_learning_rate_holds_from_there_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = make_trainer()
+    path = saved(first, tmp_path / "checkpoint")
+    first.optimizer.param_groups[0]["lr"] = 5e-5
+    second = make_trainer(learning_rate=5e-5)
+    load_checkpoint(second, path)
+    assert "learning_rate was 0.001 and is 5e-05" in caplog.text
+    assert "kept" not in caplog.text
+    for one in (first, second):
+        assert one.step(*make_batch(seed=1))["ppo/learning_rate"] == 5e-5
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_learning_rate_set_during_the_run_is_kept(tmp_path: Path) -> None:
+    first = make_trainer()
+    first.optimizer.param_groups[0]["lr"] = 7e-4
+    second = make_trainer()
+    load_checkpoint(second, saved(first, tmp_path / "checkpoint"))
+    assert second.optimizer.param_groups[0]["lr"] == 7e-4
+
+
+def test_what_is_kept_from_the_checkpoint_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved(trainer_with(scheduler="linear"), tmp_path / "checkpoint")
+    other = trainer_with(scheduler="linear", learning_rate=5e-5, init_kl_coef=0.7, seed=3)
+    load_checkpoint(other, path)
+    assert other.kl_ctl.value != 0.7
+    assert "init_kl_coef was 0.2 and is 0.7 (the coefficient is kept from the checkpoint" in caplog.text
+    assert "seed was 0 and is 3 (the random generators are kept from the checkpoint)" in caplog.text
+    assert "is 5e-05 (the scheduler and its learning rates are kept from the checkpoint)" in caplog.text
+
+
+# --- damaged --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["state.json", "rank-0.json", "policy.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_a_truncated_file_is_named(file: str, kept: int, tmp_path: Path) -> None:
+    path = saved(make_trainer(), tmp_path / "checkpoint")
+    (path / file).write_bytes((path / file).read_bytes()[:kept])
+    assert_refused(make_trainer(), path, f"{path}.*cannot be read.*remove it and go on from another")
+    if file == "state.json":
+        with pytest.raises(ValueError, match="cannot be read"):
+            steps_done(path)
+
+
+@pytest.mark.parametrize("field", ["format", "world_size", "frozen", "config", "optimizer", "lr_scheduler", "trainer"])
+def test_a_missing_entry_is_named(field: str, tmp_path: Path) -> None:
+    path = saved(make_trainer(), tmp_path / "checkpoint")
+    state = json.loads((path / "state.json").read_text())
+    del state[field]
+    (path / "state.json").write_text(json.dumps(state))
+    assert_refused(make_trainer(), path, f"state.json has no '{field}'")
+
+
+@pytest.mark.parametrize("part", ["torch", "python", "numpy", "shuffle"])
+def test_a_generator_that_cannot_be_restored_changes_nothing(part: str, tmp_path: Path) -> None:
+    path = saved(make_trainer(), tmp_path / "checkpoint")
+    state = json.loads((path / "rank-0.json").read_text())
+    state["dict"] = [[name, 7 if name == part else value] for name, value in state["dict"]]
+    (path / "rank-0.json").write_text(json.dumps(state))
+    assert_refused(make_trainer(), path, "does not fit this trainer")
+
+
+# --- where something else is ----------------------------------------------------------------------------------------
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "checkpoint and more", "dot", "link", "weights alone"])
+def test_nothing_but_a_checkpoint_is_replaced(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    target = tmp_path / "thesis"
+    if place == "file":
+        target.write_text("notes")
+    else:
+        target.mkdir()
+        (target / "chapters").mkdir()
+        (target / "chapters" / "one.txt").write_text("once upon a time")
+    if place == "checkpoint and more":
+        save_checkpoint(trainer, tmp_path / "made")
+        shutil.copytree(tmp_path / "made", target, dirs_exist_ok=True)
+    if place == "weights alone":
+        shutil.rmtree(target / "chapters")
+        (target / "policy.safetensors").write_bytes(b"mine")
+    given: str | Path = target
+    if place == "dot":
+        monkeypatch.chdir(target)
+        given = "."
+    if place == "link":
+        given = tmp_path / "link"
+        given.symlink_to(target)
+    before = listing(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"thesis (is a file|holds .* directory of its own)"):
+            save_checkpoint(trainer, given)
+        assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["empty", "checkpoint", "link", "deep/er"])
+def test_an_empty_directory_or_a_checkpoint_is_replaced(place: str, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    target = tmp_path / place
+    if place == "empty":
+        target.mkdir()
+    if place == "checkpoint":
+        save_checkpoint(trainer, target)
+    if place == "link":
+        target.symlink_to(tmp_path / "real")
+        (tmp_path / "real").mkdir()
+    trainer.step(*make_batch())
+    for _ in range(2):
+        assert save_checkpoint(trainer, target) == target
+        assert steps_done(target) == 1
+    assert not [path for path in listing(tmp_path) if "draft" in path or "previous" in path]
+
+
+@pytest.mark.parametrize("broken", ["mkdir", "rename"])
+def test_what_rank_0_cannot_do_is_told_to_the_others(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each error that rank 0 raises is one that it has told before in the collective the others wait in."""
+    trainer = make_trainer()
+    told: list[bool] = []
+
+    def agree(flag: bool, world: World) -> bool:
+        told.append(flag)
+        return flag
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    for place in (module, distributed):
+        monkeypatch.setattr(place, "agree_any", agree)
+    monkeypatch.setattr(Path, broken, refuse)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(trainer, tmp_path / "checkpoint")
+    assert told[-1]
