@@ -8,9 +8,13 @@ from typing import Any
 import attrs
 
 HIDDEN = "(hidden)"
-_SECRET_KEY = re.compile(r"(^|_)(token|password|passwd|passphrase|secret|api_?key|authorization|credentials?)$")
-# As the hubs and trackers make them; long enough that no word of a sentence looks like one.
-_SECRET_TEXT = re.compile(r"\b(hf|api_org|ghp|gho|github_pat|sk)_[A-Za-z0-9_]{16,}")
+_SECRET_KEY = re.compile(
+    r"(^|_)(tokens?|password|passwd|pwd|passphrase|secrets?|bearer|auth|authorization|credentials?"
+    r"|(api|access|auth|private|secret|wandb)_?keys?(_value)?)$"
+)
+# As hubs, trackers and services make them, long enough that no word of a sentence looks like one.
+_SECRET_TEXT = re.compile(r"\b((hf|api_org|gh[oprsu]|github_pat|wandb_v\d)_|sk[_-])[A-Za-z0-9_-]{16,}")
+_PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
@@ -21,12 +25,12 @@ def plain_settings(config: Any) -> dict[str, Any]:
 def without_secrets(value: Any) -> Any:
     """A tree of settings, every secret in it replaced by :data:`HIDDEN`, and objects by the name of their kind.
 
-    A secret is what stands under a key such as "token", "api_key" or "password", and a text that looks like a hub's
-    token wherever it stands. An object could print anything, so that nothing of it is kept.
+    A secret is a text that stands under a key such as "token", "api_key" or "password", however deep, and one that looks
+    like a hub's token wherever it stands. An object could print anything, so that nothing of it is kept.
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if _names_a_secret(key) and isinstance(item, str | bytes) and item else without_secrets(item)
+            key: HIDDEN if _names_a_secret(key) and _holds_text(item) else without_secrets(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -34,7 +38,7 @@ def without_secrets(value: Any) -> Any:
             type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else [*map(without_secrets, value)]
         )
     if isinstance(value, str):
-        return _SECRET_TEXT.sub(HIDDEN, value)
+        return _without_secret_words(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     return without_secrets(fspath(value)) if isinstance(value, PathLike) else f"<{type(value).__name__}>"
@@ -44,12 +48,25 @@ def hide(text: str, *settings: Mapping[str, Any]) -> str:
     """A text, such as an error's, without the secrets that some settings hold."""
     for secret in _secrets(settings):
         text = text.replace(secret, HIDDEN)
-    return _SECRET_TEXT.sub(HIDDEN, text)
+    return _without_secret_words(text)
 
 
 def _names_a_secret(key: Any) -> bool:
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(key)).replace("-", "_").lower()
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(key)).replace("-", "_").lower()
     return _SECRET_KEY.search(words) is not None
+
+
+def _without_secret_words(text: str) -> str:
+    return _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether a text stands somewhere in a value; counts and switches that are called "tokens" are no secrets."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_text, value))
+    return isinstance(value, str | bytes) and bool(value)
 
 
 def _secrets(value: Any) -> list[str]:

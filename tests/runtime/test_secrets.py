@@ -79,14 +79,41 @@ def test_no_file_and_no_log_of_a_run_holds_a_token(
 
 @pytest.mark.parametrize(
     "key",
-    ["token", "hf_token", "api_key", "apiKey", "WANDB_API_KEY", "password", "passwd", "client_secret", "Authorization"],
+    [
+        *(
+            "token",
+            "hf_token",
+            "tokens",
+            "APIToken",
+            "api_key",
+            "apiKey",
+            "WANDB_API_KEY",
+            "wandb_key",
+            "api_key_value",
+        ),
+        *("password", "passwd", "pwd", "client_secret", "secret_key", "access_key", "private_key"),
+        *("Authorization", "auth", "bearer"),
+    ],
 )
-def test_what_is_called_a_secret_is_one(key: str) -> None:
-    assert without_secrets({"a": [{key: SECRET}]}) == {"a": [{key: HIDDEN}]}
+@pytest.mark.parametrize("secret", [SECRET, SECRET.encode(), [SECRET], {"value": (SECRET,)}], ids=str)
+def test_what_is_called_a_secret_is_one(key: str, secret: Any) -> None:
+    assert without_secrets({"a": [{key: secret}]}) == {"a": [{key: HIDDEN}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [TOKEN, "sk-" + "q1" * 12, "sk-proj-" + "q1" * 12, "ghs_" + "q1" * 12, "wandb_v1_" + "q1" * 12, "me:" + SECRET],
+)
+def test_what_looks_like_a_secret_is_one_wherever_it_stands(text: str) -> None:
+    kept = str(without_secrets({"endpoint": f"https://{text}@host/path", "note": f"made with https://{text}@host"}))
+    assert text not in kept
+    assert "@host" in kept
 
 
 def test_what_says_nothing_is_kept() -> None:
     settings = {"token": None, "create_pr": True, "max_new_tokens": 3, "tokens": (1, 2), "token_type": False}
+    settings |= {"tokenizer": "gpt2", "pad_token_id": 0, "note": "a risk-averse task_of_sixteen_letters", "key": "a"}
+    settings |= {"url": "https://host:8080/a@b", "author": "us"}
     assert without_secrets(settings) == settings
 
 
