@@ -3,9 +3,31 @@
 import math
 from typing import Any
 
-import attrs
-
 from ppo_core.controllers import KLControllerState, adaptive_kl_update, fixed_kl_update
+
+
+def _coefficient(name: str, value: Any) -> float:
+    number = _number(value)
+    if not math.isfinite(number) or number < 0.0:
+        raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0, in score units per nat")
+    return number
+
+
+def _positive(name: str, value: Any, unit: str) -> float:
+    number = _number(value)
+    if not math.isfinite(number) or number <= 0.0:
+        raise ValueError(f"{name} is {value!r}, expected a finite number above 0, {unit}")
+    return number
+
+
+def _number(value: Any) -> float:
+    """As a float; NaN for what is no number."""
+    if isinstance(value, str | bytes | bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 class _Controller:
@@ -18,17 +40,14 @@ class _Controller:
 
     @value.setter
     def value(self, coef: Any) -> None:
-        number = float(coef)
-        if not math.isfinite(number) or number < 0.0:
-            raise ValueError(f"value is {coef!r}, expected a finite number of at least 0, in score units per nat")
-        self.state = attrs.evolve(self.state, coef=number)
+        self.state = KLControllerState(coef=_coefficient("value", coef))
 
 
 class FixedKLController(_Controller):
     """A KL coefficient that no KL changes."""
 
     def __init__(self, kl_coef: float) -> None:
-        self.state = KLControllerState(coef=kl_coef)
+        self.state = KLControllerState(coef=_coefficient("kl_coef", kl_coef))
 
     def update(self, current: float, n_steps: int) -> None:
         """Do nothing, as a fixed controller does."""
@@ -45,9 +64,27 @@ class AdaptiveKLController(_Controller):
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
-        self.state = KLControllerState(coef=init_kl_coef)
+        self.state = KLControllerState(coef=_coefficient("init_kl_coef", init_kl_coef))
         self.target = target
         self.horizon = horizon
+
+    @property
+    def target(self) -> float:
+        """The KL to hold, nats per sequence; it can be set."""
+        return self._target
+
+    @target.setter
+    def target(self, kl: Any) -> None:
+        self._target = _positive("target", kl, "in nats per sequence")
+
+    @property
+    def horizon(self) -> float:
+        """Sequences over which the coefficient changes by at most 20 %; it can be set."""
+        return self._horizon
+
+    @horizon.setter
+    def horizon(self, sequences: Any) -> None:
+        self._horizon = _positive("horizon", sequences, "of sequences")
 
     def update(self, current: float, n_steps: int) -> None:
         """Move the coefficient after ``n_steps`` sequences with a mean KL of ``current`` nats.

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 
 HIDDEN = "(hidden)"
+SHORTEST = 4
+"""Characters that a secret has at least for it to be looked for in a text."""
 _SECRET_KEY = re.compile(
     r"(^|_)(tokens?|password|passwd|pwd|passphrase|secrets?|bearer|auth|authorization|credentials?"
     r"|(api|access|auth|private|secret|wandb)_?keys?(_value)?)$"
@@ -25,12 +27,12 @@ def plain_settings(config: Any) -> dict[str, Any]:
 def without_secrets(value: Any) -> Any:
     """A tree of settings, every secret in it replaced by :data:`HIDDEN`, and objects by the name of their kind.
 
-    A secret is a text that stands under a key such as "token", "api_key" or "password", however deep, and one that looks
-    like a hub's token wherever it stands. An object could print anything, so that nothing of it is kept.
+    A secret is a text that stands under a key such as "token", "api_key" or "password", however deep, and one that
+    looks like a hub's token wherever it stands. An object could print anything, so that nothing of it is kept.
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if _names_a_secret(key) and _holds_text(item) else without_secrets(item)
+            key: HIDDEN if _names_a_secret(key) and _texts(item) else without_secrets(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -46,8 +48,10 @@ def without_secrets(value: Any) -> Any:
 
 def hide(text: str, *settings: Mapping[str, Any]) -> str:
     """A text, such as an error's, without the secrets that some settings hold."""
-    for secret in _secrets(settings):
-        text = text.replace(secret, HIDDEN)
+    # The longest first, since one may be part of another; a very short one would be found in the sentence's own words.
+    for secret in sorted(_secrets(settings), key=len, reverse=True):
+        if len(secret) >= SHORTEST:
+            text = text.replace(secret, HIDDEN)
     return _without_secret_words(text)
 
 
@@ -60,17 +64,18 @@ def _without_secret_words(text: str) -> str:
     return _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
 
 
-def _holds_text(value: Any) -> bool:
-    """Whether a text stands somewhere in a value; counts and switches that are called "tokens" are no secrets."""
-    if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_text, value))
-    return isinstance(value, str | bytes) and bool(value)
+def _texts(value: Any) -> list[str]:
+    """The texts in a value; counts and switches that are called "tokens" are no secrets."""
+    if isinstance(value, bytes):  # as it reads, and as it is printed
+        return [value.decode(errors="replace"), repr(value)[2:-1]] if value else []
+    if isinstance(value, str):
+        return [value] if value else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for item in items for text in _texts(item)]
 
 
 def _secrets(value: Any) -> list[str]:
     if isinstance(value, Mapping):
-        own = [item for key, item in value.items() if _names_a_secret(key) and isinstance(item, str) and item]
+        own = [text for key, item in value.items() if _names_a_secret(key) for text in _texts(item)]
         return own + _secrets(list(value.values()))
     return [secret for item in value for secret in _secrets(item)] if isinstance(value, list | tuple) else []

@@ -4,6 +4,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -199,11 +200,16 @@ def plain_number(name: str, value: Any) -> Any:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def among(value: Any, neutral: tuple[Any, ...]) -> bool:

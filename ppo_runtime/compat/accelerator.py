@@ -67,11 +67,15 @@ class Accelerator:
         """Tensors of all ranks, joined along their first axis, in rank order; also inside lists, tuples, dicts."""
         if isinstance(tensor, Tensor):
             rows = tensor if tensor.ndim else tensor[None]
-            return gather_rows(rows.flatten(), self._world).reshape(-1, *rows.shape[1:])
+            # The rows are counted by themselves: the entries of rows without entries can't tell how many there were.
+            count = len(gather_rows(torch.zeros(len(rows)), self._world))
+            return gather_rows(rows.flatten(), self._world).reshape(count, *rows.shape[1:])
         if isinstance(tensor, Mapping):
             return {key: self.gather(value) for key, value in tensor.items()}
         if isinstance(tensor, list | tuple):
-            return type(tensor)(self.gather(value) for value in tensor)
+            made: Any = type(tensor)
+            values = [self.gather(value) for value in tensor]
+            return made(*values) if hasattr(tensor, "_fields") else made(values)
         raise TypeError(f"gather got a {type(tensor).__name__}, expected tensors, or lists and dictionaries of them")
 
     gather_for_metrics = gather

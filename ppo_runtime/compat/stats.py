@@ -25,8 +25,10 @@ def get_global_statistics(
     """
     if isinstance(accelerator, Tensor):
         xs, mask = accelerator, xs if mask is None else mask
-    if xs is None:
-        raise TypeError("xs is None, expected a tensor")
+    elif xs is None and accelerator is not None:
+        xs = accelerator  # to be named for what it is
+    if not isinstance(xs, Tensor):
+        raise TypeError(f"xs is a {type(xs).__name__}, expected a torch.Tensor; torch.as_tensor(xs) makes one")
     xs = xs if xs.is_floating_point() else xs.float()
     kept = torch.ones_like(xs, dtype=torch.bool) if mask is None else mask.bool()
     moments = global_moments(xs, kept, world_from_environment())

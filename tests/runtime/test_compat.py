@@ -300,8 +300,10 @@ def test_global_statistics_sum_under_the_mask(accelerator: Any) -> None:
         assert [x.item() for x in found] == [4.0, 5.0, 4]
     mean, variance, count = get_global_statistics(xs=torch.tensor([2, 4]))
     assert (mean.item(), variance.item(), count.item()) == (3.0, 1.0, 2)
-    with pytest.raises(TypeError, match="xs is None"):
+    with pytest.raises(TypeError, match=r"xs is a (NoneType|object), expected a torch.Tensor"):
         get_global_statistics(accelerator)
+    with pytest.raises(TypeError, match=r"xs is a ndarray, expected a torch.Tensor"):
+        get_global_statistics(np.ones(3))
 
 
 def test_gathering_in_a_world_of_one() -> None:

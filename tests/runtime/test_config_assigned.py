@@ -340,3 +340,18 @@ def test_a_controllers_value_can_be_set(make: Any) -> None:
     trainer = make_trainer(init_kl_coef=0.1)
     trainer.kl_ctl.value = 0.5
     assert trainer.step(*make_batch())["objective/kl_coef"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, "0.2", None, True, 10**400])
+def test_a_controller_is_made_of_numbers(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"kl_coef is .*, expected a finite number of at least 0"):
+        FixedKLController(bad)
+    good = {"init_kl_coef": 0.2, "target": 6.0, "horizon": 100.0}
+    for name in good:
+        with pytest.raises(ValueError, match=f"{name} is .*, expected a finite number"):
+            AdaptiveKLController(**(good | {name: bad}))
+    controller = AdaptiveKLController(**good)
+    for name in ("target", "horizon"):
+        with pytest.raises(ValueError, match=f"{name} is .*, expected a finite number above 0"):
+            setattr(controller, name, bad)
+    assert (controller.target, controller.horizon) == (6.0, 100.0)

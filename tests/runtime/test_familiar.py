@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,6 +54,20 @@ def test_gathering_in_a_world_of_one(gather: str) -> None:
         accelerator.gather(1.0)
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_gathering_keeps_kinds_and_shapes() -> None:
+    gather = make_trainer().accelerator.gather
+    found = gather(Pair(torch.ones(2), torch.zeros(1)))
+    assert isinstance(found, Pair)
+    assert torch.equal(found.first, torch.ones(2))
+    for shape in ((3, 0), (0,), (0, 4), (2, 0, 3), (2, 3, 1)):
+        assert gather(torch.ones(shape)).shape == shape
+
+
 def test_a_second_rank_is_silent_and_not_first(capsys: pytest.CaptureFixture[str]) -> None:
     accelerator = Accelerator(torch.device("cpu"), World(rank=1, size=2))
     accelerator.print("hello")
@@ -92,7 +106,9 @@ def _as_a_rank(folder: Path) -> None:
     with accelerator.main_process_first():
         (folder / f"was-here-{world.rank}").touch()
         others = len(list(folder.glob("was-here-*")))
-    gathered = accelerator.gather({"rows": torch.full((world.rank + 1, 2), rank), "number": torch.tensor(rank)})
+    gathered = accelerator.gather(
+        {"rows": torch.full((world.rank + 1, 2), rank), "number": torch.tensor(rank), "none": torch.ones(2, 0)}
+    )
     accelerator.wait_for_everyone()
     torch.save({"gathered": gathered, "others": others}, folder / f"{world.rank}.pt")
 
@@ -102,6 +118,7 @@ def test_two_ranks_gather(tmp_path: Path) -> None:
     for result in results:
         assert result["gathered"]["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
         assert result["gathered"]["number"].tolist() == [0.0, 1.0]
+        assert result["gathered"]["none"].shape == (4, 0)
     assert [result["others"] for result in results] == [1, 2]
 
 

@@ -69,7 +69,7 @@ REFUSALS: dict[str, list[Any]] = {
     "force_words_ids": [[[5]]],
     "temperature": [0, 0.0, -1, NAN, INF, "hot", True],
     "top_k": [-1, 2.5, NAN, True],
-    "top_p": [0, -0.1, 1.1, NAN, True],
+    "top_p": [0, -0.1, 1.1, NAN, True, 10**400],
     "min_p": [-0.1, 1.1],
     "typical_p": [0, 2],
     "repetition_penalty": [0, -1, INF],

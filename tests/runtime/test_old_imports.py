@@ -89,6 +89,12 @@ def test_an_unknown_name_is_an_attribute_error(module: str) -> None:
         exec(f"from {module} import PPOTrainr", {})
 
 
+def test_a_name_with_a_dot_is_no_attribute() -> None:
+    for name in ("foo.bar", "config.PPOConfig", "", "a b"):
+        assert not hasattr(ppo_runtime, name)
+        assert not hasattr(trl, name)
+
+
 def test_advice_names_what_exists() -> None:
     """Dotted names of ours in the advice can be imported."""
     import re

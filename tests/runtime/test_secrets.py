@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ppo_runtime import PPOConfig, publishing
 from ppo_runtime.loop import train
-from ppo_runtime.redact import HIDDEN, plain_settings, without_secrets
+from ppo_runtime.redact import HIDDEN, hide, plain_settings, without_secrets
 from tests.runtime.test_tracking import FakeWandb
 from tests.runtime.trainers import make_trainer
 
@@ -153,6 +153,20 @@ def test_no_dictionary_of_settings_prints_its_secrets() -> None:
     for field in attrs.fields(PPOConfig):
         if field.name.endswith("_kwargs"):
             assert callable(field.repr), field.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "expected"),
+    [
+        ({"token": "a"}, "a bad name", "a bad name"),
+        ({"token": b"horse-battery"}, "no horse-battery, no b'horse-battery'", f"no {HIDDEN}, no b'{HIDDEN}'"),
+        ({"token": b"horse\xff-battery"}, r"no b'horse\xff-battery'", f"no b'{HIDDEN}'"),
+        ({"token": "horse", "a": {"api_key": "horse-battery"}}, "horse-battery, horse", f"{HIDDEN}, {HIDDEN}"),
+        ({"token": "", "password": b""}, "nothing", "nothing"),
+    ],
+)
+def test_a_message_is_hidden_from_and_not_garbled(settings: Any, text: str, expected: str) -> None:
+    assert hide(text, settings) == expected
 
 
 def test_a_record_holds_every_field() -> None:
