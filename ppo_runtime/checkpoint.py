@@ -157,7 +157,7 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
         with torch.no_grad():
             for name, tensor in _trained(trainer.model).items():
                 tensor.copy_(weights[name])
-        trainer.metrics_after = trainer.current_step
+        trainer.metrics_after, trainer.run_name = trainer.current_step, state.get("run")
         changed = warn_of_differences(
             state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
@@ -253,6 +253,7 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
         "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
         "trainer": plain(trainer.state_dict(), "trainer"),
+        "run": trainer.run_name,
     }
     _write_tensors(draft / _POLICY, _trained(trainer.model))
     _write_tensors(draft / _OPTIMIZER, optimizer_tensors)

@@ -21,7 +21,7 @@ Scalars = Mapping[str, float]
 Table = Sequence[Mapping[str, object]]
 """Rows, such as a prompt, its response and the reward."""
 
-_RESERVED = ("step", "tables", "nonfinite")
+_RESERVED = ("step", "tables", "nonfinite", "run")
 
 
 class Tracker(Protocol):
@@ -40,15 +40,18 @@ class JsonlTracker:
     """One JSON object per line and step: ``{"step": 3, "ppo/loss/total": 0.1, ..., "tables": {...}}``.
 
     JSON has no NaN or infinity: such a value is written as null and its key listed under ``"nonfinite"``. An existing
-    file is continued, after the half-written last line that a crash may have left is cut off.
+    file is continued, after the half-written last line that a crash may have left is cut off. The first line names the
+    run, if it has a name.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], run: str | None = None) -> None:
+        self.run = run
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab+")
         self._file.seek(0)
         self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        self._file.seek(0, os.SEEK_END)
 
     def log(self, step: int, scalars: Scalars, tables: Mapping[str, Table]) -> None:
         """Append one line and flush it."""
@@ -56,6 +59,8 @@ class JsonlTracker:
             raise ValueError(f"scalars has the key {taken[0]!r}, which the file uses itself; rename that metric")
         nonfinite: list[str] = []
         line: dict[str, object] = {"step": step}
+        if self.run is not None and not self._file.tell():
+            line["run"] = self.run
         line |= {key: _finite(value, key, nonfinite) for key, value in scalars.items()}
         if tables:
             line["tables"] = {
@@ -64,7 +69,9 @@ class JsonlTracker:
             }
         if nonfinite:
             line["nonfinite"] = sorted(set(nonfinite))
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.write(
+            json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+        )
         self._file.flush()
 
     def close(self) -> None:
@@ -164,6 +171,7 @@ def make_trackers(
     config_dict: Mapping[str, object],
     *,
     goes_on_after: float | None = None,
+    run: str | None = None,
 ) -> list[Tracker]:
     """``metrics.jsonl`` in the directory and, beside it, what ``log_with`` names. To be called on rank 0 only.
 
@@ -177,6 +185,7 @@ def make_trackers(
         config_dict: the run's settings, kept with a Weights & Biases run.
         goes_on_after: the step after which the run in this directory goes on; what it had logged of later ones is
             taken out, since those steps are made again. None begins a run.
+        run: the run's own name; a file of another one is moved, and none of its lines is taken out.
 
     Raises:
         ValueError: ``log_with`` is unknown.
@@ -189,16 +198,27 @@ def make_trackers(
     }
     if log_with not in makers:
         raise ValueError(f"log_with is {log_with!r}, expected one of {', '.join(map(repr, makers))}")
-    chosen = makers[log_with](**tracker_kwargs.get(str(log_with), tracker_kwargs))
+    named = any(isinstance(tracker_kwargs.get(name), Mapping) for name in makers if name is not None)
+    chosen = makers[log_with](**(tracker_kwargs.get(str(log_with), {}) if named else tracker_kwargs))
     metrics = Path(directory) / "metrics.jsonl"
-    if goes_on_after is None:
+    if goes_on_after is None or _run_of(metrics) != run:
         if (earlier := set_aside(metrics)) is not None:
             logger.info("metrics of an earlier run in %s are in %s now", metrics.parent, earlier.name)
     elif dropped := drop_after(metrics, goes_on_after):
         logger.info(
             "%s: %d lines after step %d were taken out; those steps are made again", metrics, dropped, goes_on_after
         )
-    return [JsonlTracker(metrics), *chosen]
+    return [JsonlTracker(metrics, run), *chosen]
+
+
+def _run_of(path: Path) -> str | None:
+    """The name of the run whose lines a file holds; None without one."""
+    try:
+        with path.open("rb") as file:
+            record = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return record.get("run") if isinstance(record, dict) else None
 
 
 def _purged(step: float | None) -> dict[str, int]:

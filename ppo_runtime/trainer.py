@@ -2,6 +2,7 @@
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -130,6 +131,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self._say_skipped = SkipLog()
         # The step after which the run whose metrics lie in the directory goes on; None begins a run.
         self.metrics_after: float | None = None
+        self.run_name: str | None = secrets.token_hex(8)
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -314,6 +316,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 self.config.tracker_project_name,
                 plain_settings(self.config) | {"acceleration": attrs.asdict(self.acceleration)},
                 goes_on_after=self.metrics_after,
+                run=self.run_name,
             )
         return self._trackers
 

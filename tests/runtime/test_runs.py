@@ -160,6 +160,28 @@ def test_tensorboard_forgets_the_steps_that_are_made_again(tmp_path: Path) -> No
     assert [(event.step, event.value) for event in read.Scalars("a")] == [(1, 0.0), (2, 1.0), (3, 1.0)]
 
 
+def test_a_resumed_run_takes_no_line_of_another_one(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path / "one", steps=1)
+    _train(_trainer(tmp_path), tmp_path / "two", steps=4)
+    other = (tmp_path / FILE).read_bytes()
+    _train(_trainer(tmp_path), tmp_path / "one", steps=2, resume=True)
+    assert other in [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")]
+    assert _steps(tmp_path / FILE) == [2]
+
+
+def test_a_lone_surrogate_is_logged(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / FILE)
+    tracker.log(1, {}, {"t": [{"text": "\ud800"}]})
+    tracker.close()
+    assert _steps(tmp_path / FILE) == [1]
+
+
+def test_settings_of_another_tracker_are_left_to_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    for tracker in make_trackers("tensorboard", tmp_path, {"wandb": {"entity": "us"}}, "p", {}):
+        tracker.close()
+
+
 # --- the end of a run --------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def make_trainer(
 
 def untimed(stats: dict[str, Any]) -> dict[str, Any]:
     """Statistics that two equal runs have in common."""
-    return {name: value for name, value in stats.items() if not name.startswith("time/")}
+    return {name: value for name, value in stats.items() if not name.startswith("time/") and name != "run"}
 
 
 def make_batch(size: int = 6, *, seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
