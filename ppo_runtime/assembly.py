@@ -6,17 +6,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose, fall_back, tell
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import decoder_start
 from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.forward import Reference, evaluate, lay_out
-from ppo_runtime.heads import check_split
-from ppo_runtime.inner import has_encoder
+from ppo_runtime.heads import check_split, lm_head
+from ppo_runtime.inner import has_encoder, transformers_model
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.own_reference import check_stays, tell_of_a_difference
-from ppo_runtime.precision import is_widened, widen
+from ppo_runtime.precision import is_half, is_widened, trains_half, widen
 from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
 
 
@@ -38,6 +39,30 @@ def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
         )
 
 
+def check_reference_kind(model: PreTrainedModelWrapper, ref_model: Any | None) -> None:
+    """Refuse what gives no log-probabilities to compare with the policy's, by name."""
+    if ref_model is None:
+        return
+    inner = transformers_model(ref_model)
+    inner = getattr(inner, "_orig_mod", inner)  # inside torch.compile
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}, expected a value-head model or a transformers model like "
+            f"model; load one with {type(model).__name__}.from_pretrained(...), or pass None for a copy of model"
+        )
+    if inner.get_output_embeddings() is None:
+        raise ValueError(
+            f"ref_model is a {type(inner).__name__}, which has no language-model head, expected one that gives logits; "
+            f"load it with transformers.{model.transformers_parent_class.__name__}.from_pretrained"
+        )
+    if has_encoder(ref_model) != has_encoder(model):
+        kinds = {True: "an encoder-decoder", False: "decoder-only"}
+        raise ValueError(
+            f"ref_model is {kinds[has_encoder(ref_model)]}, expected {kinds[has_encoder(model)]} like model: both read "
+            "the same rows; load both from the same family"
+        )
+
+
 def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     """Padding id and EOS ids; EOS pads where there is no padding token."""
     generation_config = getattr(model.pretrained_model, "generation_config", None)
@@ -45,13 +70,26 @@ def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     if eos is None:
         eos = tokenizer.eos_token_id
     eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    pad = tokenizer.pad_token_id
+    name, pad = "pad_token_id", tokenizer.pad_token_id
     if pad is None and not eos_ids:
         raise ValueError(
             "tokenizer has neither a padding nor an EOS token, expected at least one; "
             "set one, for example tokenizer.pad_token = tokenizer.unk_token"
         )
-    return (min(eos_ids) if pad is None else pad), eos_ids
+    vocabulary = model.config.vocab_size
+    if pad is None:
+        # An EOS beyond the vocabulary ends nothing, and is said by generate.
+        name, pad = (
+            "eos_token_id, which pads for want of a padding token,",
+            min(eos_ids, key=lambda t: (not 0 <= t < vocabulary, t)),
+        )
+    if not 0 <= pad < vocabulary:
+        raise ValueError(
+            f"{name} is {pad}, expected a token id in [0, {vocabulary}): the model has no embedding for it; make "
+            "room before the model is wrapped, with model.resize_token_embeddings(len(tokenizer)), or take a token "
+            "that it knows, as in tokenizer.pad_token = tokenizer.eos_token"
+        )
+    return pad, eos_ids
 
 
 def make_controller(config: PPOConfig) -> AdaptiveKLController | FixedKLController:
@@ -77,6 +115,7 @@ def make_reference(
     Raises:
         ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``; or
             there is none and the policy without its adapter would move while it trains.
+        SplitError: a pass can't be made of either one's trunk and head.
         AccelError: ``config.accel_strict``, and the backend asked for can't serve the reference.
     """
     if ref_model is not None and num_shared_layers is not None:
@@ -89,12 +128,13 @@ def make_reference(
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
     choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=config.accel_strict)
-    if ref_model is None:
-        widen(model, None)  # before the copy
+    lm_head(model)  # what can be refused is, before anything is widened
     if ref_model is None and model.is_peft_model:
         check_stays(model)
-        tell_of_a_difference(model)
         choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
+        widen(model, None)
+        check_split(model)
+        tell_of_a_difference(model)
         tell(choice)
 
         @contextmanager
@@ -103,6 +143,11 @@ def make_reference(
                 yield model
 
         return None, adapter_off, choice
+    if (trains_half(model) or is_widened(model)) and (ref_model is None or is_half(ref_model) or is_widened(ref_model)):
+        choice = fall_back(
+            choice,
+            "policy and reference compute in bfloat16; load the policy with dtype=torch.float32 to have it packed",
+        )
     if ref_model is None:
         ref_model = create_reference_model(model, num_shared_layers)
     mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
@@ -112,13 +157,13 @@ def make_reference(
             "token ids are compared; load both from the same family"
         )
     check_apart(model, ref_model)
-    check_split(ref_model)
+    lm_head(ref_model)
     widen(model, ref_model)
+    check_split(model)
+    check_split(ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
-    if is_widened(inner):
-        choice = fall_back(choice, "policy and reference compute in bfloat16")
     fast, choice = accelerate_frozen(inner, choice, _few_logprobs)
     return ref_model, lambda: nullcontext(fast), choice
 

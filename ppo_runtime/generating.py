@@ -18,6 +18,7 @@ from ppo_runtime.heads import reads_padding
 from ppo_runtime.inner import has_encoder, transformers_model
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
+from ppo_runtime.precision import computing
 from ppo_runtime.references import reference_context
 from ppo_runtime.rollout import Plan, generate_responses
 from ppo_runtime.sampling import NEUTRAL, departures, gaps
@@ -108,7 +109,7 @@ class Generating:
         answers: list[Any] = []
         for (model, context), lengths in zip(models, new_tokens, strict=True):
             theirs = Settings(model, generation_kwargs)
-            with context, dropout_off(model):
+            with context, dropout_off(model), computing(model):
                 responses = generate_responses(
                     model,
                     [query.to(self.device) for query in queries],

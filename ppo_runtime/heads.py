@@ -171,6 +171,11 @@ def check_split(model: nn.Module) -> None:
             f"logits of {name} have shape {tuple(expected.shape)}, its trunk and head give {tuple(logits.shape)}; "
             f"{_UNSUPPORTED}"
         )
+    if not expected[real].isfinite().all():
+        raise SplitError(
+            f"logits of {name} are not finite on a few of its own tokens: its weights hold NaN or infinity, or are too "
+            f"large for {inner.dtype}; load it with dtype=torch.float32, and look at its weights"
+        )
     precision = torch.bfloat16 if is_widened(model) else expected.dtype
     allowed = max(1e-4, 4 * torch.finfo(precision).eps) * max(1.0, expected[real].abs().max().item())
     error = (logits - expected)[real].abs().max().item()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ppo_runtime.inner import pretrained_model
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,22 +38,38 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
             f"optimizer is a {type(optimizer).__name__}, whose step() wants {missing}, which the trainer has none of; "
             "expected one that steps on gradients alone"
         )
-    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ours = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    held = sum(id(parameter) in theirs for parameter in ours)
+    held, count = _held(optimizer, model)
     if not held:
         raise ValueError(
-            f"optimizer holds none of the {len(ours)} parameters of model that train, and so would train nothing; make "
+            f"optimizer holds none of the {count} parameters of model that train, and so would train nothing; make "
             "it of model.parameters(), after the model has been wrapped, moved and given its adapters"
         )
-    if held < len(ours):
+
+
+def say_what_stays(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Log a warning where the policy's language model, or a part of what trains, would stay as it is."""
+    held, count = _held(optimizer, model)
+    if held < count:
         logger.warning(
-            "optimizer holds %d of the %d parameters that train: the others will stay as they are", held, len(ours)
+            "optimizer holds %d of the %d parameters that train: the others will stay as they are", held, count
+        )
+    if not any(parameter.requires_grad for parameter in pretrained_model(model).parameters()):
+        logger.warning(
+            "nothing of the language model trains, only what is beside it (the value head): the policy will stay as it "
+            "is. Make it trainable before the trainer is made, with model.requires_grad_(True), or for a stored "
+            "adapter from_pretrained(..., is_trainable=True)"
         )
 
 
-def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what cannot be stepped without arguments, or schedules another optimiser.
+def _held(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[int, int]:
+    """How many of the model's parameters that train are the optimiser's, and how many there are."""
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ours = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(id(parameter) in theirs for parameter in ours), len(ours)
+
+
+def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse what cannot be stepped without arguments, or schedules another optimiser; None is the trainer's own.
 
     Raises:
         TypeError: no scheduler, or one whose step wants an argument.

@@ -76,40 +76,51 @@ def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.dtype in HALF:
                 raise ValueError(
-                    f"optimizer holds {key} of the parameter {what} in {value.dtype}, expected float32: it has stepped "
-                    "in half precision; make it anew"
+                    f"optimizer holds {key} of the parameter {what} in {value.dtype}, expected float32: it was made of "
+                    "half-precision weights; load model with dtype=torch.float32 (or call model.float()) and make a "
+                    "new optimizer of that"
                 )
 
 
 def widen(model: Any, reference: Any | None) -> None:
     """Make a policy that trains in half precision, and its half-precision reference, float32 in place, and say so.
 
-    Of a PEFT policy only what trains is widened, and what is as small as a norm: its frozen base keeps its dtype.
+    Of a PEFT policy only what trains is widened, and what is as small as a norm: its frozen base keeps its dtype. Where
+    the value head alone trains in half precision, it alone is widened, and the language model computes as it did.
     """
     half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF]
-    if not half:
-        return
-    inner = pretrained_model(model)
-    mark = any(p.requires_grad and p.dtype in HALF for p in inner.parameters())
-    dtype = model.get_parameter(half[0]).dtype
-    for tensor in _half_tensors(model):
-        if tensor.requires_grad or tensor.ndim < 2 or not is_peft_model(inner):
-            _widen(tensor)
-    if not mark:
-        return
-    setattr(transformers_model(model), _MARK, True)
-    if reference is not None and any(True for _ in _half_tensors(reference)):
+    if half:
+        dtype = model.get_parameter(half[0]).dtype
+        mark = trains_half(model)
+        small_as_well, all_of_it = mark, mark and not is_peft_model(pretrained_model(model))
+        for tensor in _half_tensors(model):
+            if tensor.requires_grad or all_of_it or (small_as_well and tensor.ndim < 2):
+                _widen(tensor)
+        if mark:
+            setattr(transformers_model(model), _MARK, True)
+        logger.warning(
+            "%d parameters of the policy train in %s (the first: %s), where small updates are lost to rounding: they "
+            "are float32 from here on%s. Load the model with dtype=torch.float32 to compute in float32%s",
+            len(half),
+            dtype,
+            half[0],
+            ", and forward passes compute under bfloat16 autocast" if mark else "",
+            ", or train an adapter (peft_config=...) to keep it small" if mark else "",
+        )
+    if reference is not None and is_widened(model) and is_half(reference):
         for tensor in _half_tensors(reference):
             _widen(tensor)
         setattr(transformers_model(reference), _MARK, True)
-    logger.warning(
-        "%d parameters of the policy train in %s (the first: %s), where small updates are lost to rounding: they are "
-        "float32 from here on, and forward passes compute under bfloat16 autocast. Load the model with "
-        "dtype=torch.float32 to compute in float32, or train an adapter (peft_config=...) to keep it small",
-        len(half),
-        dtype,
-        half[0],
-    )
+
+
+def trains_half(model: Any) -> bool:
+    """Whether anything of the language model trains in half precision, which `widen` will end."""
+    return any(p.requires_grad and p.dtype in HALF for p in pretrained_model(model).parameters())
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether any parameter or buffer is in half precision."""
+    return any(True for _ in _half_tensors(model))
 
 
 def _half_tensors(model: nn.Module) -> Iterator[Tensor]:

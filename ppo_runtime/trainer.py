@@ -29,10 +29,15 @@ from ppo_runtime.estimates import estimate
 from ppo_runtime.forward import Rows, lay_out, score_rollout
 from ppo_runtime.generating import Generating
 from ppo_runtime.guards import SkipLog
-from ppo_runtime.heads import check_split
 from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.optimisers import check_optimizer, check_scheduler, check_trains, first_learning_rate
+from ppo_runtime.optimisers import (
+    check_optimizer,
+    check_scheduler,
+    check_trains,
+    first_learning_rate,
+    say_what_stays,
+)
 from ppo_runtime.precision import check_moments, own_precision
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
@@ -88,6 +93,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         config = PPOConfig() if config is None else config
         assembly.check_kinds(config, model, tokenizer)
         assert model is not None
+        assembly.check_reference_kind(model, ref_model)
         self.world = world_from_environment()
         # Ranks that drew the same numbers would answer the same prompt with the same words.
         set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
@@ -104,17 +110,19 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
         broadcast_parameters(model, self.world)
         check_devices(model, ref_model)
-        check_split(model)
-        if isinstance(optimizer, torch.optim.Optimizer):  # anything else is named below
+        check_trains(model)
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
             check_moments(optimizer, model)
+        check_scheduler(lr_scheduler, optimizer)
 
         self.ref_model, self._reference, self.acceleration = assembly.make_reference(
             model, ref_model, num_shared_layers, config
         )
-        check_trains(model)
+        check_trains(model)  # again: the reference may have frozen what it shares
         self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
         check_optimizer(self.optimizer, model)
-        check_scheduler(lr_scheduler, self.optimizer)
+        say_what_stays(self.optimizer, model)
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(self.config, self.world)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from ppo_runtime import LengthSampler, PPOTrainer, respond_to_batch
+from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer, respond_to_batch
 from ppo_runtime.settings import fields
 from ppo_runtime.values import FLAGS, KINDS, NUMBERS, REFUSED
 from tests.runtime.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model, tiny_tokenizer
@@ -339,14 +339,22 @@ def test_an_encoder_decoder_begins_with_its_own_token_only(trainers: dict[str, P
 def test_a_padding_token_that_the_model_has_no_embedding_for_is_named() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<new>"})
-    with pytest.raises(ValueError, match=rf"pad_token_id is {VOCAB_SIZE}, expected a token id in \[0, {VOCAB_SIZE}\)"):
-        call(make_trainer(tokenizer=tokenizer))
+    with pytest.raises(ValueError, match=rf"pad_token_id is {VOCAB_SIZE}, expected .* {VOCAB_SIZE}\).*resize_token"):
+        make_trainer(tokenizer=tokenizer)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    model.pretrained_model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=rf"eos_token_id, which pads .* is {VOCAB_SIZE}, expected a token id"):
+        PPOTrainer(PPOConfig(**SETTINGS), model, None, tokenizer)
+    model.pretrained_model.generation_config.eos_token_id = [VOCAB_SIZE, EOS_ID]
+    trainer = PPOTrainer(PPOConfig(**SETTINGS), model, None, tokenizer)
+    assert trainer.pad_token_id == EOS_ID
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads a renamed property
 def test_settings_reach_a_model_inside_peft() -> None:
-    from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig
-
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"), peft_config=tiny_lora("llama"))
     trainer = PPOTrainer(PPOConfig(**SETTINGS), model, None, tiny_tokenizer())
     options = {"return_prompt": False, "generate_ref_response": True}

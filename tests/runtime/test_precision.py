@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.heads import SplitError, check_split
+from ppo_runtime.inner import transformers_model
 from ppo_runtime.precision import HALF, is_widened
 from ppo_runtime.references import create_reference_model
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
@@ -224,7 +226,7 @@ def test_adapters_are_float32_on_a_base_that_stays_half(way: str, family: str, d
 def linear_dtypes(model: Any) -> list[torch.dtype]:
     """What the linear layers of the trunk give, in every forward pass from here on."""
     seen: list[torch.dtype] = []
-    for module in model.pretrained_model.base_model.modules():
+    for module in transformers_model(model).base_model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     return seen
@@ -347,7 +349,7 @@ def test_an_optimiser_in_half_precision_is_named_before_anything_trains() -> Non
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.tensor([[5, 6]]))[0].sum().backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"optimizer holds exp_avg of the param.* in torch.bfloat16.*make it anew"):
+    with pytest.raises(ValueError, match=r"optimizer holds exp_avg of .* in torch.bfloat16.*load model with dtype"):
         trainer_of(model, optimizer=optimizer)
     assert model.pretrained_model.dtype == torch.bfloat16
 
@@ -399,3 +401,89 @@ def test_quantised_weights_keep_the_dtypes_of_their_configuration(
     config.quantization_config = {"quant_method": "x"}
     load(directory, config=config)
     assert [kwargs.get("dtype") for kwargs in loaded] == [torch.float32, None, None]
+
+
+def half_policy(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").to(dtype))
+
+
+def test_a_value_head_that_alone_trains_in_half_precision_is_widened_alone(caplog: pytest.LogCaptureFixture) -> None:
+    plain = lora_on(tiny_model("llama").to(torch.bfloat16))
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(plain)
+    model.v_head.to(torch.bfloat16)
+    trainer = trainer_of(model)
+    assert "2 parameters of the policy train in torch.bfloat16 (the first: v_head" in caplog.text
+    assert {p.dtype for p in plain.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert not is_widened(model)
+    assert_starts_at_the_reference(trainer.step(*make_batch()))
+
+
+def test_a_policy_too_large_for_float16_is_widened_first_and_what_is_not_finite_is_named() -> None:
+    def policy(dtype: torch.dtype) -> Any:
+        plain = tiny_model("llama")
+        for name, p in plain.named_parameters():
+            if "gate_proj" in name or "up_proj" in name:
+                p.data *= 5e3
+        return AutoModelForCausalLMWithValueHead.from_pretrained(plain.to(dtype))
+
+    trainer_of(policy(torch.float16))
+    with pytest.raises(SplitError, match=r"logits of LlamaForCausalLM are not finite.*too large for torch.float16"):
+        check_split(policy(torch.float16))
+
+
+def test_a_half_reference_of_a_widened_policy_is_widened_by_every_trainer() -> None:
+    model = half_policy()
+    trainer_of(model)
+    reference = tiny_model("llama").to(torch.bfloat16)
+    trainer = trainer_of(model, reference)
+    assert is_widened(reference)
+    seen = linear_dtypes(reference)
+    queries, responses, scores = make_batch()
+    trainer.generate(queries, max_new_tokens=2, generate_ref_response=True)
+    assert set(seen) == {torch.bfloat16}, "it answers in the precision that it is scored in"
+    assert_starts_at_the_reference(trainer.step(queries, responses, scores))
+
+
+def test_an_optimiser_that_begins_with_half_sums_is_told_a_way_out() -> None:
+    model = half_policy()
+    with pytest.raises(ValueError, match=r"holds sum of .*dtype=torch.float32 \(or call model.float\(\)"):
+        trainer_of(model, optimizer=torch.optim.Adagrad(model.parameters()))
+    model.float()
+    trainer_of(model, optimizer=torch.optim.Adagrad(model.parameters())).step(*make_batch())
+
+
+def test_a_refused_constructor_leaves_the_policy_in_half_precision() -> None:
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(other)
+    model = half_policy()
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"optimizer": 3}, "optimizer is a int"),
+        ({"optimizer": other}, "optimizer steps|optimizer holds none"),
+        ({"lr_scheduler": scheduler}, "lr_scheduler is of another optimizer"),
+        ({"num_shared_layers": 9}, "num_shared_layers is 9"),
+        ({"ref_model": "gpt2"}, "ref_model is a str"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            PPOTrainer(PPOConfig(**SETTINGS), model, tokenizer=tiny_tokenizer(), **arguments)
+        assert {p.dtype for p in model.pretrained_model.parameters()} == {torch.bfloat16}, message
+
+
+def test_a_policy_whose_value_head_alone_trains_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama").requires_grad_(False))
+    trainer_of(model)
+    assert caplog.text.count("nothing of the language model trains") == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ("gpt2", TypeError, "ref_model is a str, expected a value-head model or a transformers model"),
+        (tiny_model("llama").base_model, ValueError, "ref_model is a LlamaModel, which has no language-model head"),
+        (tiny_model("t5"), ValueError, "ref_model is an encoder-decoder, expected decoder-only like model"),
+    ],
+    ids=["a name", "a trunk", "an encoder-decoder"],
+)
+def test_a_reference_of_another_kind_is_named(reference: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        trainer_of(half_policy(), reference)
