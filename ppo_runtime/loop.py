@@ -37,7 +37,7 @@ class TrainResult:
     """What a training run did."""
 
     history: list[dict[str, float]]
-    """The scalar statistics of every step that this call made: about 4 KiB of memory for each. metrics.jsonl has them
+    """The scalar statistics of every step that this call made: about 2 KiB of memory for each. metrics.jsonl has them
     on disk."""
     interrupted: bool
     """Whether it was stopped by Ctrl-C; what was done until then is on disk."""
@@ -71,7 +71,7 @@ def train(
         console: where the progress bar goes; standard error if None.
 
     Returns:
-        The history, which grows by some 7 KiB a step. The first Ctrl-C finishes the step, leaves a checkpoint and the
+        The history, which grows by some 2 KiB a step. The first Ctrl-C finishes the step, leaves a checkpoint and the
         model, and returns; the second stops at once and keeps the checkpoint before.
 
     Raises:

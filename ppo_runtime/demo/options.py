@@ -1,6 +1,7 @@
 """What the demo's command line can change, and what a run that goes on takes over from its beginning."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,16 @@ DEFAULTS: Mapping[str, Any] = {
 # What may be another from one part of a run to the next: how far it goes, and what computes the same numbers.
 _FREE = ("steps", "accel")
 _FILE = "options.json"
+_KINDS: Mapping[str, Any] = {
+    "model": str | None,
+    "seed": int,
+    "steps": int,
+    "batch_size": int,
+    "new_tokens": int,
+    "learning_rate": float | int | None,
+    "target": float | int,
+    "accel": str,
+}
 
 
 @attrs.frozen
@@ -47,7 +58,7 @@ def settle(given: Mapping[str, Any], *, output: Path, resume: bool) -> DemoOptio
     """The options of a run: those given, else those it was begun with, else the defaults.
 
     Raises:
-        ValueError: the run that goes on was begun with another value than a given one.
+        ValueError: the run that goes on was begun with another value than a given one, or its file is damaged.
     """
     begun = _begun_with(output) if resume else {}
     chosen: dict[str, Any] = {}
@@ -63,6 +74,8 @@ def settle(given: Mapping[str, Any], *, output: Path, resume: bool) -> DemoOptio
                 "with that run, or begin another with another --output"
             )
         chosen[name] = earlier if value is None else value
+    if chosen["batch_size"] % 2:
+        raise ValueError(f"--batch-size is {chosen['batch_size']}, expected an even number: a step has two minibatches")
     if chosen["learning_rate"] is None:
         chosen["learning_rate"] = EMBEDDED_LEARNING_RATE if chosen["model"] is None else LEARNING_RATE
     return DemoOptions(output=output, resume=resume, **chosen)
@@ -72,12 +85,33 @@ def remember(options: DemoOptions) -> None:
     """Keep a run's options beside it, for :func:`settle`."""
     kept = {name: getattr(options, name) for name in DEFAULTS}
     kept["model"] = None if options.model is None else str(options.model.resolve())
-    (options.output / _FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    write_whole(options.output / _FILE, json.dumps(kept, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file such that whoever reads it finds either the earlier text or this one, kills included."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _begun_with(output: Path) -> dict[str, Any]:
     path = output / _FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        fits = isinstance(begun, dict) and all(
+            isinstance(begun.get(name, default), _KINDS[name]) for name, default in DEFAULTS.items()
+        )
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{path} is damaged, expected the options that the run was begun with; remove it and give those options "
+            "again beside --resume"
+        )
+    return begun
 
 
 def _same(value: Any, earlier: Any) -> bool:

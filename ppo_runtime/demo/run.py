@@ -26,11 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.checkpoint import steps_done
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.demo.options import DemoOptions, remember
+from ppo_runtime.demo.options import DemoOptions, remember, write_whole
 from ppo_runtime.loop import train
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead
 from ppo_runtime.plotting import plot_curves
-from ppo_runtime.tracking import read_jsonl
+from ppo_runtime.tracking import read_jsonl, require
 from ppo_runtime.trainer import PPOTrainer, set_seed
 from ppo_runtime.wording import counted
 
@@ -62,10 +62,10 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """
     started = time.perf_counter()
     score = sentiment()
+    require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
     output = _prepare(options.output, resume=options.resume)
     if options.resume and (report := _finished(options, console)) is not None:
         return report
-    remember(options)
     set_seed(options.seed)
     model, tokenizer = load(options.model)
     prompts = load_prompts()
@@ -88,6 +88,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         project_kwargs={"logging_dir": str(output)},
     )
     trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
+    # Only now: what was refused leaves nothing behind, and no run goes on with it.
+    remember(options)
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
     acceleration = trainer.acceleration
     console.print(
@@ -288,7 +290,10 @@ def _show(
 def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
     """The report of a run that has made all its steps, and the way to more of them; None if it has not."""
     path, done = options.output / "report.json", steps_done(options.output / "checkpoint") or 0
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not written yet, or torn: it will be
+        return None
     if done < options.steps or report["steps"] < done:
         return None
     console.print(
@@ -323,4 +328,4 @@ def _peak_memory_mib() -> float:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
