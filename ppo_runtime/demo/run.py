@@ -88,8 +88,6 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         project_kwargs={"logging_dir": str(output)},
     )
     trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
-    # Only now: what was refused leaves nothing behind, and no run goes on with it.
-    remember(options)
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
     acceleration = trainer.acceleration
     console.print(
@@ -108,6 +106,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         )
     )
     before = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, before")
+    # Only now: what was refused leaves nothing behind, and no run goes on with it.
+    remember(options)
     result = train(
         trainer,
         lambda _, texts: score(texts),

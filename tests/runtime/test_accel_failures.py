@@ -28,7 +28,7 @@ from ppo_runtime.assembly import make_reference
 from ppo_runtime.cli import app
 from ppo_runtime.config import PPOConfig
 from tests.runtime.fake_extension import HEALTHY, installed, pretend
-from tests.runtime.tiny import tiny_model
+from tests.runtime.tiny import tiny_lora, tiny_model
 from tests.runtime.trainers import make_batch, make_trainer, untimed
 
 
@@ -423,11 +423,11 @@ def test_a_half_precision_reference_trains_all_the_same(tmp_path: Path, monkeypa
     assert trainer.step(*make_batch())["objective/kl"] == pytest.approx(0, abs=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy: Any = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
-    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "is_peft_model", True)
+    policy: Any = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"), peft_config=tiny_lora("llama"))
     with installed(monkeypatch, tmp_path):
         choice = make_reference(policy, None, None, PPOConfig(accel="ipex"))[2]
         with pytest.raises(AccelError, match="the policy itself without its adapter; a ref_model can be packed"):

@@ -21,6 +21,7 @@ from ppo_runtime import convert
 from ppo_runtime.accel import choose
 from ppo_runtime.cli import app
 from ppo_runtime.demo import run
+from ppo_runtime.demo.options import settle
 from ppo_runtime.tracking import read_jsonl
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import untimed
@@ -247,3 +248,23 @@ def test_the_version_is_the_same_everywhere(tmp_path: Path) -> None:
     assert ppo_core.__version__ == ppo_runtime.__version__ == stated[1]
     shown = CliRunner().invoke(app, ["--version"])
     assert (shown.exit_code, shown.output) == (0, f"ppo-core {stated[1]}\n")
+
+
+@pytest.mark.parametrize("options", [["--accel", "bogus"], ["--batch-size", "3"], ["--new-tokens", "5000"]])
+def test_a_refused_start_leaves_nothing_behind(options: list[str], tmp_path: Path) -> None:
+    """The same output directory then serves a start with better options."""
+    _demo(tmp_path / "run", "--steps", "1", *options, exit_code=2)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"steps": "x"}', '{"batch_size": nu'])
+def test_damaged_options_are_named(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"options\.json is damaged, .* remove it"):
+        settle({}, output=tmp_path, resume=True)
+
+
+def test_a_missing_part_shows_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "ppo-core[demo]" in _words(_demo(tmp_path / "run", "--steps", "1", exit_code=2))
+    assert not (tmp_path / "run").exists()
