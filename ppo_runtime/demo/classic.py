@@ -167,6 +167,12 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.", min=0)] = _default("seed"),
 ) -> None:
     """The classic loop: prompts, a LoRA policy, a reward model in a pipeline, steps, logs and saves."""
+    least, most = response_length
+    if not 1 <= least <= most:
+        raise typer.BadParameter(f"--response-length is {least} {most}, expected LEAST from 1 and MOST from LEAST on")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise typer.BadParameter(f"--dtype is {dtype}, expected one of float32, bfloat16, float16")
     run(
         ClassicOptions(
             model=model,

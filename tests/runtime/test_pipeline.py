@@ -149,3 +149,20 @@ def test_help_and_defaults_from_the_command_line(capsys: Any) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for text in ("python -m ppo_runtime.demo.classic", "--reward-model", "default: 20", "default: 0.0001"):
         assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--save-every", "0"], "greater than or equal to 1|x>=1"),
+        (["--dtype", "floaty"], "--dtype is floaty, expected one of"),
+        (["--dtype", "int64"], "--dtype is int64, expected one of"),
+        (["--response-length", "9", "4"], "--response-length is 9 4, expected LEAST"),
+        (["--response-length", "0", "4"], "--response-length is 0 4, expected LEAST"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_loaded(options: list[str], message: str, tmp_path: Path) -> None:
+    """The error itself, which the command line prints with the usage and exit code 2."""
+    with pytest.raises(Exception, match=message):
+        classic.main(["--model", str(tmp_path), "--output", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
