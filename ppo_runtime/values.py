@@ -196,7 +196,7 @@ def plain_number(name: str, value: Any) -> Any:
         return value
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
         value = value.item()
-    return float(value) if type(value) is int and not NUMBERS[name].whole else value
+    return float(value) if type(value) is int and _is_real(value) and not NUMBERS[name].whole else value
 
 
 def _is_id(value: Any) -> bool:
