@@ -30,8 +30,9 @@ def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
             f"model is a {type(model).__name__}, expected a value-head model; "
             "make one with AutoModelForCausalLMWithValueHead.from_pretrained(...)"
         )
-    if tokenizer is None:
-        raise TypeError("tokenizer is None, expected the model's transformers tokenizer")
+    if not hasattr(tokenizer, "pad_token_id"):
+        what = "None" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        raise TypeError(f"tokenizer is {what}, expected the model's transformers tokenizer")
     if config.pad_for_acceleration and has_encoder(model) and not config.pad_max_input_len:
         raise ValueError(
             "pad_max_input_len is 0, expected the longest prompt: pad_for_acceleration pads an encoder-decoder's "
@@ -67,7 +68,7 @@ def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     """Padding id and EOS ids; EOS pads where there is no padding token."""
     generation_config = getattr(model.pretrained_model, "generation_config", None)
     eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
+    if eos is None or eos == []:
         eos = tokenizer.eos_token_id
     eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     name, pad = "pad_token_id", tokenizer.pad_token_id

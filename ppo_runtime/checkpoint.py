@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _POLICY, _OPTIMIZER, _STATE = "policy.safetensors", "optimizer.safetensors", "state.json"
+# What file managers and network disks leave in any directory.
+_LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs.*")
 _OURS = re.compile(rf"{re.escape(_POLICY)}|{re.escape(_OPTIMIZER)}|{re.escape(_STATE)}|rank-\d+\.json")
 _WHOLE = "what save_checkpoint wrote; copy the checkpoint again, or remove it and go on from another"
 _ENTRIES = "world_size", "frozen", "config", "optimizer", "lr_scheduler", "trainer"
@@ -139,31 +141,37 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
             rank = restored(_read_json(source / f"rank-{trainer.world.rank}.json"), {})
         check_tensors(source, weights, _trained(trainer.model))
         # Checkpoints of before hashed the reference's unused value head as well.
-        if state["frozen"] not in (frozen_digest(trainer), frozen_digest(trainer, reference_head=True)):
+        frozen = state["frozen"]
+        if frozen != frozen_digest(trainer) and frozen != frozen_digest(trainer, reference_head=True):
             raise ValueError(
                 f"{source} was made beside other frozen weights: the reference, or the layers that do not train, "
                 "differ; make the trainer from the same original model and reference, not from trained weights"
             )
-        check_scheduler_state(source, state, trainer.lr_scheduler)
-        check_optimizer_state(source, state.get("optimizer_made_of"), optimizer, trainer)
-        _check_data(source, rank, trainer)
-        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        with _named_if_damaged(source):
+            check_scheduler_state(source, state, trainer.lr_scheduler)
+            check_optimizer_state(source, state.get("optimizer_made_of"), optimizer, trainer)
+            _check_data(source, rank, trainer)
+        rates = [group.get("lr") for group in trainer.optimizer.param_groups]
         with _undone_unless_whole(source, trainer):
             trainer.optimizer.load_state_dict(optimizer)
             if trainer.lr_scheduler is not None:
                 trainer.lr_scheduler.load_state_dict(scheduler)
             trainer.load_state_dict(own)
             _restore_generators(trainer, rank)
+        trainer.broken_off = f"the loading of {source} was broken off"
         with torch.no_grad():
             for name, tensor in _trained(trainer.model).items():
                 tensor.copy_(weights[name])
+        trainer.broken_off = None
+        trainer.close()  # whatever is logged next belongs behind the checkpoint's steps
         trainer.metrics_after, trainer.run_name = trainer.current_step, state.get("run")
         changed = warn_of_differences(
             state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
         if "learning_rate" in changed and trainer.lr_scheduler is None:
             for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                if rate is not None:
+                    group["lr"] = rate
 
 
 def steps_done(directory: str | Path) -> int | None:
@@ -189,7 +197,7 @@ def check_replaceable(directory: str | Path) -> None:
     if not target.is_dir():
         raise ValueError(f"{target} is a file, expected the directory of a checkpoint; take another name")
     names = {entry.name for entry in target.iterdir()}
-    others = sorted(name for name in names if not _OURS.fullmatch(name))
+    others = sorted(name for name in names if not _OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
     if names and (others or _STATE not in names):
         held = others[0] if others else f"no {_STATE}"
         raise ValueError(
@@ -376,7 +384,7 @@ def _read_json(path: Path) -> Any:
 def _named_if_damaged(source: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, AttributeError, LookupError, TypeError, StopIteration) as error:
+    except (SafetensorError, FileNotFoundError, AttributeError, LookupError, TypeError, StopIteration) as error:
         raise ValueError(f"{source} cannot be read ({type(error).__name__}: {error}), expected {_WHOLE}") from error
 
 

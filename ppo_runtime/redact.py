@@ -14,6 +14,7 @@ _SECRET_KEY = re.compile(
     r"(^|_)(tokens?|password|passwd|pwd|passphrase|secrets?|bearer|auth|authorization|credentials?"
     r"|(api|access|auth|private|secret|wandb)_?keys?(_value)?)$"
 )
+_TOKEN_OF_A_TEXT = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|special|new|stop)_tokens?$")
 # As hubs, trackers and services make them, long enough that no word of a sentence looks like one.
 _SECRET_TEXT = re.compile(r"\b((hf|api_org|gh[oprsu]|github_pat|wandb_v\d)_|sk[_-])[A-Za-z0-9_-]{16,}")
 _PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
@@ -57,7 +58,7 @@ def hide(text: str, *settings: Mapping[str, Any]) -> str:
 
 def _names_a_secret(key: Any) -> bool:
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(key)).replace("-", "_").lower()
-    return _SECRET_KEY.search(words) is not None
+    return _SECRET_KEY.search(words) is not None and _TOKEN_OF_A_TEXT.search(words) is None
 
 
 def _without_secret_words(text: str) -> str:

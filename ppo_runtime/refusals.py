@@ -61,12 +61,10 @@ def refuse_unusable(
             f"(a KL estimate of {float(scored.kl[worst]):.6g} times the coefficient): the squares of the advantages "
             f"overflow float32, expected below {most:.1g}; lower init_kl_coef, take another kl_penalty, or drop the row"
         )
-    largest = (
-        f"scores[{row}] is {score:.6g} as it is rewarded"
-        if abs(score) >= abs(value)
-        else f"the value head's output for responses[{place[0]}], token {place[1]}, is {value:.6g}"
-    )
-    raise ValueError(
-        f"{largest}: the squares of the advantages overflow float32, expected below {most:.1g}; scale the scores, "
-        "or set score_clip or use_score_scaling"
-    )
+    if abs(score) >= abs(value):
+        largest = f"scores[{row}] is {score:.6g} as it is rewarded"
+        remedy = "scale the scores, or set score_clip or use_score_scaling"
+    else:
+        largest = f"the value head's output for responses[{place[0]}], token {place[1]}, is {value:.6g}"
+        remedy = "look at the model's weights, go back to a checkpoint, or begin with a new value head"
+    raise ValueError(f"{largest}: the squares of the advantages overflow float32, expected below {most:.1g}; {remedy}")

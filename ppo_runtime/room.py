@@ -25,7 +25,7 @@ def prompt_room(trainer: Any, generation_kwargs: dict[str, Any]) -> Room:
         ValueError: a response as long as was asked for has no room, whatever the prompt.
     """
     config, context, apart = trainer.config, Context.of(trainer.model), has_encoder(trainer.model)
-    sampled = "length_sampler" in generation_kwargs
+    sampled = generation_kwargs.get("length_sampler") is not None
     settings = Settings(trainer.model, {k: v for k, v in generation_kwargs.items() if k != "length_sampler"})
     response = 1 if sampled or settings["max_new_tokens"] is None else settings["max_new_tokens"]
     static = config.pad_max_len if config.pad_for_acceleration else None

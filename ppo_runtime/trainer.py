@@ -386,22 +386,28 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             yield progress
         except BaseException as error:
             marked = self.broken_off
-            # What was uploaded in the meantime stays uploaded.
-            self.load_state_dict(before | {"best_score": self.best_score})
-            self.shuffle.set_state(order)
-            self.broken_off = marked
             if progress.begun:
-                self.broken_off = (
-                    f"step {self.current_step + 1} was broken off by {type(error).__name__} after {progress.begun} "
-                    "steps of the optimiser"
+                marked = (
+                    f"step {before['current_step'] + 1} was broken off by {type(error).__name__} after "
+                    f"{progress.begun} steps of the optimiser"
                 )
+            try:
+                # What was uploaded in the meantime stays uploaded.
+                self.load_state_dict(before | {"best_score": self.best_score})
+            except Exception as failure:  # a part of the user's own may refuse; the error that matters is the first
+                logger.warning("the step could not be undone whole: %s: %s", type(failure).__name__, failure)
+            finally:
+                self.shuffle.set_state(order)
+                self.broken_off = marked
+            if progress.begun:
                 logger.warning(
                     "%s: the weights are between two steps. No checkpoint is made of them; go back to the last one, or "
                     "go on: the next whole step makes checkpoints possible again",
                     self.broken_off,
                 )
             raise
-        self.broken_off = None
+        if progress.begun:  # a step without an update leaves the weights where they were
+            self.broken_off = None
 
     def _update_controller(self, kl: float, n_steps: int) -> None:
         try:

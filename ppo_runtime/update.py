@@ -98,6 +98,7 @@ def optimise(
             epoch_averages: dict[str, Average] = {}
             for update, weight in zip(epoch, epoch_weights, strict=True):
                 model.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)  # it may step parameters of the user's beside the model's
                 update_averages: dict[str, Average] = {}
                 for index in update:
                     losses = minibatch_losses(model, rows.select(index), targets, index, config)

@@ -170,8 +170,7 @@ def command(
     least, most = response_length
     if not 1 <= least <= most:
         raise typer.BadParameter(f"--response-length is {least} {most}, expected LEAST from 1 and MOST from LEAST on")
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+    if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype is {dtype}, expected one of float32, bfloat16, float16")
     run(
         ClassicOptions(

@@ -18,6 +18,7 @@ from ppo_runtime import PPOTrainer, distributed
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.distributed import World
+from ppo_runtime.tracking import read_jsonl
 from tests.runtime.trainers import make_batch, make_trainer
 
 SCHEDULERS = torch.optim.lr_scheduler
@@ -305,3 +306,58 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(trainer, tmp_path / "checkpoint")
     assert told[-1]
+
+
+def test_an_optimiser_that_finds_its_own_rate_resumes(tmp_path: Path) -> None:
+    """It has no learning rate to restore."""
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"eps": 1e-3})
+
+        def step(self, closure: Any = None) -> None:
+            """Do nothing."""
+
+    trainers = [make_trainer(), make_trainer()]
+    for trainer in trainers:
+        trainer.optimizer = Own(trainer.model.parameters())
+    trainers[0].step(*make_batch())
+    save_checkpoint(trainers[0], tmp_path / "c")
+    load_checkpoint(trainers[1], tmp_path / "c")
+    assert trainers[1].current_step == 1
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", ".nfs0001"])
+def test_what_a_system_leaves_in_a_directory_ends_no_run(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    save_checkpoint(trainer, tmp_path / "c")
+    (tmp_path / "c" / name).write_text("")
+    save_checkpoint(trainer, tmp_path / "c")
+    assert steps_done(tmp_path / "c") == 0
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "rank-0.json"])
+def test_a_missing_file_is_named_with_a_remedy(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    save_checkpoint(trainer, tmp_path / "c")
+    (tmp_path / "c" / name).unlink()
+    with pytest.raises(ValueError, match=r"cannot be read .*expected"):
+        load_checkpoint(trainer, tmp_path / "c")
+
+
+def test_a_rollback_takes_its_lines_out_of_open_metrics(tmp_path: Path) -> None:
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+
+    def go() -> None:
+        queries, responses, scores = make_batch()
+        stats = trainer.step(queries, responses, scores)
+        texts = ["a"] * len(scores)
+        trainer.log_stats(stats, {"query": texts, "response": texts}, scores)
+
+    go()
+    save_checkpoint(trainer, tmp_path / "c")
+    go()
+    load_checkpoint(trainer, tmp_path / "c")
+    go()
+    trainer.close()
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -253,3 +253,64 @@ def test_the_safety_checker_looks_before_it_counts(size: Any, queries: Any) -> N
     _, responses, scores = make_batch()
     with pytest.raises((TypeError, ValueError), match=r"queries|batch_size"):
         make_trainer()._step_safety_checker(size, queries, responses, scores)
+
+
+class ReadOnly:
+    """A controller of the user's own whose coefficient cannot be set, and is another each time."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    @property
+    def value(self) -> float:
+        """The coefficient."""
+        self.read += 1
+        return 0.01 * self.read
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Do nothing."""
+
+
+def test_an_undo_that_fails_hides_neither_the_error_nor_the_moved_weights(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer()
+    trainer.kl_ctl = ReadOnly()
+    trainer.optimizer.step = struck(trainer.optimizer.step, call=2)
+    with pytest.raises(RuntimeError, match="struck"):
+        trainer.step(*make_batch())
+    assert "step 1 was broken off by RuntimeError" in str(trainer.broken_off)
+    assert "could not be undone whole" in caplog.text
+
+
+def test_a_step_without_an_update_mends_no_broken_off_weights() -> None:
+    trainer = make_trainer()
+    trainer.optimizer.step, real = struck(trainer.optimizer.step, call=2), trainer.optimizer.step
+    with pytest.raises(RuntimeError, match="struck"):
+        trainer.step(*make_batch())
+    trainer.optimizer.step = real
+    queries, responses, scores = make_batch()
+    trainer.step(queries, responses, scores, [torch.zeros_like(response) for response in responses])
+    assert trainer.broken_off is not None
+    trainer.step(*make_batch())
+    assert trainer.broken_off is None
+
+
+def test_parameters_of_the_users_are_stepped_on_no_stale_gradient() -> None:
+    trainer = make_trainer()
+    extra = torch.nn.Parameter(torch.ones(()))
+    extra.grad = torch.ones(())
+    trainer.optimizer.add_param_group({"params": [extra]})
+    trainer.step(*make_batch())
+    assert float(extra.detach()) == 1.0
+
+
+def struck(step: Callable[..., Any], *, call: int) -> Callable[..., Any]:
+    """An optimiser's step that raises at one of its calls."""
+    calls: list[int] = []
+
+    def strike(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("struck")
+        return step(*args, **kwargs)
+
+    return strike

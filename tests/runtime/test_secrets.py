@@ -113,7 +113,7 @@ def test_what_looks_like_a_secret_is_one_wherever_it_stands(text: str) -> None:
 def test_what_says_nothing_is_kept() -> None:
     settings = {"token": None, "create_pr": True, "max_new_tokens": 3, "tokens": (1, 2), "token_type": False}
     settings |= {"tokenizer": "gpt2", "pad_token_id": 0, "note": "a risk-averse task_of_sixteen_letters", "key": "a"}
-    settings |= {"url": "https://host:8080/a@b", "author": "us"}
+    settings |= {"url": "https://host:8080/a@b", "author": "us", "pad_token": "<pad>", "stop_tokens": ["."]}
     assert without_secrets(settings) == settings
 
 
