@@ -92,4 +92,5 @@ class AdaptiveKLController(_Controller):
         Raises:
             ValueError: ``current`` is not finite or ``n_steps`` too large; the state is then kept.
         """
-        self.state = adaptive_kl_update(self.state, current, n_steps, target=self.target, horizon=self.horizon)
+        # A float, since a tensor would make the coefficient one, with its graph.
+        self.state = adaptive_kl_update(self.state, float(current), n_steps, target=self.target, horizon=self.horizon)

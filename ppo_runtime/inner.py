@@ -121,7 +121,10 @@ def _with_quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _with_dtype(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     """Loading arguments with a `dtype`: the caller's by its newer name, else float32 unless weights are quantised."""
-    kwargs = dict(kwargs)
+    # None asks for nothing; transformers takes it for "as stored".
+    kwargs = {
+        name: value for name, value in kwargs.items() if value is not None or name not in ("dtype", "torch_dtype")
+    }
     if "torch_dtype" in kwargs:
         older = kwargs.pop("torch_dtype")
         newer = kwargs.setdefault("dtype", older)

@@ -355,3 +355,11 @@ def test_a_controller_is_made_of_numbers(bad: Any) -> None:
         with pytest.raises(ValueError, match=f"{name} is .*, expected a finite number above 0"):
             setattr(controller, name, bad)
     assert (controller.target, controller.horizon) == (6.0, 100.0)
+
+
+@pytest.mark.parametrize("current", [6.5, np.float32(6.5), torch.tensor(6.5)])
+def test_a_coefficient_stays_a_number(current: Any) -> None:
+    """Within 20 % of the target nothing is clipped, and a tensor would go through."""
+    controller = AdaptiveKLController(0.2, 6.0, 10_000)
+    controller.update(current, 6)
+    assert type(controller.value) is float

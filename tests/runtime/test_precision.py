@@ -367,6 +367,8 @@ def test_how_a_dtype_is_asked_for(tmp_path: Path) -> None:
     assert load(directory, dtype="auto").pretrained_model.dtype == torch.bfloat16
     assert load(directory, dtype="float16").pretrained_model.dtype == torch.float16
     assert load(directory, torch_dtype=torch.float64).pretrained_model.dtype == torch.float64
+    for nothing in ({"dtype": None}, {"torch_dtype": None}, {"dtype": torch.float32, "torch_dtype": None}):
+        assert load(directory, **nothing).pretrained_model.dtype == torch.float32
     for pair in (("float16", torch.float16), (torch.float16, "torch.float16"), ("auto", "auto")):
         both = load(directory, dtype=pair[0], torch_dtype=pair[1]).pretrained_model.dtype
         assert both == (torch.bfloat16 if "auto" in pair else torch.float16)
