@@ -233,8 +233,6 @@ def test_an_optimiser_of_some_parameters_is_taken_and_the_others_are_counted(cap
     assert not caplog.messages
 
 
-# torch 2.8's SequentialLR calls its parts in the way that torch itself deprecates.
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize(
     "make",
     [
