@@ -120,6 +120,17 @@ def _maybe_text(_: object, field: "attrs.Attribute[Any]", value: object) -> None
         raise ValueError(f"{field.name} is {_without_secrets(value)}, expected a text or None")
 
 
+def processes_started() -> int:
+    """Processes that torchrun has started, 1 otherwise."""
+    text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
+            "torchrun --nproc-per-node N, or unset WORLD_SIZE"
+        )
+    return int(text)
+
+
 def _script_name() -> str:
     return Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "ppo"
 
@@ -411,13 +422,7 @@ class PPOConfig(_Standing):
     @property
     def world_size(self) -> int:
         """Processes started by torchrun, 1 otherwise."""
-        text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
-        if not text.strip().isdecimal() or int(text) < 1:
-            raise ValueError(
-                f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
-                "torchrun --nproc-per-node N, or unset WORLD_SIZE"
-            )
-        return int(text)
+        return processes_started()
 
     @property
     def backward_batch_size(self) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ppo_core import averages, moments
 from ppo_core.averages import Average
 from ppo_core.moments import Moments
+from ppo_runtime.config import processes_started
 
 CAPACITY = 1024
 """How many metrics one gather carries. A fixed size keeps ranks whose keys differ from waiting for each other."""
@@ -60,7 +61,7 @@ def world_from_environment() -> World:
         RuntimeError: the initialised group can't carry CPU tensors.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        if _world_size() == 1:
+        if processes_started() == 1:
             return World(rank=0, size=1)
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
@@ -200,16 +201,6 @@ def broadcast_parameters(module: nn.Module, world: World) -> None:
         dist.broadcast(payload, src=0)
         with torch.no_grad():
             tensor.copy_(payload.view(tensor.dtype).view_as(tensor))
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(
-            f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
-            "torchrun --nproc-per-node N, or unset WORLD_SIZE"
-        )
-    return int(text)
 
 
 def _gather(vector: Tensor, world: World) -> Tensor:
