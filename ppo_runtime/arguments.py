@@ -11,7 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ppo_runtime.checkpoint import check_replaceable
 from ppo_runtime.sampling import plain
+
+# What a run leaves in its output directory.
+CHECKPOINT, MODEL, BROKEN_OFF, RECORD = "checkpoint", "model", "model-broken-off", "run.json"
 
 # Settings of ``trainer.generate`` that the loop decides itself.
 _TAKEN = {
@@ -102,6 +106,24 @@ def make_writable(name: str, directory: Path) -> None:
         raise ValueError(
             f"{name} is {str(directory)!r}, expected a directory that can be written ({error}); choose another"
         ) from error
+
+
+def check_places(output_dir: Path) -> None:
+    """Refuse a run whose results would find something else in their places at its end.
+
+    Raises:
+        ValueError: the checkpoint's, a model's or the record's place holds what they cannot replace.
+    """
+    check_replaceable(output_dir / CHECKPOINT)
+    for name in (MODEL, BROKEN_OFF):
+        if (place := output_dir / name).exists() and not place.is_dir():
+            raise ValueError(
+                f"{place} is a file, expected a directory for the policy; move it, or choose another output_dir"
+            )
+    if (place := output_dir / RECORD).is_dir():
+        raise ValueError(
+            f"{place} is a directory, expected a file for the run's record; move it, or choose another output_dir"
+        )
 
 
 def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_step: int) -> None:

@@ -18,6 +18,8 @@ from ppo_runtime import arguments, inputs
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.data import collate
 from ppo_runtime.distributed import agree_any
+from ppo_runtime.files import filled_whole, write_whole
+from ppo_runtime.model_card import is_ours
 from ppo_runtime.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.room import prompt_room
@@ -95,8 +97,9 @@ def train(
             raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
     trainer.check_generation(**options)
     _check_data(trainer, options)
-    checkpoint = None if output is None else output / "checkpoint"
+    checkpoint = None if output is None else output / arguments.CHECKPOINT
     if output is not None and checkpoint is not None:
+        arguments.check_places(output)
         done = steps_done(checkpoint)
         arguments.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
         arguments.make_writable("output_dir", output)
@@ -249,9 +252,10 @@ def _progress(console: Console, *, disable: bool) -> Progress:
 
 
 def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
-    model = output_dir / ("model-broken-off" if trainer.broken_off else "model")
-    trainer.save_pretrained(model)
+    model = output_dir / (arguments.BROKEN_OFF if trainer.broken_off else arguments.MODEL)
     if trainer.world.rank == 0:
+        with filled_whole(model, replaces=_not_a_users_card) as draft:
+            trainer.save_pretrained(draft)
         run = {
             "steps": max(steps, trainer.current_step),
             "steps_done": trainer.current_step,
@@ -260,7 +264,7 @@ def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
             "acceleration": attrs.asdict(trainer.acceleration),
             "config": plain_settings(trainer.config),
         }
-        (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+        write_whole(output_dir / arguments.RECORD, json.dumps(run, indent=2, default=str) + "\n")
     if trainer.broken_off:
         logger.warning(
             "weights between two steps are in %s; those after step %d in the last checkpoint",
@@ -269,3 +273,7 @@ def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
         )
     if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
         logger.warning("the saved model in %s holds weights that are not finite", model)
+
+
+def _not_a_users_card(file: Path) -> bool:
+    return file.name != "README.md" or is_ours(file.parent)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
@@ -81,16 +82,20 @@ def _prompt(where: str, ids: Any, mask: Any) -> Tensor:
     """One prompt as a tensor, without its padding."""
     if isinstance(ids, str):
         raise ValueError(f"{where} is the text {ids[:40]!r}, expected token ids; {_TOKENISE}")
-    try:
-        row = torch.as_tensor(ids)
-        kept = None if mask is None else torch.as_tensor(mask).bool()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where} is {ids!r:.60}, expected a list of token ids: {error}") from error
-    if kept is not None:
+    row = _tensor(where, ids, "a list of token ids")
+    if mask is not None:
+        kept = _tensor(where.replace("input_ids", "attention_mask"), mask, "1 for each token and 0 for padding").bool()
         if kept.shape != row.shape:
             raise ValueError(f"{where} has shape {tuple(row.shape)}, and its attention_mask {tuple(kept.shape)}")
         row = row[kept]
     return row if row.numel() else row.long()  # an empty list has no dtype of its own
+
+
+def _tensor(where: str, numbers: Any, expected: str) -> Tensor:
+    try:
+        return torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where} is {numbers!r:.60}, expected {expected}: {error}") from error
 
 
 def _suspects(dataset: Any, vocab_size: int, room: int | None) -> Iterator[tuple[int, Any]]:
@@ -105,25 +110,40 @@ def _suspects(dataset: Any, vocab_size: int, room: int | None) -> Iterator[tuple
     table: Any = dataset.select_columns(columns).with_format("arrow")
     for start in range(0, len(dataset), _CHUNK):
         chunk = table[start : start + _CHUNK]
-        if not _clear(chunk.column("input_ids"), vocab_size, room):
+        if not _clear(*map(chunk.column, columns), vocab_size=vocab_size, room=room):
             yield from enumerate(chunk.to_pylist(), start)
 
 
-def _clear(column: Any, vocab_size: int, room: int | None) -> bool:
-    kind, compute = column.type, pyarrow.compute
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
+def _clear(ids: Any, masks: Any = None, *, vocab_size: int, room: int | None) -> bool:
+    """Whether every row of these columns is a prompt that a step can take, without what its mask calls padding."""
+    columns = [ids] if masks is None else [ids, masks]
+    flat = [_flat(column) for column in columns]
+    if any(values is None for values in flat) or not pa.types.is_integer(ids.type.value_type):
         return False
-    tokens = compute.list_flatten(column)
-    lengths = compute.min_max(compute.list_value_length(column)).as_py()
-    ids = compute.min_max(tokens).as_py()
+    lengths = [pyarrow.compute.list_value_length(column) for column in columns]
+    if not lengths[0].equals(lengths[-1]):
+        return False
+    tokens, counts = flat[0], lengths[0].to_numpy()
+    if counts.min() == 0:
+        return False
+    if masks is not None:
+        kept = flat[1] != 0
+        tokens, counts = tokens[kept], np.add.reduceat(kept, np.cumsum(counts) - counts, dtype=np.int64)
     return (
-        not column.null_count
-        and not tokens.null_count
-        and lengths["min"] > 0
-        and (room is None or lengths["max"] <= room)
-        and ids["min"] >= 0
-        and ids["max"] < vocab_size
+        counts.min() > 0 and (room is None or counts.max() <= room) and tokens.min() >= 0 and tokens.max() < vocab_size
     )
+
+
+def _flat(column: Any) -> Any:
+    """All entries of a column of lists of numbers, one after another; None if it is another kind or has gaps."""
+    kind, types = column.type, pa.types
+    if not (types.is_list(kind) or types.is_large_list(kind)) or column.null_count:
+        return None
+    entry = kind.value_type
+    entries = pyarrow.compute.list_flatten(column)
+    if not (types.is_integer(entry) or types.is_floating(entry) or types.is_boolean(entry)) or entries.null_count:
+        return None
+    return entries.to_numpy()
 
 
 def _names(columns: Any) -> str:

@@ -1,12 +1,13 @@
 """What the demo's command line can change, and what a run that goes on takes over from its beginning."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
+
+from ppo_runtime.files import write_whole
 
 EMBEDDED_LEARNING_RATE = 3e-4
 LEARNING_RATE = 5e-5
@@ -86,13 +87,6 @@ def remember(options: DemoOptions) -> None:
     kept = {name: getattr(options, name) for name in DEFAULTS}
     kept["model"] = None if options.model is None else str(options.model.resolve())
     write_whole(options.output / _FILE, json.dumps(kept, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file such that whoever reads it finds either the earlier text or this one, kills included."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _begun_with(output: Path) -> dict[str, Any]:

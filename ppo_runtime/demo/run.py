@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.checkpoint import steps_done
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.demo.options import DemoOptions, remember, write_whole
+from ppo_runtime.demo.options import DemoOptions, remember
+from ppo_runtime.files import write_whole
 from ppo_runtime.loop import train
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead
 from ppo_runtime.plotting import plot_curves

@@ -48,7 +48,8 @@ def trainer_of(family: str, *, door: str | None, lora: bool, training: bool) -> 
     if moment == "wrapped":
         switch(model)
     fields: dict[str, Any] = SETTINGS | {"ppo_epochs": 1}
-    # Not Adam: the gradient of a key's bias is 0 but for rounding (softmax ignores a shift), and Adam makes whole steps of it.
+    # Not Adam: the gradient of a key's bias is 0 but for rounding (softmax ignores a shift), and Adam makes whole
+    # steps of it.
     plainest = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return PPOTrainer(PPOConfig(**fields), model, None, tiny_tokenizer(), optimizer=plainest)
 

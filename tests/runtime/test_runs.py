@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,55 @@ def test_the_record_of_a_run_is_not_shortened(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["steps"], run["steps_done"], run["broken_off"]) == (2, 2, None)
+
+
+@pytest.mark.parametrize("file", ["run.json", "model/config.json", "model/model.safetensors", "model/README.md"])
+def test_a_save_that_is_cut_short_leaves_the_files_of_before(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is writing when the disk is full: no file is half of one, and the model is of one step."""
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    record = (tmp_path / "run.json").read_bytes()
+    save = trainer.save_pretrained
+
+    def full(text: str | None = None) -> None:
+        raise OSError("no space left")
+
+    if file == "run.json":
+        replaced = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: full() if Path(b).name == "run.json" else replaced(a, b))
+    else:
+
+        def cut_short(directory: Any) -> None:
+            save(directory)
+            (Path(directory) / Path(file).name).write_bytes(b"ha")
+            full()
+
+        trainer.save_pretrained = cut_short
+    with pytest.raises(OSError, match="no space left"):
+        _train(trainer, tmp_path, steps=2)
+    if file != "run.json":
+        assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert (tmp_path / "run.json").read_bytes() == record
+    monkeypatch.undo()
+    trainer.save_pretrained = save
+    _train(trainer, tmp_path, steps=3)
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 3
+    assert not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+def test_a_users_files_beside_the_model_stay(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / "model" / name).write_text("mine")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    _train(trainer, tmp_path, steps=2)
+    for name in ("README.md", "notes.txt"):
+        assert (tmp_path / "model" / name).read_text() == "mine"
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != weights
 
 
 def test_frozen_weights_in_eight_bits_are_saved(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from rich.console import Console
 from torch.utils.data import Dataset as TorchDataset
 
-from ppo_runtime import PPOConfig, room
+from ppo_runtime import PPOConfig, prompts, room
 from ppo_runtime.context import Context
 from ppo_runtime.loop import train
 from tests.runtime.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -101,6 +101,30 @@ def test_an_argument_is_refused_by_name(case: str, home: Path) -> None:
     options, message = ARGUMENTS[case]
     trainer = _trainer(_dataset())
     _refused(lambda: _train(trainer, **options), trainer, message, home)
+
+
+@pytest.mark.parametrize(
+    ("lies_there", "message"),
+    [
+        ("checkpoint/notes.txt", r"checkpoint holds notes.txt, and so is not a checkpoint alone"),
+        ("checkpoint", "checkpoint is a file, expected the directory of a checkpoint"),
+        ("model", "model is a file, expected a directory for the policy"),
+        ("model-broken-off", "model-broken-off is a file, expected a directory for the policy"),
+        ("run.json/notes.txt", "run.json is a directory, expected a file for the run's record"),
+    ],
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_the_run_would_write_over_is_found_first(lies_there: str, message: str, resume: bool, home: Path) -> None:
+    """Another's files under the names of what the run writes at its end, or after hours."""
+    path = home / "o" / lies_there
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    trainer = _trainer(_dataset(), project_kwargs={"logging_dir": str(home / "logs")})
+    trainer.generate = None  # it would not be able to
+    with pytest.raises(ValueError, match=message):
+        _train(trainer, output_dir="o", resume=resume)
+    assert [file for file in home.rglob("*") if file.is_file()] == [path]
+    assert path.read_text() == "precious"
 
 
 def test_metrics_that_cannot_be_written_are_refused_first(home: Path) -> None:
@@ -191,6 +215,34 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
         r"dataset\[1\]\['input_ids'\] has 62 tokens",
     ),
     "scalars": (lambda: _dataset([5, 6, 7, 8]), r"dataset\[0\]\['input_ids'\] has shape \(\), expected 1-d"),
+    "nothing but padding": (
+        lambda: _dataset([[5, 6]] * 4, attention_mask=[[1, 1], [1, 0], [0, 0], [1, 1]]),
+        r"dataset\[2\]\['input_ids'\] is empty, expected at least",
+    ),
+    "a mask that is shorter": (
+        lambda: _dataset([[5, 6]] * 4, attention_mask=[[1, 1], [1], [1, 1], [1, 1]]),
+        r"dataset\[1\]\['input_ids'\] has shape \(2,\), and its attention_mask \(1,\)",
+    ),
+    "masks that are longer and shorter": (
+        lambda: _dataset([[5, 6]] * 4, attention_mask=[[1, 1], [1], [1, 1, 1], [1, 1]]),
+        r"dataset\[1\]\['input_ids'\] has shape \(2,\), and its attention_mask \(1,\)",
+    ),
+    "a mask with a hole in it": (
+        lambda: _dataset([[5, 6]] * 4, attention_mask=[[1, 1], [1, None], [1, 1], [1, 1]]),
+        r"dataset\[1\]\['attention_mask'\] is \[1, None\], expected",
+    ),
+    "a mask of texts": (
+        lambda: _dataset([[5, 6]] * 4, attention_mask=["11"] * 4),
+        r"dataset\[0\]\['attention_mask'\] is '11', expected",
+    ),
+    "a token behind no mask": (
+        lambda: _dataset([[5, VOCAB_SIZE]] * 4, attention_mask=[[1, 0], [1, 0], [1, 1], [1, 0]]),
+        r"dataset\[2\]\['input_ids'\] holds token id",
+    ),
+    "padding without room behind it": (
+        lambda: _dataset([[0] * 9 + [5] * 62] * 4, attention_mask=[[0] * 9 + [1] * 62] * 4),
+        r"dataset\[0\]\['input_ids'\] has 62 tokens",
+    ),
 }
 
 
@@ -300,6 +352,22 @@ def test_padding_of_a_prompt_is_no_part_of_it(padded_by: str, home: Path) -> Non
     trainer.step = lambda queries, *rest: (seen.extend(query.tolist() for query in queries), step(queries, *rest))[1]
     _train(trainer)
     assert sorted(seen) == sorted(IDS)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0], [True, True, False], [1.0, 1.0, 0.0]], ids=str)
+def test_a_padded_table_is_cleared_without_looking_at_its_rows(
+    mask: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a mask takes off may be any number, in rows of any length."""
+    rows = _dataset([[5, 6, VOCAB_SIZE], [-1, 7, VOCAB_SIZE + 1]], attention_mask=[mask, [mask[2], mask[0], mask[2]]])
+    monkeypatch.setattr(prompts, "_prompt", None)
+    prompts.check_dataset(rows, vocab_size=VOCAB_SIZE, room=room.Room(2))
+
+
+@pytest.mark.parametrize("mask", [[1, 1], None], ids=str)
+def test_a_row_without_a_mask_is_a_row_without_padding(mask: Any) -> None:
+    rows = _dataset([[5, 6], [7]], attention_mask=[mask, None])
+    prompts.check_dataset(rows, vocab_size=VOCAB_SIZE, room=room.Room(2))
 
 
 # --- score functions ---------------------------------------------------------------------------------------------
