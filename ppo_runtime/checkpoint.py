@@ -35,6 +35,7 @@ from ppo_runtime.fitting import (
     scheduler_class,
     warn_of_differences,
 )
+from ppo_runtime.optimisers import check_kind_of_scheduler
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.trees import plain, restored
 from ppo_runtime.value_head import HEAD_PREFIX
@@ -156,8 +157,8 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
             trainer.optimizer.load_state_dict(optimizer)
             if trainer.lr_scheduler is not None:
                 trainer.lr_scheduler.load_state_dict(scheduler)
-            trainer.load_state_dict(own)
             _restore_generators(trainer, rank)
+            trainer.load_state_dict(own)  # last, since it drops the gradients that wait for an update
         trainer.broken_off = f"the loading of {source} was broken off"
         with torch.no_grad():
             for name, tensor in _trained(trainer.model).items():
@@ -236,6 +237,8 @@ def _check_worth_keeping(trainer: "PPOTrainer") -> None:
             f"{trainer.broken_off}, and so the weights are between two steps: no checkpoint is made of them; make one "
             "after the next whole step, or load the last one"
         )
+    if trainer.lr_scheduler is not None:
+        check_kind_of_scheduler(trainer.lr_scheduler)
     weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}
     plain(trainer.optimizer.state_dict(), "optimizer", moments)
@@ -310,7 +313,8 @@ def _undone_unless_whole(source: Path, trainer: "PPOTrainer") -> Iterator[None]:
         trainer.optimizer.load_state_dict(optimizer)
         if scheduler is not None:
             scheduler.load_state_dict(scheduled)
-        trainer.load_state_dict(own)
+        if trainer.state_dict() != own:
+            trainer.load_state_dict(own)
         trainer.broken_off, trainer.metrics_after = broken_off, metrics_after
         _restore_generators(trainer, generators)
         if isinstance(error, _MISFITS):

@@ -72,11 +72,26 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer | None) -> 
     """Refuse what cannot be stepped without arguments, or schedules another optimiser; None is the trainer's own.
 
     Raises:
-        TypeError: no scheduler, or one whose step wants an argument.
+        TypeError: no scheduler, one whose step wants an argument, or one without a state to store.
         ValueError: a scheduler of another optimiser.
     """
     if scheduler is None:
         return
+    check_kind_of_scheduler(scheduler)
+    scheduled = getattr(scheduler, "optimizer", optimizer)
+    if scheduled is not optimizer and scheduled is not getattr(optimizer, "optimizer", None):
+        raise ValueError(
+            "lr_scheduler is of another optimizer than the trainer's, and so would schedule nothing; pass the one that "
+            "it was made of as optimizer="
+        )
+
+
+def check_kind_of_scheduler(scheduler: Any) -> None:
+    """Refuse what cannot be stepped without arguments, or has no state to go back to.
+
+    Raises:
+        TypeError: likewise.
+    """
     if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
         raise TypeError(
             f"lr_scheduler is a {_kind(scheduler)}, expected a scheduler made of the optimizer, such as "
@@ -87,12 +102,13 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer | None) -> 
             f"lr_scheduler is a {type(scheduler).__name__}, whose step() wants {missing}; expected one that needs no "
             "argument, since it is stepped once after every step. Step this one yourself, with what step returns"
         )
-    scheduled = getattr(scheduler, "optimizer", optimizer)
-    if scheduled is not optimizer and scheduled is not getattr(optimizer, "optimizer", None):
-        raise ValueError(
-            "lr_scheduler is of another optimizer than the trainer's, and so would schedule nothing; pass the one that "
-            "it was made of as optimizer="
-        )
+    for name in ("state_dict", "load_state_dict"):
+        if not callable(getattr(scheduler, name, None)):
+            raise TypeError(
+                f"lr_scheduler is a {type(scheduler).__name__} without {name}, expected one whose state can be stored "
+                "and taken over, as that of torch's can: checkpoints hold it; derive it from "
+                "torch.optim.lr_scheduler.LRScheduler, or step this one yourself"
+            )
 
 
 def first_learning_rate(optimizer: torch.optim.Optimizer) -> float:

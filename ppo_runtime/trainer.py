@@ -32,6 +32,7 @@ from ppo_runtime.guards import SkipLog
 from ppo_runtime.inner import has_encoder
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.optimisers import (
+    check_kind_of_scheduler,
     check_optimizer,
     check_scheduler,
     check_trains,
@@ -42,12 +43,13 @@ from ppo_runtime.precision import check_moments, own_precision
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.refusals import refuse_unusable
+from ppo_runtime.scheduling import advance, no_rate
 from ppo_runtime.scoring import ScoreProcessor
 from ppo_runtime.seeding import mixed, set_seed
 from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
 from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import make_trackers
-from ppo_runtime.update import Progress, Targets, optimise
+from ppo_runtime.update import Progress, Targets, gradients_waiting, optimise
 
 __all__ = ["PPOTrainer", "set_seed"]
 
@@ -72,7 +74,8 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             None.
         data_collator: from a list of rows to a batch; lists per column if None.
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
-        lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped.
+        lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped. One that
+            is at its end refuses the next ``step``.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -134,6 +137,8 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         )
         self.current_step = 0
         self.broken_off = None
+        # A scheduler that had no learning rate for the next step.
+        self._unscheduled: Any | None = None
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._trackers: list[Any] | None = None
         self._say_skipped = SkipLog()
@@ -172,8 +177,11 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             RuntimeError: the same on another rank.
 
         Whatever else ends a step early leaves everything as it was before, but for an optimiser that has stepped
-        already: ``broken_off`` then says so.
+        already: ``broken_off`` then says so. Minibatches that wait for their update stay as well, unless
+        the step was whole or has moved weights.
         """
+        with all_or_none(self.world):
+            self._settle_schedule()
         with own_precision(self.device), self._undone_unless_whole() as progress:
             return self._step(queries, responses, scores, response_masks, progress)
 
@@ -238,8 +246,9 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self._say_skipped(outcome.skipped, self.current_step + 1)
         times["total"] = time.perf_counter() - started
         # Last, together with the counter: what is broken off before is undone without them.
-        if self.lr_scheduler is not None and progress.begun:
-            self.lr_scheduler.step()
+        if self.lr_scheduler is not None and progress.begun and (error := advance(self.lr_scheduler, self.optimizer)):
+            self._unscheduled = self.lr_scheduler
+            logger.warning("%s", no_rate(self.lr_scheduler, self.current_step + 2, error))
         self.current_step += 1
         return stats | {f"time/ppo/{name}": seconds for name, seconds in times.items()}
 
@@ -292,18 +301,22 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             "kl_coef": self.kl_ctl.value,
             "best_score": self.best_score,
             "scores": self.scores.state_dict(),
+            "unscheduled": self._unscheduled is not None and self._unscheduled is self.lr_scheduler,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, whole or not at all; gradients that wait for an update are dropped."""
+        self._take_over(state)
+        self._drop_accumulated()
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         step, coefficient, best = state["current_step"], state["kl_coef"], state["best_score"]
         scores = ScoreState(**state["scores"])
         if self.kl_ctl.value != coefficient:
             self.kl_ctl.value = coefficient  # a user's own controller has no more than this
         self.current_step, self.best_score, self.scores.state = step, best, scores
+        self._unscheduled = self.lr_scheduler if state.get("unscheduled") else None  # older checkpoints cannot say
         self.broken_off = None
-        self._pending = (0, 0, {})
-        self.model.zero_grad(set_to_none=True)
 
     def close(self) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
@@ -381,7 +394,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         No copy of the weights is kept to go back to: it would be as large as the model.
         """
         before, order = self.state_dict(), self.shuffle.get_state()
-        progress = Progress()
+        progress = Progress(gradients_waiting(self.model, self.optimizer))
         try:
             yield progress
         except BaseException as error:
@@ -393,13 +406,15 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 )
             try:
                 # What was uploaded in the meantime stays uploaded.
-                self.load_state_dict(before | {"best_score": self.best_score})
+                self._take_over(before | {"best_score": self.best_score})
             except Exception as failure:  # a part of the user's own may refuse; the error that matters is the first
                 logger.warning("the step could not be undone whole: %s: %s", type(failure).__name__, failure)
             finally:
                 self.shuffle.set_state(order)
                 self.broken_off = marked
+                progress.put_back()
             if progress.begun:
+                self._drop_accumulated()
                 logger.warning(
                     "%s: the weights are between two steps. No checkpoint is made of them; go back to the last one, or "
                     "go on: the next whole step makes checkpoints possible again",
@@ -408,6 +423,19 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             raise
         if progress.begun:  # a step without an update leaves the weights where they were
             self.broken_off = None
+
+    def _settle_schedule(self) -> None:
+        """Refuse a scheduler that has no learning rate for this step, or could have none for the next.
+
+        The step before, which had one, was made whole. A scheduler that was mended since goes on from there.
+        """
+        if self.lr_scheduler is None:
+            return
+        check_kind_of_scheduler(self.lr_scheduler)  # it may have been assigned since the trainer was made
+        if self._unscheduled is self.lr_scheduler:
+            if error := advance(self.lr_scheduler, self.optimizer):
+                raise ValueError(no_rate(self.lr_scheduler, self.current_step + 1, error)) from error
+            self._unscheduled = None
 
     def _update_controller(self, kl: float, n_steps: int) -> None:
         try:

@@ -2,11 +2,24 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def copied(value: Any) -> Any:
+    """A tree with containers and tensors of its own; what else it holds may not be one's to copy."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        twin = copy(value)
+        for name, item in value.items():
+            twin[name] = copied(item)
+        return twin
+    return type(value)(copied(item) for item in value) if type(value) in (list, tuple, set) else value
 
 
 def plain(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import attrs
@@ -55,8 +56,20 @@ class Outcome(NamedTuple):
 class Progress:
     """How far the updates of a step have come, for whoever has to know when they are broken off."""
 
+    waiting: list[tuple[Tensor, Tensor]]
+    """Parameters with the gradients that they held before; none once they are of other weights."""
     begun: int = 0
     """Steps of the optimiser, one that was broken off included."""
+
+    def begin(self) -> None:
+        """Note that weights move now."""
+        self.begun += 1
+        self.waiting.clear()
+
+    def put_back(self) -> None:
+        """Give the parameters their gradients of before, if the weights are those of before."""
+        for parameter, gradient in self.waiting:
+            parameter.grad = gradient
 
 
 class Prepared(NamedTuple):
@@ -110,7 +123,7 @@ def optimise(
                         deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
                 cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
                 if cause is Cause.NONE:
-                    progress.begun += 1
+                    progress.begin()
                     optimizer.step()
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
                 else:
@@ -128,6 +141,13 @@ def optimise(
         for parameter in had_gradients:
             parameter.grad = torch.zeros_like(parameter)
     return Outcome(averages, deviation, skipped, epochs)
+
+
+def gradients_waiting(model: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters, the model's and the optimiser's, with gradients that hold anything; zeros wait for nothing."""
+    theirs = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    parameters = {id(parameter): parameter for parameter in chain(model.parameters(), theirs)}.values()
+    return [(p, p.grad) for p in parameters if p.grad is not None and bool(p.grad.any())]
 
 
 def minibatch_losses(model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig) -> Losses:

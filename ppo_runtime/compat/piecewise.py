@@ -314,9 +314,12 @@ class Piecewise:
         try:
             yield
         except BaseException:
-            self._pending = (0, 0, {})
-            self.model.zero_grad(set_to_none=True)
+            self._drop_accumulated()
             raise
+
+    def _drop_accumulated(self) -> None:
+        self._pending = (0, 0, {})
+        self.model.zero_grad(set_to_none=True)
 
     def _losses(
         self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from ppo_runtime import PPOConfig, PPOTrainer, update
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.distributed import World, world_from_environment
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer, untimed
@@ -145,6 +149,140 @@ def test_a_step_without_an_update_leaves_the_scheduler() -> None:
     assert trainer.lr_scheduler.last_epoch == 1
 
 
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    """Has learning rates for two steps, and for those behind them none."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=2)
+
+
+def listed(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.25][step])
+
+
+def in_sequence(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer), one_cycle(optimizer)], [1]
+    )
+
+
+class HalfWay:
+    """A user's own: counts, sets the first group's rate, and then has none for the second."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+
+    def step(self) -> None:
+        """The next rates."""
+        self.count += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / self.count
+        if self.count == 3:
+            raise KeyError("no rate")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the count over."""
+        self.count = state["count"]
+
+
+ENDING: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], int]] = {
+    "OneCycleLR": (one_cycle, 2),
+    "LambdaLR": (listed, 2),
+    "SequentialLR": (in_sequence, 3),
+    "HalfWay": (HalfWay, 2),
+}
+"""Schedulers by name, and the steps after which they have a learning rate."""
+
+
+def scheduled(name: str) -> PPOTrainer:
+    trainer = make_trainer()
+    trainer.lr_scheduler = ENDING[name][0](trainer.optimizer)
+    return trainer
+
+
+def options(trainer: PPOTrainer) -> list[dict[str, Any]]:
+    """What a scheduler may set."""
+    return [{name: x for name, x in group.items() if name != "params"} for group in trainer.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["straight", "resumed"])
+@pytest.mark.parametrize("name", ENDING)
+def test_a_scheduler_at_its_end_is_named_before_a_step_changes_anything(
+    name: str, resumed: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The step that has a rate is made whole; the next one, which has none, is refused as often as it is asked for."""
+    trainer, last = scheduled(name), ENDING[name][1]
+    for _ in range(last):
+        trainer.step(*make_batch())
+    assert not caplog.messages
+    state, rates = copy.deepcopy(trainer.lr_scheduler.state_dict()), options(trainer)
+    assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 0
+    assert trainer.current_step == last + 1
+    assert trainer.broken_off is None
+    assert f"lr_scheduler is a {name}, which has no learning rate for step {last + 2}" in caplog.text
+    if resumed:
+        save_checkpoint(trainer, tmp_path / "c")
+        trainer = scheduled(name)
+        load_checkpoint(trainer, tmp_path / "c")
+    weights = [parameter.clone() for parameter in trainer.model.parameters()]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=rf"a {name}, .* no learning rate for step {last + 2}.*lr_scheduler = None"
+        ):
+            trainer.step(*make_batch())
+        assert trainer.current_step == last + 1
+        assert trainer.broken_off is None
+        assert trainer.lr_scheduler.state_dict() == state
+        assert options(trainer) == rates
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+    save_checkpoint(trainer, tmp_path / "c")
+    trainer.lr_scheduler = None
+    assert trainer.step(*make_batch())["ppo/learning_rate"] == rates[0]["lr"]
+    assert trainer.current_step == last + 2
+
+
+def test_a_scheduler_that_was_mended_goes_on_where_it_stood() -> None:
+    trainer = scheduled("OneCycleLR")
+    for _ in range(3):
+        trainer.step(*make_batch())
+    trainer.lr_scheduler.total_steps = 9
+    trainer.step(*make_batch())
+    assert trainer.lr_scheduler.last_epoch == 4, "the step that was owed, and the next one"
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_scheduler_struck_in_its_step_is_undone(name: str) -> None:
+    trainer = scheduled(name)
+    trainer.step(*make_batch())
+    state, rates = copy.deepcopy(trainer.lr_scheduler.state_dict()), options(trainer)
+    whole = trainer.lr_scheduler.step
+
+    def struck_behind(*_: Any) -> None:
+        whole()
+        raise KeyboardInterrupt
+
+    trainer.lr_scheduler.step = struck_behind
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(*make_batch())
+    del trainer.lr_scheduler.step
+    assert trainer.lr_scheduler.state_dict() == state
+    assert options(trainer) == rates
+    assert trainer.current_step == 1
+
+
+@pytest.mark.parametrize("lacking", ["state_dict", "load_state_dict"])
+def test_a_scheduler_assigned_later_is_looked_at_before_weights_move(lacking: str, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.lr_scheduler = HalfWay(trainer.optimizer)
+    setattr(trainer.lr_scheduler, lacking, None)
+    for use in (lambda: trainer.step(*make_batch()), lambda: save_checkpoint(trainer, tmp_path / "c")):
+        with pytest.raises(TypeError, match=f"lr_scheduler is a HalfWay without {lacking}"):
+            use()
+    assert trainer.broken_off is None
+    assert trainer.current_step == 0
+
+
 # --- the trainer's own state ----------------------------------------------------------------------------------------
 
 
@@ -229,6 +367,98 @@ def test_a_state_taken_over_drops_the_accumulation() -> None:
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.train_minibatch(*minibatch(trainer))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def waiting(trainer: PPOTrainer) -> list[Any]:
+    """The gradients that wait for an update, and what is noted of their minibatches."""
+    return [[None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()], trainer._pending]
+
+
+def refused_step(trainer: PPOTrainer, tmp_path: Path) -> None:
+    queries, responses, scores = make_batch()
+    trainer.step(queries, responses, [*scores[:-1], NAN])
+
+
+def step_broken_off(place: str) -> Callable[[PPOTrainer, Path], None]:
+    def attempt(trainer: PPOTrainer, tmp_path: Path) -> None:
+        calls: list[int] = []
+
+        def strike(*_: Any) -> None:
+            calls.append(1)
+            if len(calls) == {"scoring": 1, "forward": 2}[place]:
+                raise MemoryError("full")
+
+        hooked = trainer.model.v_head.register_forward_pre_hook(strike)
+        try:
+            trainer.step(*make_batch())
+        finally:
+            hooked.remove()
+
+    return attempt
+
+
+def refused_checkpoint(part: str) -> Callable[[PPOTrainer, Path], None]:
+    def attempt(trainer: PPOTrainer, tmp_path: Path) -> None:
+        save_checkpoint(make_trainer(gradient_accumulation_steps=3), tmp_path / "c")
+        path = tmp_path / "c" / ("rank-0.json" if part == "generators" else "state.json")
+        state = json.loads(path.read_text())
+        if part == "generators":
+            state["dict"] = [[name, 7 if name == "torch" else value] for name, value in state["dict"]]
+        else:
+            state["trainer"]["dict"] = [[n, "x" if n == "scores" else v] for n, v in state["trainer"]["dict"]]
+        path.write_text(json.dumps(state))
+        load_checkpoint(trainer, tmp_path / "c")
+
+    return attempt
+
+
+ATTEMPTS: dict[str, Callable[[PPOTrainer, Path], None]] = {
+    "a step refused at the door": refused_step,
+    "a step broken off while scoring": step_broken_off("scoring"),
+    "a step broken off before its first update": step_broken_off("forward"),
+    "a checkpoint with unfit generators": refused_checkpoint("generators"),
+    "a checkpoint with an unfit state": refused_checkpoint("trainer"),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_what_changes_nothing_keeps_the_accumulated_minibatches(attempt: str, count: int, tmp_path: Path) -> None:
+    trainer, undisturbed = (make_trainer(gradient_accumulation_steps=3) for _ in range(2))
+    for one in (trainer, undisturbed):
+        for _ in range(count):
+            one.train_minibatch(*minibatch(one))
+    before = waiting(trainer)
+    with pytest.raises((ValueError, MemoryError)):
+        ATTEMPTS[attempt](trainer, tmp_path)
+    torch.testing.assert_close(waiting(trainer), before, rtol=0, atol=0)
+    for one in (trainer, undisturbed):
+        for _ in range(3 - count):
+            one.train_minibatch(*minibatch(one))
+    for ours, theirs in zip(trainer.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_what_changes_nothing_keeps_gradients_of_the_users_own(attempt: str, tmp_path: Path) -> None:
+    """Made by hand, for an update that the trainer knows nothing of."""
+    trainer = make_trainer(gradient_accumulation_steps=3)
+    trainer.model.v_head.summary.weight.grad = torch.ones_like(trainer.model.v_head.summary.weight)
+    before = waiting(trainer)
+    with pytest.raises((ValueError, MemoryError)):
+        ATTEMPTS[attempt](trainer, tmp_path)
+    torch.testing.assert_close(waiting(trainer), before, rtol=0, atol=0)
+
+
+def test_a_step_that_has_moved_weights_drops_the_accumulation() -> None:
+    """Its gradients are those of other weights."""
+    trainer = make_trainer(gradient_accumulation_steps=3, mini_batch_size=1)
+    trainer.train_minibatch(*minibatch(trainer))
+    trainer.optimizer.step = struck(trainer.optimizer.step, call=2)
+    with pytest.raises(RuntimeError, match="struck"):
+        trainer.step(*make_batch())
+    assert gradients(trainer) == 0
+    assert trainer._pending == (0, 0, {})
 
 
 def recorded(trainer: PPOTrainer, **other: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,6 +211,14 @@ UNFIT: dict[str, tuple[Callable[[Any], tuple[Any, Any]], str]] = {
     "scheduler that wants a metric": (
         lambda m: (optimizer := _adam(m), torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)),
         r"lr_scheduler is a ReduceLROnPlateau, .*step\(\) .*metrics",
+    ),
+    "scheduler without a state": (
+        lambda m: (_adam(m), SimpleNamespace(step=lambda: None)),
+        "lr_scheduler is a SimpleNamespace without state_dict",
+    ),
+    "scheduler whose state cannot be taken over": (
+        lambda m: (_adam(m), SimpleNamespace(step=lambda: None, state_dict=dict)),
+        "lr_scheduler is a SimpleNamespace without load_state_dict",
     ),
     "nothing trains": (lambda m: (None, m.requires_grad_(False) and None), "model has no parameter that trains"),
 }
