@@ -161,7 +161,7 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     """Bytes of memory in all and available, within the limits of a container; None where that can't be told."""
     known: dict[str, int] = {}
     try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text(errors="replace").splitlines():
             if match := re.match(r"(MemTotal|MemAvailable): +(\d+) kB", line):
                 known[match[1]] = int(match[2]) * 1024
     except OSError:
@@ -172,7 +172,8 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
         left = max(limit - used, 0)
         total = limit if total is None else min(total, limit)
         available = left if available is None else min(available, left)
-    return total, available
+    # Files read at different moments, or those of a tree that is not the kernel's own, need not fit together.
+    return total, available if available is None or total is None else min(available, total)
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
@@ -183,8 +184,11 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
     """
     places = [("", "/")]
     with suppress(OSError):
-        lines = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
-        places += [("memory" if names else "", path) for _, names, path in lines if not names or "memory" in names]
+        # A path may hold any byte but the line's end and NUL; what is no such line is passed over.
+        text = os.fsdecode((root / "proc/self/cgroup").read_bytes())
+        lines = (line.split(":", 2) for line in text.split("\n") if line.count(":") >= 2)
+        found = [(names.split(","), path) for _, names, path in lines]
+        places += [("memory" if names != [""] else "", path) for names, path in found if {"", "memory"} & {*names}]
     seen = set()
     for kind, path in places:
         top = root / "sys/fs/cgroup" / kind
@@ -200,12 +204,12 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
                 most, now = (int((level / f"memory.{name}").read_text()) for name in (limit, used))
                 dropped = re.search(rf"^{cache}inactive_file (\d+)$", _read(level / "memory.stat"), re.MULTILINE)
                 if most < 2**60:  # which is version 1's way to say that there is none
-                    yield most, now - int(dropped[1] if dropped else 0)
+                    yield most, max(now - int(dropped[1] if dropped else 0), 0)
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(errors="replace")
     except OSError:
         return ""
 

@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
-from ppo_runtime.value_head import find_file
+from ppo_runtime.value_head import find_file, no_such_place
 
 _HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # A revision or subfolder of an adapter says nothing about its base model's.
@@ -67,6 +68,11 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB_ARGS if name in kwargs}
 
 
+def unmet(kwargs: dict[str, Any]) -> list[str]:
+    """Names of the loading arguments that ask for something: None does not, nor does quantisation switched off."""
+    return [k for k, v in kwargs.items() if v is not None and not (k in ("load_in_8bit", "load_in_4bit") and not v)]
+
+
 def load_model(
     parent: Any,
     check_config: Callable[[Any, str], None],
@@ -80,7 +86,7 @@ def load_model(
     config = kwargs.get("config")
     if config is None:
         remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
-        config = AutoConfig.from_pretrained(name, **hub, **remote)
+        config = _config(name, **hub, **remote)
     check_config(config, repr(os.fspath(name)))
     kwargs = _with_dtype(_with_quantization(kwargs), config)
     if weights is None:
@@ -99,6 +105,21 @@ def load_model(
     if find_file(name, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
     return model
+
+
+def _config(name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The configuration stored in a directory or hub repository; an error names both where it is neither."""
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        if isinstance(error.__cause__, HFValidationError):
+            raise OSError(no_such_place(name)) from error
+        raise OSError(
+            f"there is no directory {os.fspath(name)!r} here, and no repository of that name could be loaded from the "
+            f"hub; check the path (the working directory is {os.getcwd()}): {error}"
+        ) from error
 
 
 def _with_quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +183,14 @@ def load_adapter(
             f"{name!r} holds a PEFT adapter whose adapter_config.json names no base model; write the base model's "
             "name or directory into base_model_name_or_path there"
         )
-    base = load(base_name, args, {key: value for key, value in kwargs.items() if key not in _ADAPTERS_OWN})
+    rest = {key: value for key, value in kwargs.items() if key not in _ADAPTERS_OWN}
+    try:
+        base = load(base_name, args, rest)
+    except OSError as error:
+        raise OSError(
+            f"{name!r} holds a PEFT adapter whose base model, {base_name!r} by its adapter_config.json, can't be "
+            f"loaded; write where that lies now into base_model_name_or_path there: {error}"
+        ) from error
     return _same_mode(peft.PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub))
 
 

@@ -22,9 +22,10 @@ from ppo_runtime.inner import (
     load_adapter,
     load_model,
     transformers_model,
+    unmet,
 )
 from ppo_runtime.precision import computing
-from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, read_head, write_head
+from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, check_head, read_head, write_head
 
 if TYPE_CHECKING:
     from ppo_runtime.rewards_adapter import RewardAdapter
@@ -98,6 +99,12 @@ class PreTrainedModelWrapper(nn.Module):
         reward_adapter = kwargs.pop("reward_adapter", None)
         reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
         is_trainable = kwargs.pop("is_trainable", True)
+        if kwargs.pop("output_loading_info", False):
+            raise ValueError(
+                f"output_loading_info is True, which would give a pair, and {cls.__name__}.from_pretrained gives a "
+                f"model; load with transformers.{cls.transformers_parent_class.__name__} to have that report, and pass "
+                "the model it gives"
+            )
         source, stored = pretrained_model_name_or_path, None
         if isinstance(source, str | os.PathLike):
             stored = read_head(source, **hub_arguments(kwargs))
@@ -108,7 +115,7 @@ class PreTrainedModelWrapper(nn.Module):
                 model = load(source, model_args, kwargs, stored.inner if stored is not None else None)
         elif isinstance(source, PreTrainedModel) or is_peft_model(source):
             # Where files come from says nothing about weights that are here; a reward adapter may need it.
-            unused = [name for name in kwargs if name not in ("trust_remote_code", *hub_arguments(kwargs))]
+            unused = [name for name in unmet(kwargs) if name not in ("trust_remote_code", *hub_arguments(kwargs))]
             if model_args or unused:
                 raise TypeError(
                     f"a {type(source).__name__} that is already loaded takes no loading arguments, got "
@@ -127,6 +134,7 @@ class PreTrainedModelWrapper(nn.Module):
             model = add_adapter(model, peft_config)
         wrapper = cls(model, **head_args)
         if stored is not None:
+            check_head(stored.head, wrapper.v_head, stored.file)
             wrapper.v_head.load_state_dict(stored.head)
         if reward_adapter is not None:
             from ppo_runtime.rewards_adapter import add_reward_adapter
@@ -204,9 +212,13 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a directory that plain transformers (or PEFT) loads, with the head in a file of its own.
 
-        `state_dict` may be given in the layout of `self.state_dict()`. `push_to_hub=True` uploads it afterwards, to
-        `repo_id` or else a repository of the directory's name, with the arguments of `push_to_hub`. The other arguments
-        are the inner model's.
+        `state_dict` may be given in the layout of `self.state_dict()`; one without `v_head.*`, such as the inner
+        model's own, goes with the head as it is. `push_to_hub=True` uploads it afterwards, to `repo_id` or else a
+        repository of the directory's name, with the arguments of `push_to_hub`. The other arguments are the inner
+        model's.
+
+        Raises:
+            ValueError: part of the head is missing from `state_dict`, or the whole of the model.
         """
         if (uploading := take_upload(kwargs, save_directory)) is not None:
             self.save_pretrained(save_directory, **kwargs)
@@ -217,13 +229,29 @@ class PreTrainedModelWrapper(nn.Module):
             mine = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter.name]
             kwargs.setdefault("selected_adapters", mine)
         head: Mapping[str, Tensor] = self.v_head.state_dict()
+        writes = kwargs.get("is_main_process", True)
         if (state := kwargs.pop("state_dict", None)) is not None:
-            head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
+            given = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
             inner = {k.removeprefix(INNER_PREFIX): v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
+            if writes:  # the others may well have been given nothing
+                self._check_weights(inner)
+            if given and writes:
+                check_head(given, self.v_head, "state_dict")
+            head = given or head
             kwargs["state_dict"] = inner
         self.pretrained_model.save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if writes:
             write_head(dict(head), save_directory)
+
+    def _check_weights(self, given: Mapping[str, Any]) -> None:
+        # An adapter's weights alone, whose names peft shortens, will do for it.
+        expected = self.pretrained_model.state_dict()
+        if not given or not (self.is_peft_model or given.keys() & expected.keys()):
+            raise ValueError(
+                f"state_dict holds none of the {len(expected)} weights of {type(self.pretrained_model).__name__}, "
+                f"such as {next(iter(expected))!r}, but {', '.join(map(repr, list(given)[:3])) or 'none at all'}; pass "
+                "one as state_dict() of this model gives it, or leave it out"
+            )
 
     def push_to_hub(
         self,

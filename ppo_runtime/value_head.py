@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,6 +76,8 @@ class StoredHead(NamedTuple):
     """A value head found on disk; `inner` holds the model's weights where only we can read their names."""
 
     head: dict[str, Tensor]
+    file: str
+    """The file that names the head's tensors."""
     inner: dict[str, Tensor] | None = None
 
 
@@ -86,7 +90,7 @@ def write_head(head: dict[str, Tensor], directory: str | os.PathLike[str]) -> No
 def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
     """The value head stored in a directory or hub repository, or None if there is none."""
     if (file := find_file(name, HEAD_FILE, **hub)) is not None:
-        return StoredHead(_strip(_read(file), HEAD_PREFIX))
+        return StoredHead(_strip(_read(file), HEAD_PREFIX), file)
     found = ((checkpoint, find_file(name, checkpoint, **hub)) for checkpoint in _CHECKPOINTS)
     file = next((file for _, file in found if file is not None), None)
     if file is None:
@@ -94,17 +98,49 @@ def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
     if not file.endswith(".json"):
         keys, shards = _keys(file), [file]
     else:
-        weight_map: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"]
-        keys = set(weight_map)
+        with _named(file):
+            weight_map: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"]
+        keys, shards = set(weight_map), []
         wrapped = any(key.startswith(INNER_PREFIX) for key in keys)
+        has_head = any(key.startswith(HEAD_PREFIX) for key in keys)
         names = {shard for key, shard in weight_map.items() if wrapped or key.startswith(HEAD_PREFIX)}
-        shards = [shard for n in sorted(names) if (shard := find_file(name, n, **hub)) is not None]
+        for shard_name in sorted(names) if has_head else ():
+            if (shard := find_file(name, shard_name, **hub)) is None:
+                raise FileNotFoundError(
+                    f"{file} names {shard_name}, which {os.fspath(name)!r} does not hold: the checkpoint is not whole; "
+                    "copy it anew"
+                )
+            shards.append(shard)
     if not any(key.startswith(HEAD_PREFIX) for key in keys):
         return None
     weights = {key: value for shard in shards for key, value in _read(shard).items()}
     # Plain names are transformers' business; prefixed ones it would not recognise, and initialise at random.
     inner = _strip(weights, INNER_PREFIX) or None
-    return StoredHead(_strip(weights, HEAD_PREFIX), inner)
+    return StoredHead(_strip(weights, HEAD_PREFIX), file, inner)
+
+
+def check_head(given: Mapping[str, Any], head: ValueHead, where: str) -> None:
+    """Refuse tensors (keys as in `ValueHead.state_dict`) that are not, name by name, those of a head.
+
+    Raises:
+        ValueError: tensors are missing, too many, of another shape, or hold no floating-point numbers.
+    """
+    expected = head.state_dict()
+    problems = [f"{HEAD_PREFIX}{name} is missing" for name in expected if name not in given]
+    problems += [f"{HEAD_PREFIX}{name} is unknown" for name in given if name not in expected]
+    for name, tensor in expected.items():
+        value = given.get(name, tensor)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            problems.append(f"{HEAD_PREFIX}{name} is a {kind}, not a tensor of floating-point numbers")
+        elif value.shape != tensor.shape:
+            problems.append(f"{HEAD_PREFIX}{name} has the shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
+    if problems:
+        names = " and ".join(HEAD_PREFIX + name for name in expected)
+        raise ValueError(
+            f"{where} holds no value head of this model, expected {names} for hidden states of width "
+            f"{head.summary.in_features}: {', '.join(problems)}"
+        )
 
 
 def find_file(name: str | os.PathLike[str], filename: str, **hub: Any) -> str | None:
@@ -113,17 +149,30 @@ def find_file(name: str | os.PathLike[str], filename: str, **hub: Any) -> str | 
     Offline, or with `local_files_only`, the cache decides.
 
     Raises:
-        OSError: nobody can tell whether it is there: no connection, no permission, no such repository.
+        OSError: nobody can tell whether it is there: no connection, no permission, no such repository, or a name
+            that is neither a directory nor one that a repository could have.
     """
     try:
         return cached_file(name, filename, **hub)
     except OSError as error:
+        if isinstance(error.__cause__, HFValidationError):
+            raise OSError(no_such_place(name)) from error
         if _is_absence(error.__cause__, name, filename, hub):
             return None
         raise OSError(
-            f"could not find out whether {os.fspath(name)!r} holds {filename}: {error}\nTry again; or, where it has "
-            "been loaded before, pass local_files_only=True to take what is in the cache"
+            f"could not find out whether {os.fspath(name)!r} holds {filename}: {error}\nIf that should be a directory, "
+            "there is none here: check the path. Else try again; or, where it has been loaded before, pass "
+            "local_files_only=True to take what is in the cache"
         ) from error
+
+
+def no_such_place(name: str | os.PathLike[str]) -> str:
+    """What to say of a name that is no directory, and can't be or isn't a repository's."""
+    what = "is a file" if os.path.isfile(name) else "is no directory here"
+    return (
+        f"{os.fspath(name)!r} {what}, and no name of a repository on the hub, expected one of the two; check the "
+        f"path (the working directory is {os.getcwd()})"
+    )
 
 
 def _is_absence(cause: BaseException | None, name: str | os.PathLike[str], filename: str, hub: dict[str, Any]) -> bool:
@@ -138,19 +187,35 @@ def _is_absence(cause: BaseException | None, name: str | os.PathLike[str], filen
     return known is _CACHED_NO_EXIST
 
 
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Says which file it was that could not be read; the readers of the formats do not."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a torn file fails in as many ways as there are formats
+        pointer = False
+        with suppress(OSError), open(file, "rb") as opened:
+            pointer = opened.read(8) == b"version "
+        remedy = "it is a pointer of Git LFS: fetch the file itself with `git lfs pull`" if pointer else "copy it anew"
+        raise ValueError(f"{file} can't be read ({type(error).__name__}: {error}); {remedy}") from error
+
+
 def _keys(file: str) -> set[str]:
     if not file.endswith(".safetensors"):
         return set(_read(file))
-    with safe_open(file, framework="pt") as opened:
+    with _named(file), safe_open(file, framework="pt") as opened:
         return set(opened.keys())
 
 
 def _read(file: str) -> dict[str, Tensor]:
-    if not file.endswith(".safetensors"):
-        # Mapped into memory where the format allows, since mostly it is only the names we want.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+    with _named(file):
+        if not file.endswith(".safetensors"):
+            # Mapped into memory where the format allows, since mostly it is only the names we want.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
 
 
 def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

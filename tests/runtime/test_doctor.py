@@ -164,6 +164,11 @@ GROUPS = {
     "version 1, path of the host": ("4:cpu,memory:/docker/1\n", {"memory": (4000, 1000, "")}, 3000),
     "version 1 without limit": ("4:memory:/\n", {"memory": (9223372036854771712, 1000, "")}, None),
     "another controller": ("4:cpu:/job\n", {"memory/job": (10, 5, "")}, None),
+    "a controller of a longer name": ("4:name=memory-ish:/job\n", {"memory/job": (10, 5, "")}, None),
+    "a line that is none": ("\nodd\n1:odd\n0::/a\n", {"a": (3000, 1000, "")}, 2000),
+    "a path with anything in it": ("0::/a:b\u2028\udcff\n", {"a:b\u2028\udcff": (3000, 1000, "")}, 2000),
+    "more cache than use": ("0::/", {"": (3000, 100, "inactive_file 500\n")}, 3000),
+    "as much left as there is in all": ("0::/a/b", {"a": (9000, 0, ""), "a/b": (3000, 0, "")}, 3000),
 }
 
 
@@ -172,7 +177,7 @@ def test_memory_is_what_every_control_group_allows(case: str, tmp_path: Path) ->
     """Sizes are in KiB."""
     lines, groups, left = GROUPS[case]
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(lines)
+    (tmp_path / "proc/self/cgroup").write_bytes(os.fsencode(lines))
     (tmp_path / "proc/meminfo").write_text("MemTotal:  8000 kB\nMemAvailable:   5000 kB\n")
     for name, (limit, used, stat) in groups.items():
         place = tmp_path / "sys/fs/cgroup" / name
@@ -187,6 +192,15 @@ def test_memory_is_what_every_control_group_allows(case: str, tmp_path: Path) ->
     total, available = memory(tmp_path)
     assert available == (5000 if left is None else left) * 1024
     assert total == 8000 * 1024 if left is None else min(limit for limit, _, _ in groups.values()) * 1024
+
+
+@pytest.mark.parametrize(("total", "available"), [(8000, 9000), (8000, 8000), (0, 5)])
+def test_no_more_memory_is_available_than_there_is(total: int, available: int, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_bytes(
+        f"MemTotal: {total} kB\nMemAvailable: {available} kB\n\xff\n".encode("latin")
+    )
+    assert memory(tmp_path) == (total * 1024, total * 1024)
 
 
 def test_memory_without_proc_is_a_guess_at_most(tmp_path: Path) -> None:

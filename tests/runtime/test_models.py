@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -217,6 +219,105 @@ def test_saving_a_given_state_dict(tmp_path: Path) -> None:
         assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_state_dict_without_a_head_goes_with_the_models_own(adapted: bool, tmp_path: Path) -> None:
+    """Such as the inner model's, gathered from many processes."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = wrapper("gpt2").from_pretrained(tmp_path / "base", **({"peft_config": tiny_lora()} if adapted else {}))
+    state = {name: value + 1 for name, value in model.pretrained_model.state_dict().items()}
+    model.save_pretrained(tmp_path / "saved", state_dict=state)
+    loaded = wrapper("gpt2").from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.v_head.parameters(), model.v_head.parameters(), strict=True))
+    for name, parameter in loaded.named_parameters():
+        if parameter.requires_grad and not name.startswith("v_head."):
+            assert torch.equal(parameter, state[name.removeprefix("pretrained_model.")]), name
+
+
+HEADS: dict[str, tuple[dict[str, Any], str]] = {
+    "half of it": ({"v_head.summary.weight": torch.zeros(1, 16)}, r"v_head\.summary\.bias is missing"),
+    "another width": (
+        {"v_head.summary.weight": torch.zeros(1, 3), "v_head.summary.bias": torch.zeros(1)},
+        r"v_head\.summary\.weight has the shape \(1, 3\), not \(1, 16\)",
+    ),
+    "another head": (
+        {"v_head.0.weight": torch.zeros(16, 16)},
+        r"v_head\.summary\.weight is missing, .*bias is missing, v_head\.0\.weight is unknown",
+    ),
+    "whole numbers": (
+        {"v_head.summary.weight": torch.zeros(1, 16).long(), "v_head.summary.bias": torch.zeros(1)},
+        r"v_head\.summary\.weight is a torch\.int64, not a tensor of floating-point numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("door", ["its file", "the model's file", "state_dict"])
+def test_a_head_that_does_not_fit_is_named(door: str, case: str, tmp_path: Path) -> None:
+    model, (head, problem) = wrapped(), HEADS[case]
+    if door == "state_dict":
+        with pytest.raises(ValueError, match=f"^state_dict holds no value head of this model.*{problem}"):
+            model.save_pretrained(tmp_path / "new", state_dict=model.pretrained_model.state_dict() | head)
+        assert not (tmp_path / "new").exists(), "refused before anything is written"
+        return
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "value_head.safetensors"
+    if door == "the model's file":
+        file.unlink()
+        file = tmp_path / "model.safetensors"
+        head = load_file(file) | head
+    save_file(head, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} holds no value head of this model.*{problem}"):
+        wrapper("gpt2").from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "adapted"),
+    [
+        *(("nothing", adapted) for adapted in (False, True)),
+        *(("the head alone", adapted) for adapted in (False, True)),
+        ("names of another wrapping", False),  # of an adapter's peft picks what it knows
+    ],
+)
+def test_a_state_dict_without_the_model_is_refused(given: str, adapted: bool, tmp_path: Path) -> None:
+    model = wrapped(**({"peft_config": tiny_lora()} if adapted else {}))
+    head = {name: value for name, value in model.state_dict().items() if name.startswith("v_head.")}
+    state = {"nothing": {}, "the head alone": head, "names of another wrapping": {"module.lm.weight": torch.zeros(1)}}
+    with pytest.raises(ValueError, match=r"state_dict holds none of the \d+ weights of .*such as '"):
+        model.save_pretrained(tmp_path / "new", state_dict=state[given])
+    assert not (tmp_path / "new").exists()
+    # Where others hold the weights, this process may have been given nothing.
+    model.save_pretrained(tmp_path / "rank", state_dict={}, is_main_process=False)
+    assert not (tmp_path / "rank" / "value_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("lost", ["one", "two"])
+@pytest.mark.parametrize("layout", ["wrapped safetensors sharded", "wrapped bin sharded"])
+def test_a_shard_that_is_not_there_is_named(layout: str, lost: str, tmp_path: Path) -> None:
+    """Not made up: transformers would initialise what it does not find."""
+    legacy_layout(tmp_path, "gpt2", layout)
+    (shard,) = tmp_path.glob(f"*-{lost}.*")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"index\.json names {re.escape(shard.name)}, which .* does not hold"):
+        wrapper("gpt2").from_pretrained(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"odd", POINTER])
+@pytest.mark.parametrize(
+    "name",
+    ["value_head.safetensors", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"],
+)
+def test_a_torn_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    remedy = "git lfs pull" if content is POINTER else "copy it anew"
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} can't be read \((?s:.*){remedy}"):
+        wrapper("gpt2").from_pretrained(tmp_path)
+
+
 def legacy_layout(directory: Path, family: str, layout: str) -> Any:
     """A checkpoint with the head among the model's weights; returns the model it was made from."""
     model = wrapped(family)
@@ -283,14 +384,6 @@ def test_a_directory_without_a_head_gets_a_fresh_one(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     model = wrapper("gpt2").from_pretrained(tmp_path, v_head_init_strategy="normal")
     assert model.v_head.summary.bias.item() == 0.0
-
-
-def test_a_wrapper_of_another_width_is_refused(tmp_path: Path) -> None:
-    wrapped().save_pretrained(tmp_path)
-    save_file({"v_head.summary.weight": torch.zeros(1, 3), "v_head.summary.bias": torch.zeros(1)}, tmp_path / "x")
-    (tmp_path / "x").rename(tmp_path / "value_head.safetensors")
-    with pytest.raises(RuntimeError, match=r"size mismatch for summary\.weight"):
-        wrapper("gpt2").from_pretrained(tmp_path)
 
 
 # --- state dicts ---------------------------------------------------------------------------------------------
@@ -414,8 +507,52 @@ def test_things_that_are_no_models() -> None:
         AutoModelForCausalLMWithValueHead(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="already loaded takes no loading arguments, got dtype;"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model(), dtype=torch.bfloat16, trust_remote_code=True)
-    with pytest.raises(OSError, match="no/such/directory"):
-        AutoModelForCausalLMWithValueHead.from_pretrained("/no/such/directory")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("name", ["/no/such/directory", "./no/such/directory", "no/such directory", "a file", ""])
+def test_a_path_that_leads_nowhere_is_no_failing_connection(
+    name: str, offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    what = "is a file" if name == "a file" else "is no directory here"
+    with pytest.raises(OSError, match=rf"^'{name}' {what}, and no name of a repository on the hub.*check the path"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(name)
+
+
+def test_a_path_that_could_be_a_repository_is_named_as_a_path_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"there is no directory 'runs/policy' here, and no repository of that name"):
+        AutoModelForCausalLMWithValueHead.from_pretrained("runs/policy")
+
+
+def test_the_base_of_an_adapter_that_moved_is_named_with_the_adapter(tmp_path: Path) -> None:
+    trained_adapter(tmp_path).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        OSError, match=rf"adapter' holds a PEFT adapter whose base model, '{tmp_path}/base' .*_name_or_"
+    ):
+        wrapper("gpt2").from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("arguments", [{"torch_dtype": None}, {"dtype": None}, {"load_in_8bit": False}])
+def test_a_loaded_model_takes_arguments_that_ask_for_nothing(arguments: dict[str, Any]) -> None:
+    model = tiny_model()
+    arguments |= {"device_map": None, "config": None, "output_loading_info": False}
+    assert wrapper("gpt2").from_pretrained(model, **arguments).pretrained_model is model
+    with pytest.raises(TypeError, match="takes no loading arguments, got load_in_4bit;"):
+        wrapper("gpt2").from_pretrained(model, load_in_4bit=True, **arguments)
+
+
+@pytest.mark.parametrize("source", ["directory", "model"])
+def test_a_report_of_loading_is_refused_by_name(source: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    given: Any = tmp_path if source == "directory" else tiny_model()
+    with pytest.raises(ValueError, match=r"output_loading_info is True.*transformers\.AutoModelForCausalLM"):
+        wrapper("gpt2").from_pretrained(given, output_loading_info=True)
+    wrapper("gpt2").from_pretrained(given, output_loading_info=False)
 
 
 # --- modes ---------------------------------------------------------------------------------------------------
