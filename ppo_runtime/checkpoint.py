@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,7 +166,9 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
                 tensor.copy_(weights[name])
         trainer.broken_off = None
         trainer.close()  # whatever is logged next belongs behind the checkpoint's steps
-        trainer.metrics_after, trainer.run_name = trainer.current_step, state.get("run")
+        # From here on another branch of the run may be made from a copy of the same checkpoint: they are told apart.
+        trainer.metrics_after, trainer.run_name = trainer.current_step, secrets.token_hex(8)
+        trainer.earlier_runs = (*state.get("earlier_runs", ()), state.get("run"))
         changed = warn_of_differences(
             state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
@@ -265,6 +268,7 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
         "trainer": plain(trainer.state_dict(), "trainer"),
         "run": trainer.run_name,
+        "earlier_runs": trainer.earlier_runs,
     }
     _write_tensors(draft / _POLICY, _trained(trainer.model))
     _write_tensors(draft / _OPTIMIZER, optimizer_tensors)

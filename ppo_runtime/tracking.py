@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
+from ppo_runtime.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
@@ -40,8 +42,8 @@ class JsonlTracker:
     """One JSON object per line and step: ``{"step": 3, "ppo/loss/total": 0.1, ..., "tables": {...}}``.
 
     JSON has no NaN or infinity: such a value is written as null and its key listed under ``"nonfinite"``. An existing
-    file is continued, after the half-written last line that a crash may have left is cut off. The first line names the
-    run, if it has a name.
+    file is continued, after the half-written last line that a crash may have left is cut off. The first line that a run
+    with a name writes says it, and so whose the lines behind it are.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str | None = None) -> None:
@@ -50,8 +52,10 @@ class JsonlTracker:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab+")
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
         self._file.seek(0, os.SEEK_END)
+        self._named = _run_at(content, math.inf)
 
     def log(self, step: int, scalars: Scalars, tables: Mapping[str, Table]) -> None:
         """Append one line and flush it."""
@@ -59,7 +63,7 @@ class JsonlTracker:
             raise ValueError(f"scalars has the key {taken[0]!r}, which the file uses itself; rename that metric")
         nonfinite: list[str] = []
         line: dict[str, object] = {"step": step}
-        if self.run is not None and not self._file.tell():
+        if self.run not in (None, self._named):
             line["run"] = self.run
         line |= {key: _finite(value, key, nonfinite) for key, value in scalars.items()}
         if tables:
@@ -73,6 +77,7 @@ class JsonlTracker:
             json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
         )
         self._file.flush()
+        self._named = self.run
 
     def close(self) -> None:
         """Close the file."""
@@ -84,20 +89,28 @@ def set_aside(path: str | os.PathLike[str]) -> Path | None:
     path = Path(path)
     if not path.exists() or b"\n" not in path.read_bytes():
         return None
-    number = next(n for n in count(1) if not path.with_name(f"{path.stem}-{n}{path.suffix}").exists())
-    return path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+    return path.rename(_beside(path))
 
 
-def drop_after(path: str | os.PathLike[str], step: float) -> int:
-    """Take out the lines of later steps, which a run that goes on from ``step`` makes again; returns how many."""
+def set_aside_after(path: str | os.PathLike[str], step: float) -> Path | None:
+    """Move the lines of later steps, which a run that goes on from ``step`` makes again, as :func:`set_aside` does.
+
+    They are kept, since they may be of another branch of the run, which went on from a copy of the checkpoint.
+    """
     path = Path(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if not _later(line, step)]
-    if len(kept) < len(lines):
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_bytes(b"".join(kept))
-        draft.replace(path)
-    return len(lines) - len(kept)
+    later = [line for line in lines if _later(line, step)]
+    if not later:
+        return None
+    write_whole(aside := _beside(path), b"".join(later))
+    write_whole(path, b"".join(line for line in lines if not _later(line, step)))
+    return aside
+
+
+def _beside(path: Path) -> Path:
+    """A name that is free: ``metrics-1.jsonl``, or the next number."""
+    number = next(n for n in count(1) if not path.with_name(f"{path.stem}-{n}{path.suffix}").exists())
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -172,6 +185,7 @@ def make_trackers(
     *,
     goes_on_after: float | None = None,
     run: str | None = None,
+    earlier: Sequence[str | None] = (),
 ) -> list[Tracker]:
     """``metrics.jsonl`` in the directory and, beside it, what ``log_with`` names. To be called on rank 0 only.
 
@@ -183,9 +197,10 @@ def make_trackers(
         tracker_kwargs: for that tracker, plain or (as accelerate has it) under its name.
         project_name: of the Weights & Biases project.
         config_dict: the run's settings, kept with a Weights & Biases run.
-        goes_on_after: the step after which the run in this directory goes on; what it had logged of later ones is
-            taken out, since those steps are made again. None begins a run.
-        run: the run's own name; a file of another one is moved, and none of its lines is taken out.
+        goes_on_after: the step after which the run in this directory goes on; lines of later ones move to a file of
+            their own, since those steps are made again. None begins a run.
+        run: the name that this part of the run goes by.
+        earlier: the names of its earlier parts; a file whose lines up to that step end with another one's is moved.
 
     Raises:
         ValueError: ``log_with`` is unknown.
@@ -198,27 +213,33 @@ def make_trackers(
     }
     if log_with not in makers:
         raise ValueError(f"log_with is {log_with!r}, expected one of {', '.join(map(repr, makers))}")
+    metrics = Path(directory) / "metrics.jsonl"
+    if goes_on_after is not None and _run_at(_content(metrics), goes_on_after) not in (run, *earlier):
+        goes_on_after = None  # nothing that lies there is this run's
     named = any(isinstance(tracker_kwargs.get(name), Mapping) for name in makers if name is not None)
     chosen = makers[log_with](**(tracker_kwargs.get(str(log_with), {}) if named else tracker_kwargs))
-    metrics = Path(directory) / "metrics.jsonl"
-    if goes_on_after is None or _run_of(metrics) != run:
-        if (earlier := set_aside(metrics)) is not None:
-            logger.info("metrics of an earlier run in %s are in %s now", metrics.parent, earlier.name)
-    elif dropped := drop_after(metrics, goes_on_after):
+    aside = set_aside(metrics) if goes_on_after is None else set_aside_after(metrics, goes_on_after)
+    if aside is not None and goes_on_after is None:
+        logger.info("metrics of an earlier run in %s are in %s now", metrics.parent, aside.name)
+    elif aside is not None:
         logger.info(
-            "%s: %d lines after step %d were taken out; those steps are made again", metrics, dropped, goes_on_after
+            "%s: the lines after step %d are in %s now; those steps are made again", metrics, goes_on_after, aside.name
         )
     return [JsonlTracker(metrics, run), *chosen]
 
 
-def _run_of(path: Path) -> str | None:
-    """The name of the run whose lines a file holds; None without one."""
-    try:
-        with path.open("rb") as file:
-            record = json.loads(file.readline())
-    except (OSError, ValueError):
-        return None
-    return record.get("run") if isinstance(record, dict) else None
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _run_at(content: bytes, step: float) -> str | None:
+    """The name of the run whose line the one of this step is, or the last one before it; None without a name."""
+    records = [record for record in map(_record, content.split(b"\n")) if record]
+    name = records[0].get("run") if records else None
+    for record in records:
+        if isinstance(number := record.get("step"), int) and number <= step:
+            name = record.get("run", name)
+    return name
 
 
 def _purged(step: float | None) -> dict[str, int]:
@@ -227,11 +248,16 @@ def _purged(step: float | None) -> dict[str, int]:
 
 
 def _later(line: bytes, step: float) -> bool:
+    return isinstance(number := _record(line).get("step"), int) and number > step
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What a line holds; nothing if it is no record, which read_jsonl names."""
     try:
         record = json.loads(line)
     except ValueError:
-        return False  # read_jsonl names it
-    return isinstance(record, dict) and isinstance(number := record.get("step"), int) and number > step
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _finite(value: Any, key: str, nonfinite: list[str]) -> Any:

@@ -144,7 +144,9 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self._say_skipped = SkipLog()
         # The step after which the run whose metrics lie in the directory goes on; None begins a run.
         self.metrics_after: float | None = None
-        self.run_name: str | None = secrets.token_hex(8)
+        # The name that this part of the run goes by in them, until a checkpoint is loaded, and its earlier ones.
+        self.run_name = secrets.token_hex(8)
+        self.earlier_runs: tuple[str | None, ...] = ()
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -338,6 +340,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 plain_settings(self.config) | {"acceleration": attrs.asdict(self.acceleration)},
                 goes_on_after=self.metrics_after,
                 run=self.run_name,
+                earlier=self.earlier_runs,
             )
         return self._trackers
 

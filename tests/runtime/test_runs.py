@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,49 @@ def test_a_resumed_run_takes_no_line_of_another_one(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path / "one", steps=2, resume=True)
     assert other in [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")]
     assert _steps(tmp_path / FILE) == [2]
+
+
+@pytest.mark.parametrize("kind", ["straight on", "resumed"])
+def test_branches_of_one_run_lose_no_line(tmp_path: Path, kind: str) -> None:
+    """A copied checkpoint goes on while the run that it was copied from has gone on as well; then that one again."""
+    branches = [tmp_path / "one", tmp_path / "two"]
+    if kind == "resumed":
+        _train(_trainer(tmp_path), branches[0], steps=1)
+    trainer = _trainer(tmp_path)
+    _train(trainer, branches[0], steps=2, resume=kind == "resumed")
+    shutil.copytree(branches[0], branches[1])
+    _train(trainer, branches[0], steps=4)
+    made = [line for line in (tmp_path / FILE).read_text().splitlines() if json.loads(line)["step"] > 2]
+    _train(_trainer(tmp_path), branches[1], steps=5, resume=True)
+    assert _steps(tmp_path / FILE) == [1, 2, 3, 4, 5]
+    other = (tmp_path / FILE).read_bytes()
+    files = [path.read_text().splitlines() for path in tmp_path.glob("metrics-*.jsonl")]
+    assert made in files, "the first branch's steps"
+    _train(_trainer(tmp_path), branches[0], steps=5, resume=True)
+    assert other in [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")], "the second branch's, whole"
+    assert _steps(tmp_path / FILE) == [5]
+
+
+@pytest.mark.parametrize("order", ["log first", "checkpoint first", "without a log"])
+def test_a_loop_of_ones_own_goes_on_with_its_file(tmp_path: Path, order: str) -> None:
+    """Whatever it does first after a step, and in three sittings."""
+    for sitting in range(3):
+        trainer = _trainer(tmp_path)
+        if sitting:
+            load_checkpoint(trainer, tmp_path / "checkpoint")
+        queries, responses, scores = make_batch(4)
+        if order == "without a log" and sitting == 1:
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+            continue
+        stats = trainer.step(queries, responses, scores)
+        if order == "checkpoint first":
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+        trainer.log_stats(stats, {}, scores)
+        trainer.close()
+        if order != "checkpoint first":
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+    assert _steps(tmp_path / FILE) == ([1, 2] if order == "without a log" else [1, 2, 3])
+    assert [path.name for path in tmp_path.glob("metrics*")] == [FILE]
 
 
 def test_a_lone_surrogate_is_logged(tmp_path: Path) -> None:
