@@ -116,34 +116,43 @@ def train(
     interrupted, begun = False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.
     console = console or Console(stderr=True)
-    try:
-        with _stop_requested() as stop, _progress(console, disable=trainer.world.rank != 0) as bar:
-            task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
-            for batch in _forever(trainer.dataloader, steps - trainer.current_step):
-                stats = _one_step(trainer, score_fn, batch, options, generated)
-                history.append(stats)
-                bar.update(task, advance=1, status=_status(stats))
-                # Any rank's Ctrl-C stops all of them, after the same step.
-                # In the last one it stops nothing: the run is whole.
-                interrupted = agree_any(stop.is_set(), trainer.world) and trainer.current_step < steps
-                due = every is not None and trainer.current_step % every == 0
-                if checkpoint is not None and (due or interrupted or trainer.current_step == steps):
-                    save_checkpoint(trainer, checkpoint)
-                if interrupted:
-                    break
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
+    with closing(trainer):
         try:
+            with _stop_requested() as stop, _progress(console, disable=trainer.world.rank != 0) as bar:
+                task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
+                for batch in _forever(trainer.dataloader, steps - trainer.current_step):
+                    stats = _one_step(trainer, score_fn, batch, options, generated)
+                    history.append(stats)
+                    bar.update(task, advance=1, status=_status(stats))
+                    # Any rank's Ctrl-C stops all of them, after the same step.
+                    # In the last one it stops nothing: the run is whole.
+                    interrupted = agree_any(stop.is_set(), trainer.world) and trainer.current_step < steps
+                    due = every is not None and trainer.current_step % every == 0
+                    if checkpoint is not None and (due or interrupted or trainer.current_step == steps):
+                        save_checkpoint(trainer, checkpoint)
+                    if interrupted:
+                        break
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
             # Without a step there is nothing new, and what lies there may be better than an untrained model.
             changed = trainer.current_step > begun or trainer.broken_off is not None
             if output is not None and (changed or trainer.current_step >= steps):
                 _save(trainer, output, steps=steps)
-        finally:
-            trainer.close()
     if interrupted:
         logger.warning("interrupted after step %d of %d", trainer.current_step, steps)
     return TrainResult(history, interrupted)
+
+
+@contextmanager
+def closing(trainer: "PPOTrainer") -> Iterator[None]:
+    """Close the trackers whatever happens, and tell them whether it was an error."""
+    try:
+        yield
+    except BaseException:
+        trainer.close(failed=True)
+        raise
+    trainer.close()
 
 
 def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ class Tracker(Protocol):
         """Record one step."""
         ...
 
-    def close(self) -> None:
-        """Write out what is left; nothing is logged afterwards."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write out what is left; nothing is logged afterwards. ``failed``: an error has ended the run."""
         ...
 
 
@@ -79,8 +79,8 @@ class JsonlTracker:
         self._file.flush()
         self._named = self.run
 
-    def close(self) -> None:
-        """Close the file."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file, whose last line says how far the run came."""
         self._file.close()
 
 
@@ -147,7 +147,7 @@ class TensorBoardTracker:
             self._writer.add_text(name, _markdown(table), step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Write out and close."""
         self._writer.close()
 
@@ -171,9 +171,12 @@ class WandbTracker:
         }
         self._run.log({**scalars, **drawn}, step=step)
 
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run, as a crashed one if it has failed."""
+        if failed:
+            self._run.finish(exit_code=1)
+        else:
+            self._run.finish()
 
 
 def make_trackers(

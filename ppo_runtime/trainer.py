@@ -320,13 +320,16 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self._unscheduled = self.lr_scheduler if state.get("unscheduled") else None  # older checkpoints cannot say
         self.broken_off = None
 
-    def close(self) -> None:
-        """Close the trackers' files; the next ``log_stats`` opens them again and appends."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the trackers' files; the next ``log_stats`` opens them again and appends.
+
+        ``failed`` is for a run that an error has ended, which Weights & Biases then shows.
+        """
         trackers, self._trackers = self._trackers or [], None
         with ExitStack() as all_of_them:
             for tracker in trackers:
                 self.metrics_after = math.inf
-                all_of_them.callback(tracker.close)
+                all_of_them.callback(tracker.close, failed=failed)
 
     @property
     def trackers(self) -> list[Any]:

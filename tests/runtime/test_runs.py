@@ -271,7 +271,7 @@ def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) 
     class Broken:
         def log(self, *_: Any) -> None: ...
 
-        def close(self) -> None:
+        def close(self, **_: Any) -> None:
             closed.append(self)
             raise RuntimeError("no network")
 

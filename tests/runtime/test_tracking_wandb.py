@@ -1,13 +1,19 @@
 """Weights & Biases without network, and the table of texts in every tracker."""
 
+import io
 import json
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from rich.console import Console
 
+from ppo_runtime.loop import train
 from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import read_jsonl
 from tests.runtime.tiny import tiny_tokenizer
@@ -59,19 +65,43 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, Any]]] = []
-        self.finished = False
+        self.finished: list[int | None] = []
 
     def log(self, line: dict[str, Any], step: int) -> None:
         self.lines.append((step, line))
 
-    def finish(self) -> None:
-        self.finished = True
+    def finish(self, exit_code: int | None = None) -> None:
+        self.finished.append(exit_code)
+
+
+@pytest.mark.parametrize("fails", [None, "score", "save", "ctrl-c"])
+def test_wandb_is_told_how_a_run_ended(fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within somebody's ``except`` as well, whose error is none of the run's."""
+    fake, run = ModuleType("wandb"), FakeRun()
+    fake.__dict__.update(init=lambda **_: run, Table=lambda columns, data: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows = Dataset.from_dict({"query": ["a"] * 6, "input_ids": [[5, 6]] * 6})
+    trainer = make_trainer(dataset=rows, log_with="wandb", project_kwargs={"logging_dir": str(tmp_path)})
+
+    def fail(*_: Any) -> Any:
+        raise {"ctrl-c": KeyboardInterrupt}.get(str(fails), RuntimeError("mine"))
+
+    if fails == "save":
+        trainer.save_pretrained = fail
+    score = fail if fails in ("score", "ctrl-c") else lambda _, texts: [0.5] * len(texts)
+    options = {"steps": 1, "output_dir": tmp_path / "o", "console": Console(file=io.StringIO())}
+    try:
+        raise KeyError
+    except KeyError:
+        if fails in ("score", "save"):
+            with pytest.raises(RuntimeError, match="mine"):
+                train(trainer, score, **options)
+        else:
+            train(trainer, score, **options)
+    assert run.finished == [1 if fails in ("score", "save") else None]
 
 
 def test_wandb_gets_steps_curves_table_and_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import ModuleType
-
     run, settings = FakeRun(), {}
     fake: Any = ModuleType("wandb")
     fake.Table = lambda columns, data: (columns, data)
@@ -91,7 +121,7 @@ def test_wandb_gets_steps_curves_table_and_configuration(tmp_path: Path, monkeyp
     assert columns == ["query", "response", "ref", "reward"]
     assert len(data) == 6
     assert run.lines[0][1]["env/reward_mean"] == pytest.approx(float(torch.stack(make_batch()[2]).mean()), abs=1e-6)
-    assert run.finished
+    assert run.finished == [None]
 
 
 def test_tensorboard_has_the_table(tmp_path: Path) -> None:
