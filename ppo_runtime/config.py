@@ -120,15 +120,20 @@ def _maybe_text(_: object, field: "attrs.Attribute[Any]", value: object) -> None
         raise ValueError(f"{field.name} is {_without_secrets(value)}, expected a text or None")
 
 
-def processes_started() -> int:
-    """Processes that torchrun has started, 1 otherwise."""
-    text = os.environ.get("WORLD_SIZE") or "1"  # a launcher that leaves it empty says nothing
-    if not text.strip().isdecimal() or int(text) < 1:
+def number_in_environment(name: str, meaning: str, *, least: int, default: int) -> int:
+    """One of torchrun's numbers; the default where the launcher leaves it out, or empty."""
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal() or int(text) < least:
         raise ValueError(
-            f"WORLD_SIZE is {text!r} in the environment, expected the number of processes, such as 2; start with "
-            "torchrun --nproc-per-node N, or unset WORLD_SIZE"
+            f"{name} is {text!r} in the environment, expected {meaning}, such as {least + 1}; start with "
+            f"torchrun --nproc-per-node N, or unset {name}"
         )
     return int(text)
+
+
+def processes_started() -> int:
+    """Processes that torchrun has started, 1 otherwise."""
+    return number_in_environment("WORLD_SIZE", "the number of processes", least=1, default=1)
 
 
 def _script_name() -> str:
@@ -448,7 +453,7 @@ class PPOConfig(_Standing):
     @property
     def total_ppo_epochs(self) -> int:
         """Calls of ``step`` that make up ``steps`` sequences, rounded up."""
-        return math.ceil(self.steps / self.batch_size)
+        return -(-self.steps // self.batch_size)
 
     @property
     def logging_dir(self) -> Path:

@@ -63,7 +63,7 @@ def world_from_environment() -> World:
     if not (dist.is_available() and dist.is_initialized()):
         if processes_started() == 1:
             return World(rank=0, size=1)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing:
             raise ValueError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set, expected all of "

@@ -84,9 +84,12 @@ def load_model(
     """`parent.from_pretrained`, the configuration checked first, with `weights` in place of those on disk."""
     hub = hub_arguments(kwargs)
     config = kwargs.get("config")
+    remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
     if config is None:
-        remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
         config = _config(name, **hub, **remote)
+    elif isinstance(config, str | os.PathLike):  # a place of its own; transformers' automatic classes would ignore it
+        config = _config(config, **remote)
+        kwargs = kwargs | {"config": config}
     check_config(config, repr(os.fspath(name)))
     kwargs = _with_dtype(_with_quantization(kwargs), config)
     if weights is None:

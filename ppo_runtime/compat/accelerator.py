@@ -1,6 +1,5 @@
 """The reference's ``trainer.accelerator`` and other attributes, without accelerate."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_core.scores import ScoreState
-from ppo_runtime.config import PPOConfig
+from ppo_runtime.config import PPOConfig, number_in_environment
 from ppo_runtime.distributed import World, gather_rows
 from ppo_runtime.models import PreTrainedModelWrapper
 
@@ -48,7 +47,9 @@ class Accelerator:
     @property
     def local_process_index(self) -> int:
         """This process among those of its machine."""
-        return int(os.environ.get("LOCAL_RANK", self.process_index))
+        return number_in_environment(
+            "LOCAL_RANK", "the number of this process on its machine", least=0, default=self.process_index
+        )
 
     @property
     def is_local_main_process(self) -> bool:

@@ -100,27 +100,32 @@ def stack_dicts(stats_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors as numpy arrays (bfloat16 as float32), single numbers as floats, everything else as it is."""
+    """Tensors as numpy arrays (half precision and below as float32), single real numbers as floats, the rest as is."""
     converted: dict[str, Any] = {}
     for key, value in stats_dict.items():
         if isinstance(value, Tensor):
-            value = value.detach().cpu()
-            value = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
-        is_number = isinstance(value, int | float | np.number) or getattr(value, "shape", None) == ()
-        converted[key] = float(value) if is_number else value
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            value = (value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value).numpy()
+        converted[key] = float(value) if _is_real(value) else value
     return converted
 
 
 def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are single numbers, as floats; the others are left out."""
+    """The entries that are single real numbers, as floats; the others are left out."""
     scalars: dict[str, float] = {}
     for key, value in stats.items():
-        if isinstance(value, Tensor | np.ndarray):
-            if value.shape in ((), (1,)):
-                scalars[key] = float(value.item())
-        elif isinstance(value, int | float | np.number):
+        if isinstance(value, Tensor | np.ndarray) and value.shape in ((), (1,)):
+            value = value.item()
+        if _is_real(value):
             scalars[key] = float(value)
     return scalars
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is one real number, of Python or numpy: no complex one, whose half would go, and no text."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.shape == () and value.dtype.kind in "biuf"
+    return isinstance(value, int | float)
 
 
 def _floating(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Where the reference's names are that are not here; asking for one is an ImportError that tells it."""
+"""Where the reference's names are that are not here; asking for one is an error that tells it."""
 
+import dis
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,13 +75,23 @@ ELSEWHERE: dict[str, str] = dict.fromkeys(
 
 
 def refuse(name: str) -> None:
-    """Nothing, for a name that is unknown.
+    """Nothing, for a name that is unknown. To be called by a module's ``__getattr__``.
 
     Raises:
-        ImportError: what became of the name. (``from x import y`` would hide an AttributeError's message.)
+        AttributeError: what became of the name; ``hasattr`` is then False.
+        ImportError: the same for ``from x import y``, which would hide an AttributeError's message.
     """
     if name in ELSEWHERE:
-        raise ImportError(f"{name} {ELSEWHERE[name]}")
+        raise (ImportError if _is_importing() else AttributeError)(f"{name} {ELSEWHERE[name]}")
+
+
+def _is_importing() -> bool:
+    """Whether a module was asked for a name by the ``from x import y`` of the nearest frame that is no module's."""
+    # No class of errors can be both of those, and nothing but its instruction tells the one who asks from others.
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name in ("refuse", "__getattr__"):
+        frame = frame.f_back
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_FROM"
 
 
 def attributes_of(module: str) -> Callable[[str], Any]:

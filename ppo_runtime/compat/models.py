@@ -24,4 +24,4 @@ SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2Se
 
 __getattr__ = attributes_of(__name__)
 for _name in ("modeling_base", "modeling_value_head"):
-    sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]

@@ -11,4 +11,4 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer
 
 __getattr__ = attributes_of(__name__)
 for _name in ("ppo_config", "ppo_trainer", "utils"):
-    sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]

@@ -413,6 +413,42 @@ def test_conversions() -> None:
     assert convert_to_scalar(stats | {"f": torch.ones(1)}) == {"a": 1.5, "c": 3.0, "e": 2.0, "f": 1.0}
 
 
+DTYPES = sorted(
+    {value for value in vars(torch).values() if isinstance(value, torch.dtype) and not str(value).startswith("torch.q")}
+    # Sub-byte numbers, which torch itself can neither print nor convert, and what it warns of as an experiment.
+    - {
+        value
+        for name, value in vars(torch).items()
+        if name.startswith(("bits", "float4")) or name[:-1] in ("int", "uint")
+    }
+    - {torch.complex32},
+    key=str,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_conversions_of_every_kind_of_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What numpy does not know becomes float32; what has an imaginary part is no single number to be logged."""
+    tensor = torch.ones(shape).to(dtype)
+    tensor = tensor.conj() if dtype.is_complex else tensor
+    found = stats_to_np({"x": tensor})["x"]
+    np.testing.assert_array_equal(found, np.ones(shape))
+    assert isinstance(found, float) == (shape == () and not dtype.is_complex)
+    expected = {} if dtype.is_complex or shape == (2,) else {"x": 1.0}
+    assert convert_to_scalar({"x": tensor}) == expected
+    if dtype.itemsize > 1 and dtype != torch.bfloat16:
+        assert convert_to_scalar({"x": found}) == expected, "the same of numpy's"
+
+
+@pytest.mark.parametrize(
+    "value", [1j, np.complex64(1j), np.array("text"), np.str_("text"), np.datetime64(3, "s"), None]
+)
+def test_what_is_no_real_number_stays(value: Any) -> None:
+    assert stats_to_np({"x": value})["x"] is value
+    assert convert_to_scalar({"x": value}) == {}
+
+
 def test_length_sampler() -> None:
     sampler = LengthSampler(3, 6)
     set_seed(0)

@@ -230,7 +230,7 @@ def test_a_world_of_one_keeps_missing_gradients() -> None:
 def test_missing_torchrun_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is not set"):
         world_from_environment()

@@ -42,6 +42,22 @@ def test_what_the_accelerator_lacks_is_an_attribute_error_that_says_so() -> None
         accelerator.backward  # noqa: B018  # reading is the test
 
 
+@pytest.mark.parametrize(("given", "expected"), [("", 0), ("0", 0), ("3", 3), (None, 0)])
+def test_the_number_on_this_machine(given: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LOCAL_RANK", given)
+    accelerator = make_trainer().accelerator
+    assert (accelerator.local_process_index, accelerator.is_local_main_process) == (expected, expected == 0)
+
+
+@pytest.mark.parametrize("given", ["two", "-1", "1.5"])
+def test_a_number_on_this_machine_that_is_none_is_named(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", given)
+    with pytest.raises(ValueError, match=f"LOCAL_RANK is '{given}' in the environment, expected the number of this"):
+        _ = make_trainer().accelerator
+
+
 @pytest.mark.parametrize("gather", ["gather", "gather_for_metrics"])
 def test_gathering_in_a_world_of_one(gather: str) -> None:
     accelerator = make_trainer().accelerator

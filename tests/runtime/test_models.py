@@ -380,6 +380,22 @@ def test_loading_arguments_reach_transformers_in_every_layout(tmp_path: Path) ->
         assert loaded.pretrained_model.name_or_path == str(tmp_path / layout)
 
 
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_configuration_may_be_the_path_of_one(kind: Any, with_head: bool, tmp_path: Path) -> None:
+    """And is what the model then has, whether or not a head is stored beside it."""
+    model = wrapped()
+    (model if with_head else model.pretrained_model).save_pretrained(tmp_path / "model")
+    changed = transformers.AutoConfig.from_pretrained(tmp_path / "model", layer_norm_epsilon=0.25)
+    changed.save_pretrained(tmp_path / "config")
+    again = wrapper("gpt2").from_pretrained(tmp_path / "model", config=kind(tmp_path / "config"))
+    assert again.config.layer_norm_epsilon == 0.25
+    encoder_decoder = tiny_model("t5").config
+    encoder_decoder.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        wrapper("gpt2").from_pretrained(tmp_path / "model", config=kind(tmp_path / "other"))
+
+
 def test_a_directory_without_a_head_gets_a_fresh_one(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     model = wrapper("gpt2").from_pretrained(tmp_path, v_head_init_strategy="normal")

@@ -27,6 +27,8 @@ LINES = (
     "from {}.trainer.ppo_config import PPOConfig",
     "from {}.trainer.ppo_trainer import PPOTrainer",
     "from {}.trainer.utils import AdaptiveKLController, FixedKLController",
+    "from {}.trainer import ppo_config, ppo_trainer, utils",
+    "from {}.models import modeling_base, modeling_value_head",
 )
 
 
@@ -53,6 +55,28 @@ def test_it_can_stand_for_the_reference() -> None:
     assert isinstance(import_utils.is_peft_available(), bool)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer.ppo_config",
+        "trainer.ppo_trainer",
+        "trainer.utils",
+        "models.modeling_base",
+        "models.modeling_value_head",
+    ],
+)
+def test_a_submodule_is_an_attribute(name: str) -> None:
+    outer, inner = name.split(".")
+    assert getattr(getattr(trl, outer), inner) is importlib.import_module(f"ppo_runtime.compat.{name}")
+
+
+def test_the_lists_of_names_are_one() -> None:
+    """The outermost one is written out, so that it can be read before torch is imported."""
+    assert sorted(trl.__all__) == sorted(set(ppo_runtime.__all__) - set(ppo_runtime._HOMES))
+    assert sorted(trl.core.__all__) == sorted({*trl.__all__, "set_seed"})
+    assert all(getattr(trl.core, name) is getattr(ppo_runtime, name) for name in trl.core.__all__)
+
+
 def test_functions_that_look_around_answer() -> None:
     functions = [name for name in vars(trl.import_utils) if name.startswith("is_")]
     assert len(functions) > 7
@@ -70,6 +94,30 @@ def test_what_is_not_here_says_what_became_of_it(module: str, name: str) -> None
     with pytest.raises(ImportError) as refusal:
         exec(f"from {module} import {name}", {})
     assert str(refusal.value) == f"{name} {elsewhere.ELSEWHERE[name]}"
+
+
+@pytest.mark.parametrize("module", ["ppo_runtime", "ppo_runtime.compat", "ppo_runtime.compat.core"])
+@pytest.mark.parametrize("name", sorted(elsewhere.ELSEWHERE))
+def test_what_is_not_here_is_not_there_for_who_asks(module: str, name: str) -> None:
+    """Libraries ask so for what a version has; an AttributeError with the same text otherwise."""
+    found = importlib.import_module(module)
+    assert not hasattr(found, name)
+    assert getattr(found, name, None) is None
+    with pytest.raises(AttributeError) as refusal:
+        eval(f"found.{name}", {"found": found})
+    assert str(refusal.value) == f"{name} {elsewhere.ELSEWHERE[name]}"
+
+
+@pytest.mark.parametrize("module", ["ppo_runtime", "ppo_runtime.compat.core"])
+def test_it_says_so_in_a_function_and_in_a_long_script(module: str) -> None:
+    """The instruction that asks is found wherever it stands, and however many names come before its own."""
+    names = "\n    ".join(f"name_{number} = {number}.5" for number in range(300))
+    script = f"def load():\n    {names}\n    global PPOConfig, SFTTrainer\n    from {module} import SFTTrainer\nload()"
+    with pytest.raises(ImportError, match="SFTTrainer is no part of PPO training"):
+        exec(script, {})
+    many = "\n".join(f"name_{number} = {number}.5" for number in range(300))
+    with pytest.raises(ImportError, match="SFTTrainer is no part of PPO training"):
+        exec(f"{many}\nfrom {module} import SFTTrainer as trainer", {})
 
 
 @pytest.mark.parametrize(
