@@ -7,11 +7,9 @@ so that a checkpoint is not continued against another reference.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
@@ -20,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,10 +33,11 @@ from ppo_runtime.fitting import (
     scheduler_class,
     warn_of_differences,
 )
+from ppo_runtime.frozen import check_frozen, frozen_buffers, frozen_digest, stored_buffers
+from ppo_runtime.generators import generator_states, restore_generators
 from ppo_runtime.optimisers import check_kind_of_scheduler
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.trees import plain, restored
-from ppo_runtime.value_head import HEAD_PREFIX
 
 if TYPE_CHECKING:
     from ppo_runtime.trainer import PPOTrainer
@@ -75,19 +73,23 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
         ``directory`` as a path.
 
     Raises:
-        ValueError: ``directory`` is a file or holds something else than a checkpoint; weights or the optimiser's
-            moments are not finite, or the last step was broken off while it was moving them. What is there is kept.
+        ValueError: ``directory`` is a file, a mount point or holds something else than a checkpoint; weights or the
+            optimiser's moments are not finite, or the last step was broken off while it was moving them. What is there
+            is kept.
         TypeError: the optimiser or the scheduler holds something that JSON and tensors cannot express.
+        OSError: the directory cannot be made or replaced. What is there is kept.
         RuntimeError: another rank could not write its part.
     """
-    target, world = _resolved(directory), trainer.world
+    target, world, made = _resolved(directory), trainer.world, Path(directory).absolute()
+    stands_in_it = _is_working_directory(target)
     with all_or_none(world):  # nobody writes before the directory is there
         check_replaceable(target)
         draft, previous = _siblings(target)
         if world.rank == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
+            with _told(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
     complete = False
     try:
         _check_worth_keeping(trainer)
@@ -103,14 +105,13 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
         raise RuntimeError(f"no checkpoint was made in {target}: a rank failed to write its part, see its traceback")
     with all_or_none(world):  # nobody goes on before it is in place
         if world.rank == 0:
-            _sync(draft)
-            if target.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                target.rename(previous)
-            draft.rename(target)
+            with _told(target):
+                _put_in_place(draft, target, previous)
             _sync(target.parent)
             shutil.rmtree(previous, ignore_errors=True)
-    return Path(directory).absolute()
+    if stands_in_it:
+        os.chdir(target)  # the working directory was replaced: without this the process would stand in a removed one
+    return made
 
 
 def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
@@ -142,14 +143,8 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
             own = restored(state["trainer"], {})
             rank = restored(_read_json(source / f"rank-{trainer.world.rank}.json"), {})
         check_tensors(source, weights, _trained(trainer.model))
-        # Checkpoints of before hashed the reference's unused value head as well.
-        frozen = state["frozen"]
-        if frozen != frozen_digest(trainer) and frozen != frozen_digest(trainer, reference_head=True):
-            raise ValueError(
-                f"{source} was made beside other frozen weights: the reference, or the layers that do not train, "
-                "differ; make the trainer from the same original model and reference, not from trained weights"
-            )
         with _named_if_damaged(source):
+            check_frozen(source, state, trainer)
             check_scheduler_state(source, state, trainer.lr_scheduler)
             check_optimizer_state(source, state.get("optimizer_made_of"), optimizer, trainer)
             _check_data(source, rank, trainer)
@@ -193,7 +188,7 @@ def check_replaceable(directory: str | Path) -> None:
     """Refuse to make a checkpoint where something else is, which would be lost.
 
     Raises:
-        ValueError: ``directory`` is a file, or holds anything but a checkpoint's files.
+        ValueError: ``directory`` is a file, a mount point, or holds anything but a checkpoint's files.
     """
     target = _resolved(directory)
     if not target.exists():
@@ -201,6 +196,11 @@ def check_replaceable(directory: str | Path) -> None:
     if not target.is_dir():
         raise ValueError(f"{target} is a file, expected the directory of a checkpoint; take another name")
     names = {entry.name for entry in target.iterdir()}
+    if os.path.ismount(target):
+        raise ValueError(
+            f"{target} is a mount point, expected a directory that a new checkpoint can replace; take one in it, such "
+            f"as {target / 'checkpoint'}"
+        )
     others = sorted(name for name in names if not _OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
     if names and (others or _STATE not in names):
         held = others[0] if others else f"no {_STATE}"
@@ -210,27 +210,10 @@ def check_replaceable(directory: str | Path) -> None:
         )
 
 
-def frozen_digest(trainer: "PPOTrainer", *, reference_head: bool = False) -> str:
-    """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
-
-    Without the reference's value head, which nothing reads and which may be drawn anew with every start.
-    """
-    digest = hashlib.sha256()
-    for model in (trainer.model, trainer.ref_model):
-        for name, parameter in [] if model is None else sorted(model.named_parameters()):
-            unused = model is trainer.ref_model and name.startswith(HEAD_PREFIX) and not reference_head
-            if not parameter.requires_grad and not unused:
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                raw = parameter.detach().cpu().flatten().contiguous().view(torch.uint8)
-                digest.update(raw.numpy().data)
-    return digest.hexdigest()
-
-
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, each once, by its first name; tied weights share one entry."""
-    kept = set(model.state_dict(keep_vars=True).values())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer in kept}
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad} | buffers
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return parameters | stored_buffers(model)
 
 
 def _check_worth_keeping(trainer: "PPOTrainer") -> None:
@@ -261,6 +244,7 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
         "format": FORMAT,
         "world_size": trainer.world.size,
         "frozen": frozen_digest(trainer),
+        "frozen_buffers": frozen_buffers(trainer),
         "config": _configuration(trainer),
         "optimizer": plain(trainer.optimizer.state_dict(), "optimizer", optimizer_tensors),
         "optimizer_made_of": optimizer_made_of(trainer),
@@ -282,26 +266,15 @@ def _rank_state(trainer: "PPOTrainer") -> dict[str, Any]:
 def _generators(trainer: "PPOTrainer") -> dict[str, Any]:
     """The random generators of this process, and its place in the data."""
     data = _batches(trainer)
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002  set_seed seeds this generator
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
-        "shuffle": trainer.shuffle.get_state(),
-        "data": None if data is None else data.state_dict(),
-    }
+    states = generator_states(trainer.shuffle, trainer.device)
+    return states | {"data": None if data is None else data.state_dict()}
 
 
 def _restore_generators(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
     data = _batches(trainer)
     if state["data"] is not None and data is not None:
         data.load_state_dict(state["data"])
-    trainer.shuffle.set_state(state["shuffle"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002  as above
-    random.setstate(state["python"])
+    restore_generators(state, trainer.shuffle, trainer.device)
 
 
 @contextmanager
@@ -362,6 +335,41 @@ def _configuration(trainer: "PPOTrainer") -> dict[str, Any]:
 def _siblings(target: Path) -> tuple[Path, Path]:
     """Where a checkpoint is written, and where the one that it replaces waits meanwhile."""
     return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")
+
+
+def _put_in_place(draft: Path, target: Path, previous: Path) -> None:
+    """Rename a whole draft; where that fails, what it should have replaced is there again and the draft is gone."""
+    try:
+        _sync(draft)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
+        draft.rename(target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Say of what the system refuses that no checkpoint was made, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        said = (
+            f"no checkpoint was made in {target}: {error}. What was there is kept; give the checkpoint a directory "
+            f"that can be made and renamed where it lies, such as {target / 'checkpoint'}"
+        )
+        raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
+
+
+def _is_working_directory(target: Path) -> bool:
+    try:
+        return target.samefile(os.curdir)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _resolved(directory: str | Path) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -18,9 +20,11 @@ from ppo_runtime import PPOTrainer, distributed
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.distributed import World
+from ppo_runtime.generators import generator_states, restore_generators
 from ppo_runtime.tracking import read_jsonl
 from tests.runtime.trainers import make_batch, make_trainer
 
+WRITTEN = "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"
 SCHEDULERS = torch.optim.lr_scheduler
 
 
@@ -198,6 +202,131 @@ def test_what_is_kept_from_the_checkpoint_is_said(tmp_path: Path, caplog: pytest
     assert "is 5e-05 (the scheduler and its learning rates are kept from the checkpoint)" in caplog.text
 
 
+# --- fewer devices, other buffers -----------------------------------------------------------------------------------
+
+
+def with_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> dict[int, list[int]]:
+    """As many CUDA devices as that, as far as random states go: what each was given, by its number."""
+    given: dict[int, list[int]] = {}
+
+    def take(state: torch.Tensor, device: Any = "cuda") -> None:
+        place = device if isinstance(device, int) else torch.device(device).index or 0
+        if place >= count:
+            raise RuntimeError("invalid device ordinal")
+        given[place] = state.tolist()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for module_with_it in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module_with_it, "set_rng_state", take)
+    return given
+
+
+def with_states(path: Path, states: list[int] | None, device: int | None) -> Path:
+    """A checkpoint as one of a trainer on that CUDA device, of several."""
+    file = path / "rank-0.json"
+    state = dict(json.loads(file.read_text())["dict"])
+    state["cuda"] = None if states is None else [{"tensor": [number], "dtype": "uint8"} for number in states]
+    state["cuda_device"] = device
+    file.write_text(json.dumps({"dict": list(state.items())}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stored", "here", "given"),
+    [
+        ([7], 1, {0: [7]}),
+        ([7, 8], 2, {0: [7], 1: [8]}),
+        ([7, 8], 3, {0: [7], 1: [8]}),
+        ([7, 8, 9], 1, {0: [7]}),
+        ([7, 8, 9], 2, {0: [7], 1: [8]}),
+        ([7, 8], 0, {}),
+        (None, 1, {}),
+    ],
+)
+def test_what_has_no_device_here_is_said_and_the_rest_restored(
+    stored: list[int] | None,
+    here: int,
+    given: dict[int, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = with_states(saved(make_trainer(), tmp_path / "checkpoint"), stored, None)
+    trainer = make_trainer()
+    found = with_cuda(monkeypatch, here)
+    load_checkpoint(trainer, path)
+    assert trainer.current_step == 1
+    assert found == given
+    said = f"random states of {len(stored or [])} CUDA devices, and here are {here}"
+    assert [said in message for message in caplog.messages] == ([True] if len(stored or []) > here else [])
+
+
+@pytest.mark.parametrize(("then", "now", "given"), [(1, 0, [8]), (0, 1, [7]), (2, 0, [9]), (None, 1, [8]), (7, 0, [7])])
+def test_the_policys_device_goes_on_with_the_state_of_the_policys_device(
+    then: int | None, now: int, given: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes on two devices, each gone on with where it sees its own alone."""
+    states = generator_states(torch.Generator(), torch.device("cpu"))
+    found = with_cuda(monkeypatch, 2)
+    states |= {"cuda": [torch.tensor([number], dtype=torch.uint8) for number in (7, 8, 9)], "cuda_device": then}
+    restore_generators(states, torch.Generator(), torch.device("cuda", now))
+    assert found[now] == given
+
+
+def test_the_device_of_the_policy_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(1, dtype=torch.uint8)] * 2)
+    assert generator_states(torch.Generator(), torch.device("cuda", 1))["cuda_device"] == 1
+    assert generator_states(torch.Generator(), torch.device("cpu"))["cuda_device"] is None
+
+
+def buffered(value: float, *, whose: str, persistent: bool = True, family: str = "llama") -> PPOTrainer:
+    """A trainer one of whose models has a buffer of that value, and a whole number beside it."""
+    trainer = make_trainer(family)
+    model = trainer.ref_model if whose == "reference" else trainer.model
+    part = model.pretrained_model.base_model
+    part.register_buffer("scale", torch.full((3,), value, dtype=torch.bfloat16), persistent=persistent)
+    part.register_buffer("seen", torch.tensor(int(value)), persistent=persistent)
+    part.register_buffer("nothing", None)
+    return trainer
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_other_buffers_of_the_reference_are_refused(family: str, tmp_path: Path) -> None:
+    path = saved(buffered(1.0, whose="reference", family=family), tmp_path / "checkpoint")
+    load_checkpoint(buffered(1.0, whose="reference", family=family), path)
+    assert_refused(buffered(2.0, whose="reference", family=family), path, "other frozen buffers.*'.*s(cale|een)'")
+    assert_refused(make_trainer(family), path, "other frozen buffers.*scale")
+
+
+def test_a_bias_that_is_a_buffer_belongs_to_the_reference(tmp_path: Path) -> None:
+    """BART's kin add one to the logits."""
+    path = saved(make_trainer("bart"), tmp_path / "checkpoint")
+    other = make_trainer("bart")
+    other.ref_model.pretrained_model.final_logits_bias.add_(1)
+    assert_refused(other, path, "other frozen buffers.*final_logits_bias")
+
+
+@pytest.mark.parametrize(("whose", "persistent"), [("policy", True), ("policy", False), ("reference", False)])
+def test_buffers_that_are_stored_or_made_anew_keep_nobody_from_going_on(
+    whose: str, persistent: bool, tmp_path: Path
+) -> None:
+    path = saved(buffered(1.0, whose=whose, persistent=persistent), tmp_path / "checkpoint")
+    other = buffered(2.0, whose=whose, persistent=persistent)
+    load_checkpoint(other, path)
+    if persistent:
+        assert other.model.pretrained_model.base_model.scale.tolist() == [1.0] * 3
+
+
+def test_a_checkpoint_that_knows_nothing_of_buffers_is_taken(tmp_path: Path) -> None:
+    path = saved(buffered(1.0, whose="reference"), tmp_path / "checkpoint")
+    state = json.loads((path / "state.json").read_text())
+    del state["frozen_buffers"]
+    (path / "state.json").write_text(json.dumps(state))
+    load_checkpoint(buffered(2.0, whose="reference"), path)
+
+
 # --- damaged --------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +412,77 @@ def test_an_empty_directory_or_a_checkpoint_is_replaced(place: str, tmp_path: Pa
         assert save_checkpoint(trainer, target) == target
         assert steps_done(target) == 1
     assert not [path for path in listing(tmp_path) if "draft" in path or "previous" in path]
+
+
+def test_the_working_directory_can_be_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replaced as a whole, and the process goes on in the new one."""
+    trainer = make_trainer()
+    target = tmp_path / "c"
+    target.mkdir()
+    for stepped, given in enumerate((".", target, "../c")):
+        monkeypatch.chdir(target)
+        assert save_checkpoint(trainer, given).samefile(target)
+        assert Path.cwd() == target
+        assert steps_done(".") == stepped
+        trainer.step(*make_batch())
+    assert listing(tmp_path) == ["c", *(f"c/{name}" for name in WRITTEN)]
+
+
+def test_a_working_directory_that_is_gone_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert save_checkpoint(make_trainer(), tmp_path / "c") == tmp_path / "c"
+
+
+THERE = "nothing", "an empty directory", "a checkpoint"
+FAILING = {
+    "the old one's renaming": ("rename", "c", THERE[1:]),
+    "the new one's renaming": ("rename", ".c.draft", THERE),
+    "making a draft": ("mkdir", ".c.draft", THERE),
+    "waiting for the disk": ("_sync", ".c.draft", THERE),
+}
+
+
+@pytest.mark.parametrize(("case", "there"), [(case, there) for case, (*_, all_) in FAILING.items() for there in all_])
+def test_a_checkpoint_that_cannot_be_put_in_place_leaves_what_was_there(
+    case: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, name, _ = FAILING[case]
+    trainer = make_trainer()
+    target = tmp_path / "c"
+    if there != "nothing":
+        target.mkdir()
+    if there == "a checkpoint":
+        save_checkpoint(trainer, target)
+        trainer.step(*make_batch())
+    before = listing(tmp_path)
+    place: Any = module if what == "_sync" else Path
+    real = getattr(place, what)
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, what, fail)
+        with pytest.raises(OSError, match=r"no checkpoint was made in .*c: .*busy.*such as .*c/checkpoint") as failure:
+            save_checkpoint(trainer, target)
+    assert failure.value.errno == errno.EBUSY
+    assert listing(tmp_path) == before
+    if there == "a checkpoint":
+        assert steps_done(target) == 0
+    save_checkpoint(trainer, target)
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    with pytest.raises(ValueError, match=r"volume is a mount point.*such as .*volume/checkpoint"):
+        save_checkpoint(make_trainer(), tmp_path / "volume")
+    assert listing(tmp_path) == ["volume"]
+    save_checkpoint(make_trainer(), tmp_path / "volume" / "checkpoint")
 
 
 @pytest.mark.parametrize("broken", ["mkdir", "rename"])
