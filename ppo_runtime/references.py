@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import nn
@@ -40,10 +41,11 @@ def create_reference_model(model: ModelT, num_shared_layers: int | None = None, 
 
     `pattern` names the layers of other architectures, with `{layer}` for the number: "model.blocks.{layer}".
     """
-    if num_shared_layers is None or num_shared_layers == 0:
+    whole = isinstance(num_shared_layers, Integral) and not isinstance(num_shared_layers, bool)
+    if num_shared_layers is not None and not (whole and num_shared_layers >= 0):
+        raise ValueError(f"num_shared_layers is {num_shared_layers!r}, expected None or a whole number from 0")
+    if not num_shared_layers:
         memo = {}
-    elif num_shared_layers < 0:
-        raise ValueError(f"num_shared_layers is {num_shared_layers}, expected None or a number from 0")
     elif is_peft_model(pretrained_model(model)):
         raise ValueError(
             f"num_shared_layers is {num_shared_layers}, but the model has a PEFT adapter and shares all its layers "

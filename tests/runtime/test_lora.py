@@ -18,6 +18,7 @@ from ppo_runtime import (
     PPOTrainer,
     set_seed,
 )
+from ppo_runtime.references import reference_context
 from tests.runtime.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 
@@ -90,18 +91,25 @@ def test_a_trained_adapter_is_saved_and_loaded_with_its_head(tmp_path: Path) -> 
 # --- a reward model as a second adapter --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reward_model(tmp_path: Path) -> tuple[Any, Path]:
-    """A sequence classifier with an adapter on the weights of tiny_model("llama"), saved as peft saves it."""
+def make_reward_model(directory: Path, family: str = "llama", *, more: Any = None, **fields: Any) -> tuple[Any, Path]:
+    """A sequence classifier with an adapter on the weights of `tiny_model(family)`, saved as peft saves it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=2))
-        missing = classifier.load_state_dict(tiny_model("llama").state_dict(), strict=False)
+        classifier = AutoModelForSequenceClassification.from_config(tiny_config(family, num_labels=2, **(more or {})))
+        missing = classifier.load_state_dict(tiny_model(family, **(more or {})).state_dict(), strict=False)
         assert missing.missing_keys == ["score.weight"]
-        config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules="all-linear", init_lora_weights=False)
-        model = peft.get_peft_model(classifier, config).eval()
-    model.save_pretrained(str(tmp_path / "reward"))
-    return model, tmp_path / "reward"
+        defaults = {"r": 3, "target_modules": "all-linear", "init_lora_weights": False}
+        model = peft.get_peft_model(classifier, peft.LoraConfig(task_type="SEQ_CLS", **(defaults | fields))).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(str(directory / "reward"))
+    return model, directory / "reward"
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> tuple[Any, Path]:
+    return make_reward_model(tmp_path)
 
 
 def test_a_reward_adapter_scores_like_the_reward_model(reward_model: tuple[Any, Path], tmp_path: Path) -> None:
@@ -141,3 +149,72 @@ def test_reward_adapters_that_cannot_work_are_named(reward_model: tuple[Any, Pat
     adapted().save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="holds no score head"):
         adapted(reward_adapter=tmp_path / "policy")
+    with pytest.raises(OSError, match="'/no/such/reward' is no directory here, and no name of a repository"):
+        adapted(reward_adapter="/no/such/reward")
+    with pytest.raises(ValueError, match=r"reward_adapter .* holds no adapter_config\.json"):
+        adapted(reward_adapter=tmp_path)
+    for name in ("", "a.b", "default"):
+        with pytest.raises(
+            ValueError, match=f"reward_adapter_name is '{name}', expected a name without dots, other than"
+        ):
+            adapted(reward_adapter=reward_model[1], reward_adapter_name=name)
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "more layers": ({"more": {"num_hidden_layers": 3}}, r"layers\.2\..* has no place in it, and \d+ more like it"),
+    "fewer layers": (
+        {"more": {"num_hidden_layers": 1}, "target_modules": ["q_proj"]},
+        r"nothing is stored for .*layers\.1\.",
+    ),
+    "another width": ({"more": {"hidden_size": 32}}, r"has the shape \(32, 3\) and its place \(16, 3\)"),
+    "another architecture": ({"family": "opt"}, "not found in the base model"),
+    "a norm of the base's": ({"modules_to_save": ["norm"]}, r"norm\.weight has no place in it"),
+    "biases of the base's": ({"more": {"attention_bias": True}, "bias": "all"}, r"bias has no place in it"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_reward_adapter_of_another_model_is_refused_and_leaves_the_policy_alone(case: str, tmp_path: Path) -> None:
+    """Half of an adapter gives scores like any other; weights that are the policy's too would change the policy."""
+    fields, problem = MISFITS[case]
+    _, directory = make_reward_model(tmp_path, **fields)
+    more = {"attention_bias": True} if "biases" in case else {}
+    model: Any = peft.get_peft_model(tiny_model("llama", **more), tiny_lora("llama"))
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"reward_adapter '.*reward' is not for this LlamaForCausalLM: .*{problem}"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(model, reward_adapter=directory)
+    assert {name for name, _ in model.named_parameters()} == before.keys()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]), name
+        assert p.requires_grad == before[name][1], name
+
+
+def test_copies_of_the_bases_weights_in_a_reward_adapter_do_no_harm(tmp_path: Path) -> None:
+    """As peft stores embeddings to be safe."""
+    model, directory = make_reward_model(tmp_path)
+    model.save_pretrained(str(directory), save_embedding_layers=True)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    found = adapted(reward_adapter=directory).compute_reward_score(ids)[0, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_leave_every_active_adapter_active_and_are_the_same_while_they_are_off(
+    reward_model: tuple[Any, Path],
+) -> None:
+    inner: Any = peft.get_peft_model(tiny_model("llama"), tiny_lora("llama", init_lora_weights=False))
+    inner.add_adapter("second", tiny_lora("llama", init_lora_weights=False))
+    inner.base_model.set_adapter(["default", "second"])
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(inner, reward_adapter=reward_model[1])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = policy(ids)[0]
+        scores = policy.compute_reward_score(ids)
+        assert inner.active_adapters == ["default", "second"]
+        assert torch.equal(policy(ids)[0], before)
+        with reference_context(policy):
+            off = policy(ids)[0]
+            assert torch.equal(policy.compute_reward_score(ids), scores)
+            assert torch.equal(policy(ids)[0], off), "and off again afterwards"
+        assert torch.equal(policy(ids)[0], before)

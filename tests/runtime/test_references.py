@@ -132,8 +132,10 @@ def test_errors_name_values_and_remedies() -> None:
     policy = wrapped()
     with pytest.raises(ValueError, match=r"num_shared_layers is 4, but 'pretrained_model.transformer.h.' has only 3"):
         create_reference_model(policy, 4)
-    with pytest.raises(ValueError, match="num_shared_layers is -1"):
-        create_reference_model(policy, -1)
+    odd: Any
+    for odd in (-1, True, 1.5, "1"):
+        with pytest.raises(ValueError, match=f"num_shared_layers is {odd!r}, expected None or a whole number from 0"):
+            create_reference_model(policy, odd)
     with pytest.raises(ValueError, match=r"no layers match 'no.{layer}' in .*named like .*'pretrained_model.trans"):
         create_reference_model(policy, 1, "no.{layer}")
     with pytest.raises(ValueError, match=r"pattern is 'transformer.h', expected {layer}"):
