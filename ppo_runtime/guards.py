@@ -50,22 +50,46 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
     """Scale gradients down to ``max_norm``, or not at all without it.
 
     Returns:
-        Their global norm before, and what speaks against a step on them; gradients are untouched then. Finite ones
-        whose squares overflow can be clipped. Without a bound they are no good to an optimiser, whose moments are
-        squares as well.
+        Their global norm before, on the CPU, and what speaks against a step on them; gradients are untouched then.
+        Finite ones whose squares overflow can be clipped. Without a bound, or with one whose square overflows as well,
+        they are no good to an optimiser, whose moments are squares.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if not math.isfinite(float(norm)):
-        # In float64 no square of a float32 overflows.
-        norm = torch.nn.utils.get_total_norm([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
-        if not math.isfinite(float(norm)):
-            return norm, Cause.GRADIENT
-        if max_norm is None:
-            return norm, Cause.OVERFLOW
+        return _clip_large(gradients, max_norm)
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm, Cause.NONE
+    return norm.cpu(), Cause.NONE
+
+
+def _clip_large(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[Tensor, Cause]:
+    """The same where squares may overflow: in numbers as wide as the device has, made smaller beforehand.
+
+    What is lost at the small end is below the rounding of the others.
+    """
+    largest = min((math.sqrt(torch.finfo(_wide(g)).max) for g in gradients), default=math.inf)
+    parts = [float(torch.linalg.vector_norm(g.to(_wide(g)) * _shrinking(g))) / _shrinking(g) for g in gradients]
+    norm = math.hypot(*parts)
+    found = torch.tensor(norm, dtype=torch.float64)
+    if not math.isfinite(norm):
+        return found, Cause.GRADIENT
+    if max_norm is None or max_norm > largest:
+        return found, Cause.OVERFLOW
+    if norm > max_norm:
+        for g in gradients:
+            # In two steps, since their product may be less than the numbers of the device go down to.
+            g.copy_(g.to(_wide(g)) * _shrinking(g) * (max_norm / (norm * _shrinking(g))))
+    return found, Cause.NONE
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
+
+
+def _shrinking(gradient: Tensor) -> float:
+    """A power of two which leaves no number whose square overflows, however many are added."""
+    return 2.0 ** -(3 * math.frexp(torch.finfo(_wide(gradient)).max)[1] // 4)
 
 
 class SkipLog:

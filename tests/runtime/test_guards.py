@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ppo_runtime import PPOTrainer, update
 from ppo_runtime.checkpoint import save_checkpoint
+from ppo_runtime.guards import Cause, clip_gradients
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer, untimed
 
@@ -99,6 +102,101 @@ def test_a_finite_gradient_never_makes_a_weight_nan(value: float, max_grad_norm:
     assert stats["ppo/policy/skipped_updates"] == (12 if max_grad_norm is None else 0)
     if max_grad_norm is not None:
         assert stats["ppo/policy/grad_norm"] == pytest.approx(abs(value), rel=1e-3)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Stands for a device that has no float64, such as MPS: nothing becomes one that was none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found = func(*args, **(kwargs or {}))
+        made = [x.dtype for x in tree_leaves(found) if isinstance(x, Tensor)]
+        mixed = torch.float64 in (*made, *given) and any(dtype != torch.float64 for dtype in given)
+        if mixed or (kwargs or {}).get("dtype") is torch.float64:
+            raise TypeError(f"{func}: this device has no float64")
+        return found
+
+
+def parameters_with(*gradients: Tensor) -> list[torch.nn.Parameter]:
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return parameters
+
+
+LARGE = {
+    "one": (2e19,),
+    "largest": (3.38e38,) * 5,
+    "with small ones": (1e30, 1.0, -1e-30, 0.0),
+    "among others": (-1e25, 3e24, 1.0),
+}
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGE)
+def test_an_overflowing_norm_needs_no_float64(case: str, dtype: torch.dtype, max_norm: float) -> None:
+    gradients = [torch.tensor([value, 1.0]).to(dtype) for value in LARGE[case]]
+    exact = [gradient.double() for gradient in gradients]
+    norm = torch.stack([gradient.norm() for gradient in exact]).norm()
+    parameters = parameters_with(*gradients)
+    with WithoutFloat64():
+        found, cause = clip_gradients(parameters, max_norm)
+    assert cause is Cause.NONE
+    assert float(found) == pytest.approx(float(norm), rel=1e-6)
+    for parameter, gradient in zip(parameters, exact, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == dtype
+        wanted = gradient * (max_norm / float(norm))
+        # What is 2**80 times smaller than the largest may come out as 0.
+        torch.testing.assert_close(
+            parameter.grad.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=max_norm * 2.0**-80
+        )
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_gradient_that_is_not_finite_is_told_from_a_large_one_without_float64(
+    value: float, max_norm: float | None
+) -> None:
+    parameters = parameters_with(torch.tensor([1e30, 1.0]), torch.tensor([value]), torch.tensor([3e38]))
+    before = copy.deepcopy([parameter.grad for parameter in parameters])
+    with WithoutFloat64():
+        assert clip_gradients(parameters, max_norm)[1] is Cause.GRADIENT
+    torch.testing.assert_close([parameter.grad for parameter in parameters], before, equal_nan=True)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e20, 1e30, 3e38, 1e300])
+def test_a_bound_above_which_squares_overflow_is_none(max_norm: float | None) -> None:
+    """An optimiser's moments would overflow under it, and stay so."""
+    gradients = [torch.tensor([1e25, 1.0])]
+    parameters = parameters_with(*gradients)
+    assert clip_gradients(parameters, max_norm)[1] is Cause.OVERFLOW
+    assert parameters[0].grad is not None
+    assert torch.equal(parameters[0].grad, gradients[0])
+
+
+def test_gradients_in_float64_are_clipped_in_float64() -> None:
+    parameters = parameters_with(torch.tensor([1e200, 1e199], dtype=torch.float64))
+    found, cause = clip_gradients(parameters, 2.0)
+    assert cause is Cause.NONE
+    assert float(found) == pytest.approx(1e200 * 1.01**0.5, rel=1e-12)
+    assert parameters[0].grad is not None
+    assert float(parameters[0].grad.norm()) == pytest.approx(2.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-3, 1e3])
+def test_an_ordinary_norm_is_torchs_own_bit_for_bit(max_norm: float | None) -> None:
+    gradients = [torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    ours, theirs = parameters_with(*gradients), parameters_with(*gradients)
+    with WithoutFloat64():
+        norm, cause = clip_gradients(ours, max_norm)
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in theirs if p.grad is not None])
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(theirs, max_norm, wanted)
+    assert cause is Cause.NONE
+    assert torch.equal(norm, wanted)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_without_a_bound_gradients_are_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
