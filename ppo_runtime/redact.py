@@ -12,12 +12,23 @@ SHORTEST = 4
 """Characters that a secret has at least for it to be looked for in a text."""
 _SECRET_KEY = re.compile(
     r"(^|_)(tokens?|password|passwd|pwd|passphrase|secrets?|bearer|auth|authorization|credentials?"
-    r"|(api|access|auth|private|secret|wandb)_?keys?(_value)?)$"
+    r"|(api|access|account|auth|private|secret|wandb)_?keys?(_value)?)$"
 )
 _TOKEN_OF_A_TEXT = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|special|new|stop)_tokens?$")
 # As hubs, trackers and services make them, long enough that no word of a sentence looks like one.
 _SECRET_TEXT = re.compile(r"\b((hf|api_org|gh[oprsu]|github_pat|wandb_v\d)_|sk[_-])[A-Za-z0-9_-]{16,}")
-_PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
+_AFTER_A_SCHEME = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{16,}")
+# Up to the word's last @, since a password that nobody has encoded may hold any character; a port is none.
+_PASSWORD_IN_URL = re.compile(r"(://[^/\s:@?#\[]*:)(?!\d{1,5}(?:[/?#\s]|$))(?:(?!://)\S)+(?=@)")
+# In the query of an address, in the settings of a database, in front of a command.
+_ASSIGNED = re.compile(
+    r"""(?<![\w.:/@%-])(?P<key>[A-Za-z_][\w.-]*)(?P<sign>=|\s+=\s+)(?!\(hidden\))
+    (?P<value>'(?:\\.|[^'\\])+'|"(?:\\.|[^"\\])+"|[^\s&;'"=][^\s&;]*?(?=['")\],.]*(?:[\s&;]|$)))""",
+    re.VERBOSE,
+)
+_SIGNATURE = re.compile(r"(^|[_-])(sig|signature)$", re.IGNORECASE)
+_SWITCH = re.compile(r"None|null|True|true|False|false")
+_COUNT = re.compile(r"[\d._]+")
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
@@ -28,8 +39,9 @@ def plain_settings(config: Any) -> dict[str, Any]:
 def without_secrets(value: Any) -> Any:
     """A tree of settings, every secret in it replaced by :data:`HIDDEN`, and objects by the name of their kind.
 
-    A secret is a text that stands under a key such as "token", "api_key" or "password", however deep, and one that
-    looks like a hub's token wherever it stands. An object could print anything, so that nothing of it is kept.
+    A secret is a text that stands under a key such as "token", "api_key" or "password", however deep; and wherever it
+    stands, one that looks like a hub's token, the password of an address, and what "password=" is said of. An object
+    could print anything, so that nothing of it is kept.
     """
     if isinstance(value, Mapping):
         return {
@@ -62,7 +74,16 @@ def _names_a_secret(key: Any) -> bool:
 
 
 def _without_secret_words(text: str) -> str:
-    return _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
+    text = _AFTER_A_SCHEME.sub(rf"\1{HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
+    return _ASSIGNED.sub(_assigned, _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", text))
+
+
+def _assigned(found: re.Match[str]) -> str:
+    """A setting within a text, its value hidden if it is called a secret and is neither a switch nor a count."""
+    key, sign, value = found["key"], found["sign"], found["value"]
+    counts = "token" in key.lower() and _COUNT.fullmatch(value)
+    secret = _names_a_secret(key) or _SIGNATURE.search(key)
+    return f"{key}{sign}{HIDDEN}" if secret and not counts and not _SWITCH.fullmatch(value) else found[0]
 
 
 def _texts(value: Any) -> list[str]:

@@ -110,6 +110,51 @@ def test_what_looks_like_a_secret_is_one_wherever_it_stands(text: str) -> None:
     assert "@host" in kept
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("postgres://me:pa@ss@host:5432/db", "postgres://me:{}@host:5432/db"),
+        ("postgres://me:pa/ss@host/db", "postgres://me:{}@host/db"),
+        ("postgres://me:pa/s:s@1@host/db?sslmode=require", "postgres://me:{}@host/db?sslmode=require"),
+        ("redis://:pa#s?s@host", "redis://:{}@host"),
+        ("see https://me:secret@host/a, or https://host/b@c", "see https://me:{}@host/a, or https://host/b@c"),
+        ("https://me:one@host/a and https://you:two@host/b", "https://me:{}@host/a and https://you:{}@host/b"),
+        ("https://host/a?token=secret&n=3", "https://host/a?token={}&n=3"),
+        ("https://host/a?n=3&api_key=sec#ret&m=4", "https://host/a?n=3&api_key={}&m=4"),
+        ("no answer from 'https://host/a?token=secret'.", "no answer from 'https://host/a?token={}'."),
+        ("connect(password='secret', n=3)", "connect(password={}, n=3)"),
+        ("Authorization: Bearer abcdefgh12345678", "Authorization: Bearer {}"),
+        ("https://host/a?X-Amz-Signature=ab12&sig=cd34", "https://host/a?X-Amz-Signature={}&sig={}"),
+        ("https://host/a?access-token=se%20cret", "https://host/a?access-token={}"),
+        ("host=db user=me password=secret dbname=runs", "host=db user=me password={} dbname=runs"),
+        ("host=db password='my secret' dbname=runs", "host=db password={} dbname=runs"),
+        (r"password='it\'s secret' user=me", "password={} user=me"),
+        ('password = "my secret"', "password = {}"),
+        ("Server=db;Pwd=secret;Database=runs", "Server=db;Pwd={};Database=runs"),
+        ("AccountName=me;AccountKey=abc==;EndpointSuffix=x", "AccountName=me;AccountKey={};EndpointSuffix=x"),
+        ("WANDB_API_KEY=secret python train.py", "WANDB_API_KEY={} python train.py"),
+    ],
+)
+def test_a_password_within_a_text_is_hidden_and_the_rest_kept(text: str, kept: str) -> None:
+    """In addresses with any character in it, in query strings and in the settings of a database."""
+    expected = kept.replace("{}", HIDDEN)
+    assert without_secrets([text]) == [expected]
+    assert hide(text) == expected
+    assert hide(expected) == expected, "what is hidden stays so"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("https://host:8080/a@b", "https://host/a:b@c", "http://host:80/x?mail=me@here", "git@host:me/run.git"),
+        *("max_new_tokens=3", "https://host?page_token_type=a&tokens=3&pad_token=<pad>", "password=", "key=a", "a=b"),
+        *("see https://host:80/a, written by me@here", "tokenizer=gpt2", "author=me;x=1"),
+    ],
+)
+def test_a_text_without_a_password_is_kept(text: str) -> None:
+    assert without_secrets([text]) == [text]
+
+
 def test_what_says_nothing_is_kept() -> None:
     settings = {"token": None, "create_pr": True, "max_new_tokens": 3, "tokens": (1, 2), "token_type": False}
     settings |= {"tokenizer": "gpt2", "pad_token_id": 0, "note": "a risk-averse task_of_sixteen_letters", "key": "a"}
