@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ppo_runtime.checkpoint import check_replaceable
+from ppo_runtime.inputs import holds_numbers
 from ppo_runtime.sampling import plain
 
 # What a run leaves in its output directory.
@@ -152,6 +153,7 @@ def score_list(values: Any, *, count: int) -> list[Tensor]:
     """
     expected = f"expected {count} numbers, one for each response"
     if isinstance(values, Tensor):
+        holds_numbers("what score_fn returned", values)
         values = values.detach().cpu()
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | Set) or _is_scalar(values):
         forgotten = "; does it return its scores?" if values is None else ""
@@ -172,6 +174,8 @@ def _score(index: int, value: Any) -> Tensor:
             f"score_fn returned an entry {index} of shape {tuple(value.shape)}, expected one number for each response; "
             "choose a column, or sum"
         )
+    if isinstance(value, Tensor):
+        holds_numbers(f"entry {index} of what score_fn returned", value)
     number = value.item() if array else value
     if not isinstance(number, int | float) and not (hasattr(number, "__float__") and not isinstance(number, str)):
         raise ValueError(f"score_fn returned {_shown(number)} as entry {index}, expected a number")
@@ -183,6 +187,8 @@ def _score(index: int, value: Any) -> Tensor:
             f"score_fn returned a number of more than 308 digits as entry {index}, expected one that float32 can hold, "
             "up to 3.4e38; scale the scores"
         ) from error
+    except Exception as error:  # a class of the user's own, or Decimal's signalling NaN
+        raise ValueError(f"score_fn returned {_shown(number)} as entry {index}, expected a number: {error}") from error
 
 
 def _is_scalar(values: Any) -> bool:

@@ -243,12 +243,14 @@ class Generating:
     def _warn_of_sampling(self, settings: Settings) -> None:
         found = {name: text for name, text in departures(settings).items() if name not in self._said}
         if found:
-            neutral = [f"{name}={NEUTRAL.get(name)}" for name in found]
+            neutral = ", ".join(f"{name}={NEUTRAL[name]}" for name in found if name in NEUTRAL)
+            advice = [f"with {neutral} (ppo_runtime.sampling.plain() gives all such settings)"] if neutral else []
+            advice += [f"without {name}" for name in found if name not in NEUTRAL]  # plain() leaves what is passed
             logger.warning(
                 "responses are sampled with %s, but PPO trains the plain distribution: the KL can then turn negative; "
-                "sample with %s (ppo_runtime.sampling.plain() gives all such settings)",
+                "sample %s",
                 ", ".join(found.values()),
-                ", ".join(neutral),
+                " and ".join(advice),
             )
         self._said |= found.keys()
 

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ppo_runtime.values import (
     REFUSED,
     REFUSED_WITH_ENCODER,
     among,
+    biases,
     check_number,
     plain_number,
     shown,
@@ -146,10 +148,19 @@ def _leaves_tokens(settings: Settings, vocab_size: int) -> None:
         value = settings[name]
         if value is not None and not all(0 <= token < vocab_size for token in token_ids(name, value)):
             raise ValueError(f"{name} is {shown(value)}, expected a token id in [0, {vocab_size}), or None")
-    for name in ("suppress_tokens", "begin_suppress_tokens"):
-        if settings[name] is not None and set(range(vocab_size)) <= set(token_ids(name, settings[name])):
+    sequences = {
+        "sequence_bias": [ids for ids, _ in biases(settings["sequence_bias"] or [])],
+        "bad_words_ids": settings["bad_words_ids"] or [],
+    }
+    for name, several in sequences.items():
+        if beyond := [token for ids in several for token in ids if token >= vocab_size]:
+            raise ValueError(f"{name} holds token id {beyond[0]}, expected ids in [0, {vocab_size})")
+    forbidden = [ids[0] for ids, bias in biases(settings["sequence_bias"] or []) if len(ids) == 1 and bias == -math.inf]
+    suppressed = {name: settings[name] for name in ("suppress_tokens", "begin_suppress_tokens")}
+    for name, tokens in (suppressed | {"sequence_bias": forbidden}).items():
+        if tokens is not None and set(range(vocab_size)) <= set(token_ids(name, tokens)):
             raise ValueError(
-                f"{name} holds all {vocab_size} tokens of the vocabulary, expected to leave one that can be chosen"
+                f"{name} takes away all {vocab_size} tokens of the vocabulary, expected to leave one that can be chosen"
             )
 
 

@@ -55,6 +55,9 @@ _COUNT_OR_NONE = _Number(True, lambda value: value >= 0, "a whole number from 0"
 _LEAST = _Number(True, lambda value: True, "a whole number")
 _ANY = _Number(False, lambda value: True, "a finite number")
 _POSITIVE = _Number(False, lambda value: value > 0, "a finite number above 0")
+# Numbers that logits are multiplied with or divided by: beyond these, single precision makes infinities of them.
+_LARGEST = 1e30
+_FACTOR = _Number(False, lambda value: 1 / _LARGEST <= value <= _LARGEST, "a number from 1e-30 to 1e30")
 _SHARE = _Number(False, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
 _CUTOFF = _Number(False, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 NUMBERS: dict[str, _Number] = {
@@ -66,10 +69,10 @@ NUMBERS: dict[str, _Number] = {
     "no_repeat_ngram_size": _COUNT_OR_NONE,
     "encoder_no_repeat_ngram_size": _COUNT_OR_NONE,
     "top_k": _Number(True, lambda value: value >= 0, "a whole number from 0, where 0 keeps all tokens"),
-    "temperature": _POSITIVE._replace(expected="a number above 0; for the likeliest tokens pass do_sample=False"),
+    "temperature": _FACTOR._replace(expected="a number from 1e-30 to 1e30; for the likeliest tokens, do_sample=False"),
     "max_time": _POSITIVE,
-    "repetition_penalty": _POSITIVE,
-    "encoder_repetition_penalty": _POSITIVE,
+    "repetition_penalty": _FACTOR,
+    "encoder_repetition_penalty": _FACTOR,
     "top_p": _SHARE,
     "typical_p": _SHARE,
     "top_h": _SHARE,
@@ -79,7 +82,7 @@ NUMBERS: dict[str, _Number] = {
     "prefill_chunk_size": COUNT,
     "max_cache_len": COUNT,
     "assistant_ensemble_weight": _Number(False, lambda value: 0 < value < 1, "a number between 0 and 1"),
-    "guidance_scale": _ANY,
+    "guidance_scale": _Number(False, lambda value: abs(value) <= _LARGEST, "a number from -1e30 to 1e30"),
     "length_penalty": _ANY,
 }
 FLAGS = (
@@ -108,15 +111,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of lists of token ids, none of them empty",
     ),
     "sequence_bias": (
-        lambda value: (
-            (isinstance(value, dict) and len(value) > 0)
-            or (
-                isinstance(value, list)
-                and len(value) > 0
-                and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
-            )
-        ),
-        "a dictionary from tuples of token ids to numbers, or a list of [list of token ids, number]",
+        lambda value: _is_bias(value),
+        "a dictionary from tuples of token ids to floats, or a list of [list of token ids, float], where a float is at "
+        "most 1e30 and -inf forbids",
     ),
     "exponential_decay_length_penalty": (
         lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_real, value)),
@@ -201,6 +198,26 @@ def plain_number(name: str, value: Any) -> Any:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def biases(value: Any) -> list[tuple[Any, Any]]:
+    """The pairs of token ids and number in a ``sequence_bias`` of either form."""
+    return [*value.items()] if isinstance(value, dict) else [tuple(pair) for pair in value]
+
+
+def _is_bias(value: Any) -> bool:
+    kind = {dict: tuple, list: list}.get(type(value))
+    if kind is None or not value or not all(isinstance(entry, tuple | list) for entry in value):
+        return False
+    return all(
+        len(pair) == 2
+        and type(pair[0]) is kind
+        and len(pair[0]) > 0
+        and all(map(_is_id, pair[0]))
+        and isinstance(pair[1], float)  # transformers takes no whole number for one
+        and (-_LARGEST <= pair[1] <= _LARGEST or pair[1] == -math.inf)
+        for pair in biases(value)
+    )
 
 
 def _is_real(value: Any) -> bool:

@@ -67,12 +67,20 @@ REFUSALS: dict[str, list[Any]] = {
     "custom_generate": ["a/repository", lambda *_, **__: None],
     "token_healing": [True],
     "force_words_ids": [[[5]]],
-    "temperature": [0, 0.0, -1, NAN, INF, "hot", True],
+    "temperature": [0, 0.0, -1, NAN, INF, "hot", True, 1e-320, 1e-40, 1e39],
     "top_k": [-1, 2.5, NAN, True],
     "top_p": [0, -0.1, 1.1, NAN, True, 10**400],
     "min_p": [-0.1, 1.1],
     "typical_p": [0, 2],
-    "repetition_penalty": [0, -1, INF],
+    "repetition_penalty": [0, -1, INF, 1e-320, 1e-40, 1e39],
+    "encoder_repetition_penalty": [1e-40, 1e39],
+    "guidance_scale": [NAN, INF, 1e39, -1e39],
+    "sequence_bias": [
+        *({(5,): INF}, {(5,): NAN}, {(5,): 1e39}, {(5,): 1}, {5: 1.0}, {(): 1.0}, {(-1,): 1.0}, {(VOCAB_SIZE,): 1.0}),
+        *([[[5], INF]], [[(5,), 1.0]], [[5, 1.0]], [[[], 1.0]], [[[5, VOCAB_SIZE], 1.0]]),
+        {(token,): -INF for token in range(VOCAB_SIZE)},
+    ],
+    "bad_words_ids": [[[VOCAB_SIZE]], [[5, VOCAB_SIZE]]],
     "min_length": [2.5, NAN, True],
     "min_new_tokens": [2.5, NAN, True],
     "no_repeat_ngram_size": [-1, 1.5],
@@ -97,7 +105,7 @@ REFUSALS: dict[str, list[Any]] = {
 }
 TENSORS = ("negative_prompt_ids", "negative_prompt_attention_mask")
 for argument in (*NUMBERS, *FLAGS, *KINDS, *REFUSED):
-    fitting = {"stop_strings": "text", "bad_words_ids": [], "sequence_bias": {"a": 1}, "cache_config": {"a": 1}}
+    fitting = {"stop_strings": "text", "bad_words_ids": [], "cache_config": {"a": 1}}
     REFUSALS.setdefault(argument, []).extend(
         value
         for value in NONSENSE
@@ -140,6 +148,11 @@ ACCEPTED: dict[str, tuple[dict[str, Any], list[int] | None]] = {
         {"num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False, "attention_mask": None},
         None,
     ),
+    "the least temperature": ({"temperature": 1e-30}, None),
+    "the highest temperature": ({"temperature": 1e30, "suppress_tokens": [5]}, None),
+    "a penalty of little": ({"repetition_penalty": 1e-30}, None),
+    "a bias that forbids": ({"sequence_bias": {(5,): -INF, (6, 7): -INF, (8,): 2.0}}, None),
+    "a list of biases": ({"sequence_bias": [[[5], -INF], [[6, 7], 1.5]]}, None),
     "a whole temperature": ({"temperature": 2, "repetition_penalty": 2}, None),
     "numpy numbers": ({"temperature": np.float32(0.5), "top_k": np.int64(5)}, None),
     "one logits processor": ({"logits_processor": lambda ids, scores: scores, "eos_token_id": None}, [4, 4]),

@@ -140,8 +140,15 @@ def test_functions_that_move_the_distribution_are_named(said: Any) -> None:
     trainer.generate(QUERIES, prefix_allowed_tokens_fn=lambda *_: [5, 6], **SAMPLED)
     assert "logits_processor=[TemperatureLogitsWarper]" in said()[0]
     assert "prefix_allowed_tokens_fn=" in said()[1]
+    for message, name in zip(said(), ("logits_processor", "prefix_allowed_tokens_fn"), strict=True):
+        assert message.endswith(f"sample without {name}"), "plain() changes nothing about it"
     make_trainer().generate(QUERIES, logits_processor=[], **SAMPLED)
     assert len(said()) == 2
+    make_trainer().generate(QUERIES, logits_processor=[warper], temperature=0.5, **SAMPLED)
+    assert (
+        "sample with temperature=1.0 (ppo_runtime.sampling.plain() gives all such settings) and without logits_"
+        in (said()[2])
+    )
 
 
 @pytest.mark.parametrize(

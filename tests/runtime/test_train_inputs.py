@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,7 @@ def _generator(count: int) -> Iterator[float]:
 
 TAKEN: dict[str, Callable[[int], Any]] = {
     "numbers": lambda n: [1, 0.5] * (n // 2),
+    "decimals": lambda n: [Decimal("0.5")] * n,
     "a tuple": lambda n: (0.5,) * n,
     "truth values": lambda n: [True, False] * (n // 2),
     "a tensor": lambda n: torch.linspace(0, 1, n),
@@ -392,6 +394,15 @@ TAKEN: dict[str, Callable[[int], Any]] = {
     "tensors of one entry": lambda n: [torch.tensor([[0.5]])] * n,
     "a generator": _generator,
 }
+
+
+class Unwilling:
+    """What has a number's method and no number."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("not me")
+
+
 REFUSED_SCORES: dict[str, tuple[Callable[[int], Any], str]] = {
     "nothing": (lambda n: None, "score_fn returned None, expected 4 numbers.*does it return its scores"),
     "one number": (lambda n: 0.5, r"score_fn returned 0.5 \(float\), expected 4 numbers"),
@@ -410,6 +421,20 @@ REFUSED_SCORES: dict[str, tuple[Callable[[int], Any], str]] = {
     "pipeline output": (lambda n: [{"score": 0.5}] * n, r"score_fn returned \{'score': 0.5\} \(dict\) as entry 0"),
     "lists": (lambda n: [[0.5]] * n, r"score_fn returned \[0.5\] \(list\) as entry 0"),
     "nothing for one": (lambda n: [0.5, None, 0.5, 0.5], r"score_fn returned None as entry 1, expected a number"),
+    "a tensor without numbers": (
+        lambda n: torch.ones(n, device="meta"),
+        "what score_fn returned is on the meta device, where tensors hold no numbers",
+    ),
+    "entries without numbers": (
+        lambda n: [0.5] * (n - 1) + [torch.ones((), device="meta")],
+        "entry 3 of what score_fn returned is on the meta device",
+    ),
+    "a signalling nan": (
+        lambda n: [0.5, Decimal("sNaN")] * 2,
+        r"score_fn returned Decimal\('sNaN'\) \(Decimal\) as entry 1, expected a number",
+    ),
+    "a sparse tensor": (lambda n: torch.ones(n).to_sparse(), "what score_fn returned has layout torch.sparse_coo"),
+    "a number that raises": (lambda n: [Unwilling()] * n, r"\(Unwilling\) as entry 0, expected a number: not me"),
     "complex": (lambda n: [1j] * n, r"score_fn returned 1j \(complex\) as entry 0"),
     "nan": (lambda n: [0.5, float("nan"), 0.5, 0.5], r"scores\[1\] is nan, expected a finite number"),
     "infinity": (lambda n: [float("inf")] * n, r"scores\[0\] is inf, expected a finite number"),
