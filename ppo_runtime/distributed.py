@@ -101,7 +101,7 @@ def gather_averages(metrics: Mapping[str, Metric], world: World) -> dict[str, Me
         for row, field in enumerate(metrics[key]):
             if field.ndim != 0:
                 raise ValueError(f"metrics[{key!r}] has shape {tuple(field.shape)}, expected a scalar; reduce it first")
-            fields[row, slot] = field.detach()
+            fields[row, slot] = field.detach().cpu()  # not every device has float64
     table = _gather(vector, world)
     if not (table[:, 0] == table[0, 0]).all():
         raise ValueError(_difference(kinds, world))
@@ -121,7 +121,7 @@ def merge_moments(m: Moments, world: World) -> Moments:
     """Moments over all ranks, merged in float64 and returned in the dtype of ``m``."""
     if world.size == 1:
         return m
-    stacked = torch.stack([field.detach().to("cpu", torch.float64) for field in m])
+    stacked = torch.stack([field.detach().cpu().double() for field in m])
     parts = _gather(stacked.flatten(), world).view(world.size, *stacked.shape)
     return Moments(*(field.to(m.mean) for field in reduce(moments.merge, (Moments(*part) for part in parts))))
 

@@ -49,13 +49,13 @@ def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
     """
     if world.size == 1:
         return {key: mean_of(value) if isinstance(value, Average) else value for key, value in stats.items()}
-    weight = torch.as_tensor(stats.get(TOKENS, 1.0)).double().cpu()
+    weight = torch.as_tensor(stats.get(TOKENS, 1.0)).cpu().double()  # not every device has float64
     averages: dict[str, Average] = {}
     for key, value in stats.items():
         if isinstance(value, Average):
             averages[key] = value
         elif isinstance(value, Tensor) and value.ndim == 0:
-            averages[key] = Average(value.detach().double().cpu() * (1.0 if key == TOKENS else weight), weight)
+            averages[key] = Average(value.detach().cpu().double() * (1.0 if key == TOKENS else weight), weight)
         else:
             # Nothing to average; here for the comparison of keys.
             averages[f"{key} ({'distribution' if isinstance(value, Tensor) else 'as it is'})"] = Average(
@@ -69,7 +69,7 @@ def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
             gathered[key] = mean_of(found[key])
         elif isinstance(value, Tensor) and value.ndim == 0:
             merged = found[key].total if key == TOKENS else mean_of(found[key])
-            gathered[key] = merged.to(value.device, value.dtype)
+            gathered[key] = merged.to(value.dtype).to(value.device)
         else:
             gathered[key] = gather_rows(value.flatten(), world) if isinstance(value, Tensor) else value
     return gathered

@@ -5,13 +5,19 @@ The meta device is one for what is refused by name; for what has to work, a tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_core.averages import Average
+from ppo_core.moments import Moments
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, distributed
+from ppo_runtime.compat.stats import TOKENS, gather_stats
+from ppo_runtime.distributed import Maximum, World, gather_averages, merge_moments
 from tests.runtime.test_guards import snapshot
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import make_batch, make_trainer, untimed
@@ -30,6 +36,18 @@ class Elsewhere(Tensor):
         if len(kinds) > 1 and func is not Tensor.__setitem__:
             raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class WithoutFloat64(Elsewhere):
+    """On a device that has no float64, such as MPS: it is moved first and widened then."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            into = func is Tensor.__setitem__ and args[0].dtype is torch.float64
+        if into or func is Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
+            raise TypeError(f"{func}: this device has no float64")
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def elsewhere(rows: list[Tensor]) -> list[Tensor]:
@@ -68,6 +86,22 @@ def test_rows_of_the_pieces_may_be_on_any_device(moved: str) -> None:
     found = trainer.prepare_model_inputs(**rows)
     torch.testing.assert_close(found, trainer.prepare_model_inputs(queries, responses))
     trainer.batched_forward_pass(trainer.model, rows["queries"], rows["responses"], found)
+
+
+GATHERED: dict[str, Callable[[Callable[[float], Tensor]], Any]] = {
+    "averages": lambda at: gather_averages({"a": Average(at(6.0), at(3.0)), "b": Maximum(at(2.0))}, World(0, 2)),
+    "moments": lambda at: merge_moments(Moments(at(3.0), at(1.0), at(2.0)), World(0, 2)),
+    "statistics": lambda at: gather_stats({"a": at(2.0), TOKENS: at(3.0)}, World(0, 2)),
+}
+
+
+@pytest.mark.parametrize("what", GATHERED)
+def test_numbers_are_widened_where_there_is_float64(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_gather", lambda vector, world: torch.stack([vector] * world.size))
+    expected = GATHERED[what](torch.tensor)
+    found = GATHERED[what](lambda number: torch.tensor(number).as_subclass(WithoutFloat64))
+    for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert float(ours) == float(theirs)
 
 
 def test_a_model_elsewhere_than_the_other_or_than_itself_is_named() -> None:
