@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
-from ppo_runtime.value_head import find_file, no_such_place
+from ppo_runtime.value_head import StoredHead, find_file, no_such_place, read_head
 
 _HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # A revision or subfolder of an adapter says nothing about its base model's.
@@ -149,21 +149,28 @@ def _with_dtype(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     kwargs = {
         name: value for name, value in kwargs.items() if value is not None or name not in ("dtype", "torch_dtype")
     }
+    kwargs |= {name: _dtype(name, kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
     if "torch_dtype" in kwargs:
         older = kwargs.pop("torch_dtype")
         newer = kwargs.setdefault("dtype", older)
-        if _dtype(newer) != _dtype(older):
-            raise ValueError(f"dtype is {kwargs['dtype']!r} and torch_dtype, its older name, is {older!r}; pass one")
+        if newer != older:
+            raise ValueError(f"dtype is {newer!r} and torch_dtype, its older name, is {older!r}; pass one")
     # transformers would take the dtype that the weights are stored in, and train in it.
     if kwargs.get("quantization_config") is None and getattr(config, "quantization_config", None) is None:
         kwargs.setdefault("dtype", torch.float32)
     return kwargs
 
 
-def _dtype(given: Any) -> Any:
-    """The dtype that a string such as "bfloat16" or "torch.bfloat16" names; anything else as it is."""
-    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else None
-    return found if isinstance(found, torch.dtype) else given
+def _dtype(name: str, given: Any) -> Any:
+    """The dtype that a string such as "bfloat16" or "torch.bfloat16" names; "auto" and dictionaries as they are."""
+    if isinstance(given, dict) or given == "auto":
+        return given
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"{name} is {given!r}, expected a floating-point dtype such as torch.bfloat16, its name, or 'auto'"
+        )
+    return found
 
 
 def is_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:
@@ -172,13 +179,13 @@ def is_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:
 
 
 def load_adapter(
-    load: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
+    load: Callable[[str, tuple[Any, ...], dict[str, Any], dict[str, Tensor] | None], Any],
     name: str | os.PathLike[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     is_trainable: bool,
-) -> Any:
-    """A PeftModel: the adapter on the base model it names, which `load` loads."""
+) -> tuple[Any, StoredHead | None]:
+    """A PeftModel, the adapter on the base model it names, which `load` loads; and what is stored with that base."""
     peft, name, hub = import_peft(), os.fspath(name), hub_arguments(kwargs)
     base_name = peft.PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
     if not base_name:
@@ -188,13 +195,14 @@ def load_adapter(
         )
     rest = {key: value for key, value in kwargs.items() if key not in _ADAPTERS_OWN}
     try:
-        base = load(base_name, args, rest)
+        stored = read_head(base_name, **hub_arguments(rest))
+        base = load(base_name, args, rest, stored.inner if stored is not None else None)
     except OSError as error:
         raise OSError(
             f"{name!r} holds a PEFT adapter whose base model, {base_name!r} by its adapter_config.json, can't be "
             f"loaded; write where that lies now into base_model_name_or_path there: {error}"
         ) from error
-    return _same_mode(peft.PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub))
+    return _same_mode(peft.PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub)), stored
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:

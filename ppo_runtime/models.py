@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -68,6 +69,9 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model = pretrained_model
         self.reward_adapter: RewardAdapter | None = None
         self.v_head = ValueHead(pretrained_model.config, summary_dropout_prob=summary_dropout_prob)
+        number = isinstance(v_head_initializer_range, int | float) and math.isfinite(v_head_initializer_range)
+        if not (number and v_head_initializer_range >= 0):
+            raise ValueError(f"v_head_initializer_range is {v_head_initializer_range!r}, expected a number from 0")
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.v_head.summary.weight, mean=0.0, std=v_head_initializer_range)
             nn.init.zeros_(self.v_head.summary.bias)
@@ -85,7 +89,8 @@ class PreTrainedModelWrapper(nn.Module):
         """Wrap a hub name, a directory, a transformers model or a PEFT model.
 
         The head is read from the directory or repository where one is stored, else initialised. A directory
-        holding a PEFT adapter is loaded onto the base model it names. `peft_config` adds a fresh adapter;
+        holding a PEFT adapter is loaded onto the base model it names, whose head will do where it has none of its own.
+        `peft_config` adds a fresh adapter;
         `is_trainable=False` loads a stored one frozen. `reward_adapter`, a sequence-classification adapter, is put
         beside it for `compute_reward_score`. `supported_args` go to the head and everything else to
         transformers' `from_pretrained`; `load_in_8bit` and `load_in_4bit` become a `BitsAndBytesConfig`.
@@ -107,13 +112,15 @@ class PreTrainedModelWrapper(nn.Module):
             )
         source, stored = pretrained_model_name_or_path, None
         if isinstance(source, str | os.PathLike):
-            stored = read_head(source, **hub_arguments(kwargs))
             load = partial(load_model, cls.transformers_parent_class, cls._check_config)
+            stored = read_head(source, **hub_arguments(kwargs))
             if is_adapter(source, kwargs):
-                model = load_adapter(load, source, model_args, kwargs, is_trainable)
+                model, below = load_adapter(load, source, model_args, kwargs, is_trainable)
+                stored = stored if stored is not None and stored.head else below
             else:
                 model = load(source, model_args, kwargs, stored.inner if stored is not None else None)
-        elif isinstance(source, PreTrainedModel) or is_peft_model(source):
+        elif isinstance(source, PreTrainedModel | PreTrainedModelWrapper) or is_peft_model(source):
+            cls._check(source)
             # Where files come from says nothing about weights that are here; a reward adapter may need it.
             unused = [name for name in unmet(kwargs) if name not in ("trust_remote_code", *hub_arguments(kwargs))]
             if model_args or unused:
@@ -133,7 +140,7 @@ class PreTrainedModelWrapper(nn.Module):
             cls._check(model)
             model = add_adapter(model, peft_config)
         wrapper = cls(model, **head_args)
-        if stored is not None:
+        if stored is not None and stored.head:
             check_head(stored.head, wrapper.v_head, stored.file)
             wrapper.v_head.load_state_dict(stored.head)
         if reward_adapter is not None:
@@ -156,6 +163,8 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def _check(cls, model: Any) -> None:
+        if isinstance(model, PreTrainedModelWrapper):
+            raise TypeError(f"got a {type(model).__name__}, which has its value head already; use it as it is")
         inner = transformers_model(model)
         if not isinstance(inner, PreTrainedModel):
             hint = _COMPILED if is_compiled(inner) else ""
@@ -229,6 +238,8 @@ class PreTrainedModelWrapper(nn.Module):
             mine = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter.name]
             kwargs.setdefault("selected_adapters", mine)
         head: Mapping[str, Tensor] = self.v_head.state_dict()
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{os.fspath(save_directory)!r} is a file, expected a directory to write to")
         writes = kwargs.get("is_main_process", True)
         if (state := kwargs.pop("state_dict", None)) is not None:
             given = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}

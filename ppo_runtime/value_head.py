@@ -48,6 +48,8 @@ class ValueHead(nn.Module):
         super().__init__()
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(config, "summary_dropout_prob", 0.1)
+        if not (isinstance(summary_dropout_prob, int | float) and 0 <= summary_dropout_prob <= 1):
+            raise ValueError(f"summary_dropout_prob is {summary_dropout_prob!r}, expected a number from 0 to 1")
         self.dropout = nn.Dropout(summary_dropout_prob) if summary_dropout_prob else nn.Identity()
         self.summary = nn.Linear(_width(config), 1)
 
@@ -73,12 +75,14 @@ def _width(config: Any) -> int:
 
 
 class StoredHead(NamedTuple):
-    """A value head found on disk; `inner` holds the model's weights where only we can read their names."""
+    """What of ours was found on disk: a value head, and weights of the model that transformers would not recognise."""
 
     head: dict[str, Tensor]
+    """Empty where there are such weights without a head."""
     file: str
-    """The file that names the head's tensors."""
+    """The file that names the tensors."""
     inner: dict[str, Tensor] | None = None
+    """The model's weights where only we can read their names."""
 
 
 def write_head(head: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
@@ -88,7 +92,7 @@ def write_head(head: dict[str, Tensor], directory: str | os.PathLike[str]) -> No
 
 
 def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
-    """The value head stored in a directory or hub repository, or None if there is none."""
+    """The value head stored in a directory or hub repository, and weights in our older layout; None if neither."""
     if (file := find_file(name, HEAD_FILE, **hub)) is not None:
         return StoredHead(_strip(_read(file), HEAD_PREFIX), file)
     found = ((checkpoint, find_file(name, checkpoint, **hub)) for checkpoint in _CHECKPOINTS)
@@ -102,16 +106,15 @@ def read_head(name: str | os.PathLike[str], **hub: Any) -> StoredHead | None:
             weight_map: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"]
         keys, shards = set(weight_map), []
         wrapped = any(key.startswith(INNER_PREFIX) for key in keys)
-        has_head = any(key.startswith(HEAD_PREFIX) for key in keys)
         names = {shard for key, shard in weight_map.items() if wrapped or key.startswith(HEAD_PREFIX)}
-        for shard_name in sorted(names) if has_head else ():
+        for shard_name in sorted(names):
             if (shard := find_file(name, shard_name, **hub)) is None:
                 raise FileNotFoundError(
                     f"{file} names {shard_name}, which {os.fspath(name)!r} does not hold: the checkpoint is not whole; "
                     "copy it anew"
                 )
             shards.append(shard)
-    if not any(key.startswith(HEAD_PREFIX) for key in keys):
+    if not any(key.startswith((HEAD_PREFIX, INNER_PREFIX)) for key in keys):
         return None
     weights = {key: value for shard in shards for key, value in _read(shard).items()}
     # Plain names are transformers' business; prefixed ones it would not recognise, and initialise at random.

@@ -164,6 +164,11 @@ def test_head_arguments() -> None:
     assert normal.v_head.summary.bias.item() == 0.0
     with pytest.raises(ValueError, match="v_head_init_strategy is 'uniform', expected 'normal' or None"):
         wrapped(v_head_init_strategy="uniform")
+    for name, odd in (("summary_dropout_prob", 2), ("summary_dropout_prob", "0.1"), ("v_head_initializer_range", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {odd!r}, expected a number from 0"):
+            wrapped(**{"v_head_init_strategy": "normal", name: odd})
+    with pytest.raises(ValueError, match="v_head_initializer_range is nan, expected"):
+        wrapped(v_head_init_strategy="normal", v_head_initializer_range=float("nan"))
 
 
 def test_the_head_is_in_the_mode_of_the_model() -> None:
@@ -290,6 +295,12 @@ def test_a_state_dict_without_the_model_is_refused(given: str, adapted: bool, tm
     assert not (tmp_path / "rank" / "value_head.safetensors").exists()
 
 
+def test_a_file_is_no_directory_to_save_to(tmp_path: Path) -> None:
+    (tmp_path / "policy").touch()
+    with pytest.raises(NotADirectoryError, match="policy' is a file, expected a directory"):
+        wrapped().save_pretrained(tmp_path / "policy")
+
+
 @pytest.mark.parametrize("lost", ["one", "two"])
 @pytest.mark.parametrize("layout", ["wrapped safetensors sharded", "wrapped bin sharded"])
 def test_a_shard_that_is_not_there_is_named(layout: str, lost: str, tmp_path: Path) -> None:
@@ -368,6 +379,32 @@ def test_layouts_users_have(family: str, layout: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "new")
     assert_same(model, wrapper(family).from_pretrained(tmp_path / "new"), family)
     assert not any(name.startswith("pretrained") for name in load_file(tmp_path / "new" / "model.safetensors"))
+
+
+def test_the_base_of_an_adapter_may_be_in_any_layout_and_lends_its_head(tmp_path: Path) -> None:
+    """Transformers would initialise the weights whose names it does not know, and say so in a table at most."""
+    for layout in ("wrapped safetensors", "wrapped bin sharded", "safetensors"):
+        model = legacy_layout(tmp_path / layout, "gpt2", layout)
+        adapted = peft.get_peft_model(tiny_model(seed=1), tiny_lora(init_lora_weights=False))
+        adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / layout)
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+        loaded = wrapper("gpt2").from_pretrained(tmp_path / "adapter")
+        with loaded.pretrained_model.disable_adapter():
+            assert_same(model, loaded)
+        # A head of the adapter's own comes first.
+        nn.init.normal_(loaded.v_head.summary.weight)
+        loaded.save_pretrained(tmp_path / "mine")
+        again = wrapper("gpt2").from_pretrained(tmp_path / "mine")
+        assert torch.equal(again.v_head.summary.weight, loaded.v_head.summary.weight)
+
+
+def test_the_older_layout_without_a_head_is_read_as_well(tmp_path: Path) -> None:
+    model = legacy_layout(tmp_path, "gpt2", "wrapped safetensors")
+    file = tmp_path / "model.safetensors"
+    inner = {name: value for name, value in load_file(file).items() if not name.startswith("v_head.")}
+    save_file(inner, file, metadata={"format": "pt"})
+    loaded = wrapper("gpt2").from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded)[0], outputs(model)[0])
 
 
 def test_loading_arguments_reach_transformers_in_every_layout(tmp_path: Path) -> None:
@@ -521,6 +558,11 @@ def test_things_that_are_no_models() -> None:
         AutoModelForCausalLMWithValueHead.from_pretrained(3)
     with pytest.raises(TypeError, match="got a Linear, expected"):
         AutoModelForCausalLMWithValueHead(nn.Linear(2, 2))
+    for door in (AutoModelForCausalLMWithValueHead, AutoModelForCausalLMWithValueHead.from_pretrained):
+        with pytest.raises(
+            TypeError, match="got a AutoModelForCausalLMWithValueHead, which has its value head already"
+        ):
+            door(wrapped())
     with pytest.raises(TypeError, match="already loaded takes no loading arguments, got dtype;"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model(), dtype=torch.bfloat16, trust_remote_code=True)
 

@@ -372,6 +372,12 @@ def test_how_a_dtype_is_asked_for(tmp_path: Path) -> None:
     for pair in (("float16", torch.float16), (torch.float16, "torch.float16"), ("auto", "auto")):
         both = load(directory, dtype=pair[0], torch_dtype=pair[1]).pretrained_model.dtype
         assert both == (torch.bfloat16 if "auto" in pair else torch.float16)
+    assert load(directory, dtype="torch.bfloat16").pretrained_model.dtype == torch.bfloat16
+    odd: Any
+    for odd in ("bf16", 3, torch.int64, "float99", "int8"):
+        for name in ("dtype", "torch_dtype"):
+            with pytest.raises(ValueError, match=f"^{name} is {odd!r}, expected a floating-point dtype"):
+                load(directory, **{name: odd})
     with pytest.raises(ValueError, match=r"dtype is torch.float32 and torch_dtype.* is torch.float16; pass one"):
         load(directory, dtype=torch.float32, torch_dtype=torch.float16)
     adapted = load(directory, peft_config=tiny_lora("llama"))
