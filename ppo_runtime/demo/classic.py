@@ -18,8 +18,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, pipeline
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer, set_seed
+from ppo_runtime.arguments import make_writable
 from ppo_runtime.demo.run import load_prompts, sentiment
 from ppo_runtime.inner import import_peft
+from ppo_runtime.loop import closing
+from ppo_runtime.prompts import check_dataset
+from ppo_runtime.room import prompt_room
 
 Scores = Callable[[list[str], list[str]], list[float]]
 
@@ -34,7 +38,7 @@ class ClassicOptions:
     label: str | None = None
     """The classifier's label to raise; its last one if None."""
     prompts: Path | None = None
-    """One prompt a line; the demo's openings of novels if None."""
+    """One prompt a line, blank ones aside; the demo's openings of novels if None."""
     steps: int = 20
     batch_size: int = 16
     mini_batch_size: int = 4
@@ -53,7 +57,7 @@ def run(options: ClassicOptions) -> list[dict[str, Any]]:
     """Train, write metrics.jsonl and step-<n>/ to the output directory, and return the statistics of every step."""
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    queries = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else load_prompts()["train"]
+    queries = _prompts(options.prompts) if options.prompts else load_prompts()["train"]
     dataset = Dataset.from_dict({"query": queries, "input_ids": [tokenizer(query)["input_ids"] for query in queries]})
 
     adapter = None
@@ -79,32 +83,49 @@ def run(options: ClassicOptions) -> list[dict[str, Any]]:
     length_sampler = LengthSampler(shortest, longest + 1)
     sampling: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
+    # Whatever can be known is found out now: a prompt without room beside the longest response, a place to write.
+    room = prompt_room(trainer, {"max_new_tokens": longest})
+    check_dataset(dataset, vocab_size=trainer.model.config.vocab_size, room=room)
+    make_writable("output", options.output)
+
     history: list[dict[str, Any]] = []
     assert trainer.dataloader is not None
-    while len(history) < options.steps:
-        for batch in trainer.dataloader:
-            query_tensors = [torch.tensor(ids) for ids in batch["input_ids"]]
-            response_tensors = trainer.generate(
-                query_tensors,
-                batch_size=options.batch_size,
-                return_prompt=False,
-                length_sampler=length_sampler,
-                **sampling,
-            )
-            batch["response"] = tokenizer.batch_decode(response_tensors, skip_special_tokens=True)
-            rewards = [torch.tensor(value) for value in score(batch["query"], batch["response"])]
-            stats = trainer.step(query_tensors, response_tensors, rewards)
-            trainer.log_stats(stats, batch, rewards)
-            history.append(stats)
-            step = len(history)
-            if step % options.save_every == 0 or step == options.steps:
-                trainer.save_pretrained(options.output / f"step-{step}")
-            mean = sum(map(float, rewards)) / len(rewards)
-            print(f"step {step}/{options.steps}  score {mean:+.3f}  KL {stats['objective/kl']:.3f}", flush=True)
-            if step == options.steps:
-                break
-    trainer.close()
+    with closing(trainer):
+        while len(history) < options.steps:
+            for batch in trainer.dataloader:
+                query_tensors = [torch.tensor(ids) for ids in batch["input_ids"]]
+                response_tensors = trainer.generate(
+                    query_tensors,
+                    batch_size=options.batch_size,
+                    return_prompt=False,
+                    length_sampler=length_sampler,
+                    **sampling,
+                )
+                batch["response"] = tokenizer.batch_decode(response_tensors, skip_special_tokens=True)
+                rewards = [torch.tensor(value) for value in score(batch["query"], batch["response"])]
+                stats = trainer.step(query_tensors, response_tensors, rewards)
+                trainer.log_stats(stats, batch, rewards)
+                history.append(stats)
+                step = len(history)
+                if step % options.save_every == 0 or step == options.steps:
+                    trainer.save_pretrained(options.output / f"step-{step}")
+                mean = sum(map(float, rewards)) / len(rewards)
+                print(f"step {step}/{options.steps}  score {mean:+.3f}  KL {stats['objective/kl']:.3f}", flush=True)
+                if step == options.steps:
+                    break
     return history
+
+
+def _prompts(path: Path) -> list[str]:
+    """The lines of a file but for blank ones."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}), expected one prompt a line") from error
+    # Not splitlines, which takes a vertical tab and other characters of a prompt for its end.
+    if not (lines := [line for line in text.split("\n") if line.strip()]):
+        raise ValueError(f"{path} holds no prompt, expected one a line")
+    return lines
 
 
 def _scores(options: ClassicOptions) -> Scores:
@@ -114,6 +135,11 @@ def _scores(options: ClassicOptions) -> Scores:
         return lambda _, responses: analyse(responses)
     classifier: Any = pipeline("text-classification", model=str(options.reward_model), device=-1)
     size = _padding_of_its_own(classifier)
+    # A longer text loses its beginning: its end is the response, which is what is scored.
+    classifier.tokenizer.truncation_side = "left"
+    limits = classifier.tokenizer.model_max_length, getattr(classifier.model.config, "max_position_embeddings", None)
+    known = [limit for limit in limits if limit and limit < 10**6]  # a tokenizer without one says 10**30
+    cut = {"truncation": True, "max_length": min(known)} if known else {}
     labels = classifier.model.config.id2label
     label = labels[max(labels)] if options.label is None else options.label
     if label not in labels.values():
@@ -121,7 +147,7 @@ def _scores(options: ClassicOptions) -> Scores:
 
     def score(queries: list[str], responses: list[str]) -> list[float]:
         texts = [query + response for query, response in zip(queries, responses, strict=True)]
-        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=size or len(texts))
+        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=size or len(texts), **cut)
         return [next(entry["score"] for entry in output if entry["label"] == label) for output in outputs]
 
     return score
@@ -152,7 +178,8 @@ def command(
         str | None, typer.Option(help="The classifier's label to raise; its last one if not given.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="One prompt a line; openings of novels without.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="One prompt a line; openings of novels if not given.", exists=True, dir_okay=False),
     ] = None,
     steps: Annotated[int, typer.Option(help="PPO steps.", min=1)] = _default("steps"),
     batch_size: Annotated[int, typer.Option(help="Responses per step.", min=1)] = _default("batch_size"),

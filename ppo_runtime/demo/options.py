@@ -1,7 +1,8 @@
 """What the demo's command line can change, and what a run that goes on takes over from its beginning."""
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,30 @@ DEFAULTS: Mapping[str, Any] = {
 # What may be another from one part of a run to the next: how far it goes, and what computes the same numbers.
 _FREE = ("steps", "accel")
 _FILE = "options.json"
-_KINDS: Mapping[str, Any] = {
-    "model": str | None,
-    "seed": int,
-    "steps": int,
-    "batch_size": int,
-    "new_tokens": int,
-    "learning_rate": float | int | None,
-    "target": float | int,
-    "accel": str,
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max  # which neither NaN nor infinity is
+
+
+# What each option has to be, wherever it comes from.
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: value is None or (isinstance(value, str | Path) and str(value) != ""), "a directory"),
+    "seed": (lambda value: _whole(value, 0), "a whole number from 0"),
+    "steps": (lambda value: _whole(value, 1), "a whole number from 1"),
+    "batch_size": (
+        lambda value: _whole(value, 2) and value % 2 == 0,
+        "an even number from 2: a step has two minibatches",
+    ),
+    "new_tokens": (lambda value: _whole(value, 1), "a whole number from 1"),
+    "learning_rate": (lambda value: value is None or _positive(value), "a finite number above 0"),
+    "target": (_positive, "a finite number above 0"),
+    "accel": (lambda value: isinstance(value, str), "the name of a backend, such as auto"),
 }
 
 
@@ -59,8 +75,12 @@ def settle(given: Mapping[str, Any], *, output: Path, resume: bool) -> DemoOptio
     """The options of a run: those given, else those it was begun with, else the defaults.
 
     Raises:
-        ValueError: the run that goes on was begun with another value than a given one, or its file is damaged.
+        ValueError: an option cannot be; the run that goes on was begun with another value than a given one, or its
+            file is damaged.
     """
+    for name in DEFAULTS:
+        if (value := given.get(name)) is not None and (misfit := _misfit(name, value)):
+            raise ValueError(f"--{name.replace('_', '-')} {misfit}")
     begun = _begun_with(output) if resume else {}
     chosen: dict[str, Any] = {}
     for name, default in DEFAULTS.items():
@@ -75,15 +95,14 @@ def settle(given: Mapping[str, Any], *, output: Path, resume: bool) -> DemoOptio
                 "with that run, or begin another with another --output"
             )
         chosen[name] = earlier if value is None else value
-    if chosen["batch_size"] % 2:
-        raise ValueError(f"--batch-size is {chosen['batch_size']}, expected an even number: a step has two minibatches")
     if chosen["learning_rate"] is None:
         chosen["learning_rate"] = EMBEDDED_LEARNING_RATE if chosen["model"] is None else LEARNING_RATE
     return DemoOptions(output=output, resume=resume, **chosen)
 
 
 def remember(options: DemoOptions) -> None:
-    """Keep a run's options beside it, for :func:`settle`."""
+    """Make a run's directory and keep its options there, for :func:`settle`."""
+    options.output.mkdir(parents=True, exist_ok=True)
     kept = {name: getattr(options, name) for name in DEFAULTS}
     kept["model"] = None if options.model is None else str(options.model.resolve())
     write_whole(options.output / _FILE, json.dumps(kept, indent=2) + "\n")
@@ -95,17 +114,27 @@ def _begun_with(output: Path) -> dict[str, Any]:
         return {}
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
-        fits = isinstance(begun, dict) and all(
-            isinstance(begun.get(name, default), _KINDS[name]) for name, default in DEFAULTS.items()
-        )
     except ValueError:
-        fits = False
-    if not fits:
+        begun = None
+    if not isinstance(begun, dict):
+        misfits = ["expected the options that the run was begun with"]
+    else:
+        found = {name: _misfit(name, begun[name]) for name in DEFAULTS if name in begun}
+        misfits = [f"{name} {misfit}" for name, misfit in found.items() if misfit]
+    if misfits:
         raise ValueError(
-            f"{path} is damaged, expected the options that the run was begun with; remove it and give those options "
-            "again beside --resume"
+            f"{path} is damaged, {misfits[0]}; remove it and give the options that the run was begun with again beside "
+            "--resume"
         )
     return begun
+
+
+def _misfit(name: str, value: Any) -> str:
+    """What is wrong with an option's value; nothing if it can be."""
+    fits, expected = _KINDS[name]
+    return (
+        "" if fits(value) else f"is {str(value) if isinstance(value, Path) else f'{value!r:.60}'}, expected {expected}"
+    )
 
 
 def _same(value: Any, earlier: Any) -> bool:

@@ -6,6 +6,7 @@ KL controller keeps the model close to the prose it was trained on.
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -64,9 +65,13 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     score = sentiment()
     require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
-    output = _prepare(options.output, resume=options.resume)
+    output = options.output
+    _check_output(output, resume=options.resume)
     if options.resume and (report := _finished(options, console)) is not None:
         return report
+    # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     set_seed(options.seed)
     model, tokenizer = load(options.model)
     prompts = load_prompts()
@@ -120,6 +125,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         console=console,
     )
     history = _history(output)
+    if not history and not result.interrupted:
+        raise ValueError(
+            f"{output / 'metrics.jsonl'} has no step, expected those of the run, for its report; put the file back, or "
+            "ask for more steps with --steps"
+        )
     if history:
         plot_curves(history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
     if result.interrupted:
@@ -174,7 +184,8 @@ def load(directory: Path | None) -> tuple[AutoModelForCausalLMWithValueHead, Any
 
 def load_prompts() -> dict[str, list[str]]:
     """Openings of held-out passages by split, "train" and "eval"."""
-    rows = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     return {split: [row["prompt"] for row in rows if row["split"] == split] for split in ("train", "eval")}
 
 
@@ -295,7 +306,8 @@ def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not written yet, or torn: it will be
         return None
-    if done < options.steps or report["steps"] < done:
+    reported = report.get("steps") if isinstance(report, dict) else None
+    if not isinstance(reported, int) or isinstance(reported, bool) or done < options.steps or reported < done:
         return None
     console.print(
         Text(
@@ -306,8 +318,19 @@ def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
     return report
 
 
-def _prepare(output: Path, *, resume: bool) -> Path:
-    """The output directory, made; a second run never mixes with a first one by accident."""
+def _check_output(output: Path, *, resume: bool) -> None:
+    """Refuse an output directory that cannot be written or made; a second run never mixes with a first by accident.
+
+    Nothing is made here, so that a call that is refused later leaves nothing behind.
+    """
+    ground = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not ground.is_dir():
+        raise NotADirectoryError(f"output is {output}, expected a directory: {ground} is a file")
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output is {output}, expected a directory that can be made and written: {ground} cannot "
+            "be written; choose another with --output"
+        )
     resumable = steps_done(output / "checkpoint") is not None
     empty = not output.exists() or not any(output.iterdir())
     if resume and not resumable:
@@ -316,11 +339,6 @@ def _prepare(output: Path, *, resume: bool) -> Path:
     if not resume and not empty:
         onwards = f", or go on with its run: --resume --output {output}" if resumable else ""
         raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it{onwards}")
-    output.mkdir(parents=True, exist_ok=True)
-    # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    return output
 
 
 def _peak_memory_mib() -> float:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -254,7 +256,21 @@ def test_the_version_is_the_same_everywhere(tmp_path: Path) -> None:
 def test_a_refused_start_leaves_nothing_behind(options: list[str], tmp_path: Path) -> None:
     """The same output directory then serves a start with better options."""
     _demo(tmp_path / "run", "--steps", "1", *options, exit_code=2)
-    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", [".", "run", "one/two"])
+def test_a_place_that_cannot_be_written_is_named_first(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load", None)  # it would not come that far
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"output .*{re.escape(str(Path('file') / below))}, expected"):
+        run.run_demo(settle({"accel": "eager"}, output=tmp_path / "file" / below, resume=False), Console())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match="cannot be written"):
+        run.run_demo(settle({"accel": "eager"}, output=tmp_path / "no" / below, resume=False), Console())
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"steps": "x"}', '{"batch_size": nu'])
@@ -262,6 +278,47 @@ def test_damaged_options_are_named(damage: str, tmp_path: Path) -> None:
     (tmp_path / "options.json").write_text(damage)
     with pytest.raises(ValueError, match=r"options\.json is damaged, .* remove it"):
         settle({}, output=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("model", 3), ("model", ""), ("model", []), ("seed", -1), ("seed", True), ("seed", 1.5), ("seed", None)),
+        *(("steps", 0), ("steps", True), ("steps", 2.0), ("steps", None), ("batch_size", 0), ("batch_size", 3)),
+        *(("batch_size", False), ("new_tokens", 0), ("new_tokens", True), ("new_tokens", "6"), ("accel", 3)),
+        *(("learning_rate", v) for v in (True, 0, -1e-4, float("nan"), float("inf"), 10**400, "1e-4")),
+        *(("target", v) for v in (True, 0, -8.0, float("nan"), float("inf"), None, [8.0])),
+        ("accel", None),
+    ],
+)
+def test_options_that_were_edited_are_answered_by_name(name: str, value: Any, tmp_path: Path) -> None:
+    """With a reason, and before anything is loaded; the same on the command line, as far as that takes them."""
+    (tmp_path / "options.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=rf"options\.json is damaged, {name} is .*, expected .*; remove it"):
+        settle({}, output=tmp_path, resume=True)
+    if value is not None and name != "model":
+        with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} is .*, expected "):
+            settle({name: value}, output=tmp_path, resume=False)
+
+
+@pytest.mark.parametrize(
+    "report", ["[]", "{}", "3", '{"steps": "2"}', '{"steps": null}', '{"steps": true}', "", "\xff"]
+)
+def test_a_report_of_another_shape_is_none(report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written anew."""
+    (tmp_path / "report.json").write_bytes(report.encode("latin-1"))
+    monkeypatch.setattr(run, "steps_done", lambda _: 1)
+    assert run._finished(settle({"steps": 1}, output=tmp_path, resume=False), Console()) is None
+
+
+def test_a_finished_run_without_metrics_says_what_is_missing(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    _demo(output, "--steps", "1", "--accel", "eager")
+    (output / "report.json").unlink()
+    (output / "metrics.jsonl").unlink()
+    again = CliRunner().invoke(app, ["demo", "--resume", "--output", str(output)])
+    assert again.exit_code == 2
+    assert "metrics.jsonl has no step, expected those of the run" in _words(again)
 
 
 def test_a_missing_part_shows_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,14 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
 )
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead
 from ppo_runtime.demo import classic
 from ppo_runtime.demo.classic import ClassicOptions
-from tests.runtime.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.runtime.tiny import EOS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 # peft still reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -142,6 +144,74 @@ def test_a_reward_model_without_padding_token_scores_all_the_same(directories: d
     together = score(["ab", "c", ""], ["x", "yzwvu", "q"])
     alone = [score([query], [response])[0] for query, response in (("ab", "x"), ("c", "yzwvu"), ("", "q"))]
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n", "\n \t\n"], ids=repr)
+def test_a_line_is_a_prompt_and_a_blank_one_is_none(between: str, tmp_path: Path) -> None:
+    """Whatever else of Unicode may look like the end of a line."""
+    prompts = ["a\x0bb", "c\u2028d", "e\x85f \x1cg", "  h "]
+    (tmp_path / "prompts.txt").write_bytes(("\ufeff" + between.join(prompts) + between).encode())
+    assert classic._prompts(tmp_path / "prompts.txt") == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "is no text in UTF-8")],
+)
+def test_a_file_without_prompts_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"prompts\.txt {message}"):
+        classic._prompts(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "message"),
+    [
+        (["ab"] * 6 + ["c" * 62], {}, r"dataset\[6\]\['input_ids'\] has 62 tokens, expected at most 59"),
+        (["ab"] * 6, {"response_length": (2, 100)}, r"\['max_new_tokens'\] is 100, expected at most 63"),
+    ],
+)
+def test_what_has_no_room_is_found_before_the_first_step(
+    prompts: list[str], more: dict[str, Any], message: str, directories: dict[str, Path]
+) -> None:
+    directories["prompts.txt"].write_text("\n".join(prompts))
+    with pytest.raises(ValueError, match=message):
+        classic.run(options(directories, **more))
+    assert not directories["output"].exists()
+
+
+def test_an_error_closes_the_trackers(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("mine")
+
+    monkeypatch.setattr(classic, "_scores", lambda _: fail)
+    monkeypatch.setattr(classic.PPOTrainer, "close", lambda _, failed=False: closed.append(failed))
+    with pytest.raises(RuntimeError, match="mine"):
+        classic.run(options(directories))
+    assert closed == [True]
+
+
+def test_a_reward_model_without_a_limit_reads_all(directories: dict[str, Path]) -> None:
+    config = T5Config(**{**tiny_config("t5").to_dict(), "num_labels": 2, "id2label": {0: "NEGATIVE", 1: "POSITIVE"}})
+    T5ForSequenceClassification(config).save_pretrained(directories["reward"])
+    score = classic._scores(options(directories))
+    assert score(["a " * 300], ["answer" + EOS]) != score(["b " * 300], ["answer" + EOS])
+
+
+@pytest.mark.parametrize("known_to", ["the tokenizer", "the model"])
+def test_a_text_too_long_for_the_reward_model_keeps_its_end(known_to: str, directories: dict[str, Path]) -> None:
+    """The response, which is what is scored."""
+    if known_to == "the tokenizer":
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_max_length = 6
+        tokenizer.save_pretrained(directories["reward"])
+    else:
+        config = BertConfig.from_pretrained(directories["reward"], max_position_embeddings=6)
+        BertForSequenceClassification(config).save_pretrained(directories["reward"])
+    score = classic._scores(options(directories))
+    assert score(["a long prompt: "], ["answer"]) == pytest.approx(score([""], ["answer"]))
 
 
 def test_help_and_defaults_from_the_command_line(capsys: Any) -> None:
