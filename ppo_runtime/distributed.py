@@ -1,4 +1,4 @@
-"""Ranks: who we are, and gathers that leave the same bits on every one of them.
+"""The processes that train together, and gathers that leave the same bits on every one of them.
 
 The core gives monoids (:class:`~ppo_core.averages.Average`, :class:`~ppo_core.moments.Moments`); here they are
 gathered in one collective and folded locally in rank order. Every function is a collective: all ranks must call it,
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import reduce
 from hashlib import sha256
 from itertools import chain
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import attrs
 import torch
@@ -42,13 +42,18 @@ class Maximum(NamedTuple):
     value: Float[Tensor, ""]
 
 
-class Minimum(NamedTuple):
-    """A smallest value. The neutral element is ``Minimum(inf)``."""
+Metric = TypeVar("Metric", bound=Average | Maximum | Moments)
+FIELDS = len(Moments._fields)
+"""The most numbers that a metric consists of."""
 
-    value: Float[Tensor, ""]
 
+class Ballot:
+    """What a rank tells the others as it leaves a block of :func:`all_or_none`, and what all of them told."""
 
-Metric = TypeVar("Metric", bound=Average | Maximum | Minimum)
+    def __init__(self, size: int) -> None:
+        self.mine = torch.zeros(size, dtype=torch.float64)
+        self.all = self.mine[None]
+        """[ranks, size], once the block is left."""
 
 
 def world_from_environment() -> World:
@@ -78,73 +83,118 @@ def world_from_environment() -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size())
 
 
-def gather_averages(metrics: Mapping[str, Metric], world: World) -> dict[str, Metric]:
-    """Every metric merged over all ranks, in one collective and in float64.
+def gather_metrics(
+    metrics: Mapping[str, Metric], rows: Mapping[str, Shaped[Tensor, " rows"]], world: World
+) -> tuple[dict[str, Metric], dict[str, Tensor]]:
+    """Every metric merged over all ranks, and of every distribution the entries of all, one rank after another.
+
+    One collective for all metrics, in float64, and one for all distributions, whose sizes go with the metrics.
 
     Args:
-        metrics: scalars, under the same keys on every rank: averages (totals and weights add up), maxima and minima.
-            A rank with nothing to say about one of them gives its neutral element.
+        metrics: scalars, under the same keys on every rank. A rank with nothing to say about one of them gives its
+            neutral element.
+        rows: one-dimensional, under the same keys and of the same dtypes on every rank; how many entries each rank has
+            may differ.
         world: the ranks.
 
     Raises:
-        ValueError: keys or kinds differ between the ranks (raised on all of them), a metric is not a scalar, or there
-            are more than ``CAPACITY``.
+        ValueError: keys, kinds or dtypes differ between the ranks (raised on all of them), a metric is not a scalar, a
+            distribution has not one axis, or there are more than ``CAPACITY`` of them.
     """
-    keys = sorted(metrics)
+    keys, columns = sorted(metrics), sorted(rows)
     kinds = [f"{type(metrics[key]).__name__} {key}" for key in keys]
-    if len(keys) > CAPACITY:
-        raise ValueError(f"metrics has {len(keys)} entries, expected at most {CAPACITY}; raise distributed.CAPACITY")
-    vector = torch.zeros(1 + 2 * CAPACITY, dtype=torch.float64)
+    kinds += [f"{rows[name].dtype} {name}" for name in columns]
+    if len(kinds) > CAPACITY:
+        raise ValueError(f"metrics has {len(kinds)} entries, expected at most {CAPACITY}; raise distributed.CAPACITY")
+    vector = torch.zeros(1 + FIELDS * CAPACITY, dtype=torch.float64)
     vector[0] = _stamp("\n".join(kinds))
-    fields = vector[1:].view(2, CAPACITY)
+    fields = vector[1:].view(FIELDS, CAPACITY)
     for slot, key in enumerate(keys):
         for row, field in enumerate(metrics[key]):
             if field.ndim != 0:
                 raise ValueError(f"metrics[{key!r}] has shape {tuple(field.shape)}, expected a scalar; reduce it first")
             fields[row, slot] = field.detach().cpu()  # not every device has float64
+    payloads: list[Tensor] = []
+    for slot, name in enumerate(columns, len(keys)):
+        if rows[name].ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(rows[name].shape)}, expected one axis; gather {name}.flatten()")
+        payloads.append(_as_bytes(rows[name]))
+        fields[0, slot] = len(payloads[-1])
     table = _gather(vector, world)
     if not (table[:, 0] == table[0, 0]).all():
         raise ValueError(_difference(kinds, world))
-    first, second = (list(columns) for columns in table[:, 1:].view(-1, 2, CAPACITY).unbind(1))
-    merged = {
-        Average: reduce(averages.merge, map(Average, first, second)),
-        Maximum: Maximum(reduce(torch.maximum, first)),
-        Minimum: Minimum(reduce(torch.minimum, first)),
-    }
+    table = table[:, 1:].view(-1, FIELDS, CAPACITY)
+    merged = {key: _merged(metrics[key], table[:, :, slot]) for slot, key in enumerate(keys)}
+    sizes = table[:, 0, len(keys) : len(kinds)].long()
+    return merged, _joined(dict(zip(columns, payloads, strict=True)), rows, sizes, world)
+
+
+def _merged(metric: Metric, parts: Tensor) -> Metric:
+    """One metric of all ranks, [ranks, FIELDS]; moments in their own dtype."""
+    ways: dict[type, Any] = {Average: averages.merge, Moments: moments.merge, Maximum: _larger}
+    found: Any = reduce(ways[type(metric)], (type(metric)(*part[: len(metric)]) for part in parts))
+    if isinstance(metric, Moments):
+        found = Moments(*(field.to(metric.mean.dtype).to(metric.mean.device) for field in found))
+    return found
+
+
+def _larger(a: Maximum, b: Maximum) -> Maximum:
+    return Maximum(torch.maximum(a.value, b.value))
+
+
+def _joined(
+    payloads: Mapping[str, Tensor], rows: Mapping[str, Tensor], sizes: Tensor, world: World
+) -> dict[str, Tensor]:
+    """The distributions of all ranks, gathered as bytes, since gloo knows only some dtypes."""
+    if world.size == 1 or not payloads:
+        return {name: rows[name].detach() for name in payloads}
+    totals = sizes.sum(-1)
+    padded = torch.zeros(max(1, int(totals.max())), dtype=torch.uint8)
+    padded[: totals[world.rank]] = torch.cat(list(payloads.values()))
+    table = _gather(padded, world)
+    parts = [row[:total].split(size) for row, total, size in zip(table, totals, sizes.tolist(), strict=True)]
     return {
-        key: cast(Metric, type(metrics[key])(*(field[slot] for field in merged[type(metrics[key])])))
-        for slot, key in enumerate(keys)
+        name: torch.cat([part[slot].clone().view(rows[name].dtype) for part in parts]).to(rows[name].device)
+        for slot, name in enumerate(payloads)
     }
+
+
+def gather_averages(metrics: Mapping[str, Metric], world: World) -> dict[str, Metric]:
+    """Every metric merged over all ranks, in one collective; see :func:`gather_metrics`."""
+    return gather_metrics(metrics, {}, world)[0]
+
+
+def gather_rows(x: Shaped[Tensor, " rows"], world: World) -> Shaped[Tensor, " all_rows"]:
+    """The entries of all ranks, one rank after another; see :func:`gather_metrics`. Two collectives."""
+    return gather_metrics({}, {"x": x}, world)[1]["x"]
+
+
+def global_moments(x: Tensor, mask: Tensor, world: World) -> Moments:
+    """Moments of the kept entries over all ranks, merged in float64 and returned in the dtype of ``x``."""
+    return merge_moments(moments.masked_moments(x, mask), world)
 
 
 def merge_moments(m: Moments, world: World) -> Moments:
     """Moments over all ranks, merged in float64 and returned in the dtype of ``m``."""
-    if world.size == 1:
+    return folded_moments(m, _gather(packed_moments(m), world))
+
+
+def packed_moments(m: Moments) -> Tensor:
+    """As a vector that can be gathered."""
+    return torch.stack([field.detach().cpu().double() for field in m]).flatten()
+
+
+def folded_moments(m: Moments, parts: Tensor) -> Moments:
+    """The packed moments [ranks, n] of all ranks in one, in the dtype of ``m``, which are this rank's."""
+    if len(parts) == 1:
         return m
-    stacked = torch.stack([field.detach().cpu().double() for field in m])
-    parts = _gather(stacked.flatten(), world).view(world.size, *stacked.shape)
-    return Moments(*(field.to(m.mean) for field in reduce(moments.merge, (Moments(*part) for part in parts))))
-
-
-def gather_rows(x: Shaped[Tensor, " rows"], world: World) -> Shaped[Tensor, " all_rows"]:
-    """The entries of all ranks, one rank after another; how many each has may differ. Two collectives.
-
-    Raises:
-        ValueError: ``x`` is not one-dimensional, or (on all ranks) its dtype differs between them.
-    """
-    if x.ndim != 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected one axis; gather x.flatten()")
-    if world.size == 1:
-        return x.detach()
-    # As bytes, since gloo knows only some dtypes.
-    payload = _as_bytes(x)
-    sizes, dtypes = _gather(torch.tensor([len(payload), _stamp(str(x.dtype))]), world).unbind(1)
-    if not (dtypes == dtypes[0]).all():
-        raise ValueError(f"x has dtype {x.dtype} here and another on some rank, expected one dtype; convert it first")
-    padded = payload.new_zeros(max(1, int(sizes.max())))
-    padded[: len(payload)] = payload
-    rows = [row[:size].clone().view(x.dtype) for row, size in zip(_gather(padded, world), sizes, strict=True)]
-    return torch.cat(rows).to(x.device)
+    parts = parts.view(len(parts), len(m), *m.mean.shape)
+    return Moments(
+        *(
+            field.to(m.mean.dtype).to(m.mean.device)
+            for field in reduce(moments.merge, (Moments(*part) for part in parts))
+        )
+    )
 
 
 def agree_any(flag: bool, world: World) -> bool:
@@ -158,38 +208,58 @@ def agree_largest(number: int, world: World) -> int:
 
 
 @contextmanager
-def all_or_none(world: World) -> Iterator[None]:
+def all_or_none(world: World, *, carries: int = 0) -> Iterator[Ballot]:
     """Work without collectives that every rank must get through: where one fails, all of them raise.
 
     Otherwise the others would wait for it in their next collective.
+
+    Args:
+        world: the ranks.
+        carries: how many numbers every rank has to tell on this occasion, the same on all of them: what the block
+            writes into ``mine`` of the ballot stands in its ``all`` afterwards.
     """
+    ballot = Ballot(carries)
     try:
-        yield
+        yield ballot
     except BaseException:
-        agree_any(True, world)
+        _gather(torch.cat((torch.ones(1).double(), torch.zeros_like(ballot.mine))), world)
         raise
-    if agree_any(False, world):
+    told = _gather(torch.cat((torch.zeros(1).double(), ballot.mine)), world)
+    ballot.all = told[:, 1:]
+    if told[:, 0].any():
         raise RuntimeError("another rank refused what it was given, or failed: see its message. Nothing changed here")
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], votes: Tensor, world: World) -> Tensor:
     """Replace every gradient by its sum over all ranks, in one collective, in float32 or wider.
 
     The sum, not the mean: losses are divided by global weights, so that no result depends on how a batch was split.
     A missing gradient counts as zero if another rank has one, and stays missing if none has.
+
+    Args:
+        parameters: of the model, in the same order on every rank.
+        votes: small whole numbers [n] that are to be added up on the same occasion.
+        world: the ranks.
+
+    Returns:
+        The sums of the votes.
     """
+    if world.size == 1:
+        return votes
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if world.size == 1 or not trainable:
-        return
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in trainable), torch.float32)
     present = torch.tensor([parameter.grad is not None for parameter in trainable])
     gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trainable)
-    flat = torch.cat([present.to(dtype), *(gradient.detach().flatten().to("cpu", dtype) for gradient in gradients)])
+    flat = torch.cat(
+        [votes.to(dtype), present.to(dtype), *(gradient.detach().flatten().to("cpu", dtype) for gradient in gradients)]
+    )
     dist.all_reduce(flat)
-    holders, *sums = flat.split([len(trainable), *(parameter.numel() for parameter in trainable)])
+    sizes = [len(votes), len(trainable), *(parameter.numel() for parameter in trainable)]
+    votes, holders, *sums = flat.split(sizes)
     for parameter, held, total in zip(trainable, holders.tolist(), sums, strict=True):
         if held:
             parameter.grad = total.view_as(parameter).to(parameter, copy=True)
+    return votes
 
 
 def broadcast_parameters(module: nn.Module, world: World) -> None:
@@ -228,6 +298,6 @@ def _difference(kinds: list[str], world: World) -> str:
     common = set.intersection(*map(set, everyone))
     extras = "; ".join(f"rank {rank}: {sorted(set(kinds) - common)}" for rank, kinds in enumerate(everyone))
     return (
-        f"metrics differ between ranks, expected the same keys and kinds on all; beyond what all have, {extras}. "
-        "Give the neutral element where a rank has nothing to say, e.g. Average(0, 0)"
+        f"metrics differ between ranks, expected the same keys, kinds and dtypes on all; beyond what all have, "
+        f"{extras}. Give the neutral element where a rank has nothing to say, e.g. Average(0, 0)"
     )

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.distributed import World
+from ppo_runtime.distributed import World, global_moments
 from ppo_runtime.hub import take_upload, upload
 from ppo_runtime.inner import has_encoder
 from ppo_runtime.model_card import is_ours, write_model_card
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.redact import hide
-from ppo_runtime.statistics import global_moments
 
 logger = logging.getLogger(__name__)
 

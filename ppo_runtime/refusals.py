@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ppo_core.rewards import Rewards
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.estimates import Estimates
 from ppo_runtime.forward import Scored
 
 LARGEST = torch.finfo(torch.float32).max
@@ -22,7 +21,14 @@ _REMEDY = {
 
 
 def refuse_unusable(
-    scored: Scored, aims: Estimates, rewards: Rewards, scores: Tensor, mask: Tensor, config: PPOConfig, *, ranks: int
+    scored: Scored,
+    raw_advantages: Tensor,
+    rewards: Rewards,
+    scores: Tensor,
+    mask: Tensor,
+    config: PPOConfig,
+    *,
+    ranks: int,
 ) -> None:
     """Raise if any number that the update will see, or whose square it will sum, is not finite in float32.
 
@@ -36,7 +42,7 @@ def refuse_unusable(
         ValueError: naming the first token whose log-probability, value or KL estimate is not finite, or else the
             largest score, KL penalty or value.
     """
-    squares = config.ppo_epochs * aims.raw_advantages.square().sum() + rewards.rewards.square().sum()
+    squares = config.ppo_epochs * raw_advantages.square().sum() + rewards.rewards.square().sum()
     squares = squares + scores.square().sum()
     finite = scored.logprobs.isfinite() & scored.ref_logprobs.isfinite() & scored.values.isfinite()
     total, unusable = torch.stack((squares, (mask & ~finite).any().to(squares))).tolist()

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ppo_core.scores import ScoreState, scale_scores, update_score_state
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.distributed import World
-from ppo_runtime.statistics import global_moments
+from ppo_runtime.distributed import World, global_moments
 
 
 class ScoreProcessor:

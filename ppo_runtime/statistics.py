@@ -9,62 +9,53 @@ from torch import Tensor
 
 from ppo_core.averages import Average, average, mean_of
 from ppo_core.moments import Moments, masked_moments, variance
-from ppo_runtime.distributed import Maximum, World, gather_averages, gather_rows, merge_moments
+from ppo_runtime.distributed import Maximum, World, gather_metrics
+from ppo_runtime.experience import Experience
+from ppo_runtime.metrics import METRICS
 from ppo_runtime.update import Outcome
-
-
-class Rollout(NamedTuple):
-    """What was known of a batch before it was trained on."""
-
-    mask: Tensor
-    """[B, T] boolean, True on response tokens that count."""
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    kl: Tensor
-    """[B, T] the penalty's estimate, nats."""
-    scores: Tensor
-    """[B] as they were rewarded."""
-    non_score_rewards: Tensor
-    query_lengths: Tensor
-    response_lengths: Tensor
 
 
 class Parts(NamedTuple):
     """Statistics of one rank, in the forms that can be merged over ranks."""
 
-    averages: dict[str, Average | Maximum]
-    moments: dict[str, tuple[Tensor, Tensor]]
-    """Names with {} for "mean" and for "var" or "std", to entries and which of them count."""
+    metrics: dict[str, Average | Maximum | Moments]
+    """By name; moments by a name with {} for "mean" and for "var" or "std"."""
     distributions: dict[str, Tensor]
 
 
-def global_moments(x: Tensor, mask: Tensor, world: World) -> Moments:
-    """Moments of the kept entries over all ranks."""
-    return merge_moments(masked_moments(x, mask), world)
-
-
 def step_statistics(
-    seen: Rollout,
+    batch: Experience,
     outcome: Outcome,
+    query_lengths: Tensor,
+    response_lengths: Tensor,
     *,
-    values: Tensor,
-    raw_advantages: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
     kl_coef: float,
     learning_rate: float,
     vf_coef: float,
     world: World,
 ) -> dict[str, Any]:
-    """All statistics of :data:`ppo_runtime.metrics.METRICS` but the timings."""
-    mask = seen.mask
-    parts = rollout_parts(seen)
-    parts.averages.update(outcome.averages)
-    parts.averages["ppo/policy/first_minibatch_ratio_deviation"] = Maximum(outcome.first_ratio_deviation)
-    parts.averages["ppo/policy/advantages_mean"] = average(raw_advantages, mask)
-    parts.moments["ppo/returns/{}"] = (returns, mask)
-    parts.moments["ppo/val/{}"] = (values, mask)
-    parts.distributions["ppo/policy/advantages"] = advantages[mask]
+    """All statistics of :data:`ppo_runtime.metrics.METRICS` but the timings; two collectives."""
+    mask = batch.mask
+    parts = rollout_parts(
+        batch.logprobs,
+        batch.ref_logprobs,
+        batch.kl,
+        mask,
+        scores=batch.scores,
+        non_score_rewards=batch.non_score_rewards,
+        query_lengths=query_lengths,
+        response_lengths=response_lengths,
+    )
+    parts.metrics.update(outcome.averages)
+    parts.metrics.update(
+        {
+            "ppo/policy/first_minibatch_ratio_deviation": Maximum(outcome.first_ratio_deviation),
+            "ppo/policy/advantages_mean": average(batch.raw_advantages, mask),
+            "ppo/returns/{}": _moments(batch.returns, mask),
+            "ppo/val/{}": _moments(batch.values, mask),
+        }
+    )
+    parts.distributions["ppo/policy/advantages"] = batch.advantages[mask]
     stats = merged(parts, world)
     stats |= {
         "objective/kl_coef": kl_coef,
@@ -78,48 +69,75 @@ def step_statistics(
     return stats
 
 
-def rollout_parts(seen: Rollout) -> Parts:
-    """The statistics that need no training."""
-    every = torch.ones(len(seen.mask), dtype=torch.bool, device=seen.mask.device)
-    kl_per_sequence = seen.kl.sum(-1)
+def rollout_parts(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    *,
+    scores: Tensor,
+    non_score_rewards: Tensor,
+    query_lengths: Tensor,
+    response_lengths: Tensor,
+) -> Parts:
+    """The statistics that need no training.
+
+    Args:
+        logprobs: [B, T] of the policy before training, 0 where the mask is.
+        ref_logprobs: likewise of the reference.
+        kl: [B, T] the penalty's estimate, nats.
+        mask: [B, T] boolean, True on response tokens that count.
+        scores: [B] as they were rewarded.
+        non_score_rewards: [B, T].
+        query_lengths: [B].
+        response_lengths: [B].
+    """
+    every = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+    kl_per_sequence = kl.sum(-1)
     return Parts(
-        averages={
+        metrics={
             "objective/kl": average(kl_per_sequence, every),
-            "objective/entropy": average(-seen.logprobs.sum(-1), every),
-            "ppo/mean_non_score_reward": average(seen.non_score_rewards, seen.mask),
-        },
-        moments={
-            "ppo/{}_scores": (seen.scores, every),
-            "tokens/queries_len_{}": (seen.query_lengths, every),
-            "tokens/responses_len_{}": (seen.response_lengths, every),
+            "objective/entropy": average(-logprobs.sum(-1), every),
+            "ppo/mean_non_score_reward": average(non_score_rewards, mask),
+            "ppo/{}_scores": _moments(scores, every),
+            "tokens/queries_len_{}": _moments(query_lengths, every),
+            "tokens/responses_len_{}": _moments(response_lengths, every),
         },
         distributions={
             "objective/kl_dist": kl_per_sequence,
-            "objective/logprobs": seen.logprobs[seen.mask],
-            "objective/ref_logprobs": seen.ref_logprobs[seen.mask],
-            "tokens/queries_dist": seen.query_lengths.float(),
-            "tokens/responses_dist": seen.response_lengths.float(),
+            "objective/logprobs": logprobs[mask],
+            "objective/ref_logprobs": ref_logprobs[mask],
+            "tokens/queries_dist": query_lengths.float(),
+            "tokens/responses_dist": response_lengths.float(),
         },
     )
 
 
+def score_statistics(scores: Tensor, world: World) -> dict[str, Any]:
+    """What the user's own scores [B] are, over all ranks, before anything is made of them."""
+    every = torch.ones_like(scores, dtype=torch.bool)
+    return merged(Parts({"env/reward_{}": _moments(scores, every)}, {"env/reward_dist": scores}), world)
+
+
 def merged(parts: Parts, world: World) -> dict[str, Any]:
-    """Floats and numpy arrays: averages in one collective, moments folded, distributions gathered entry by entry."""
-    stats: dict[str, Any] = {
-        name: float(metric.value if isinstance(metric, Maximum) else mean_of(metric))
-        for name, metric in gather_averages(parts.averages, world).items()
-    }
-    for name, (x, kept) in parts.moments.items():
-        moments = global_moments(x.to(kept.device).float(), kept, world)
-        spread = variance(moments, correction=1)
-        stats[name.format("mean")] = float(moments.mean)
-        if name.startswith(("ppo/returns", "ppo/val")):
-            stats[name.format("var")] = float(spread)
+    """Floats and numpy arrays, over all ranks; :data:`METRICS` says whether a spread is a "var" or a "std"."""
+    metrics, distributions = gather_metrics(parts.metrics, parts.distributions, world)
+    stats: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, Moments):
+            spread = variance(metric, correction=1)
+            stats[name.format("mean")] = float(metric.mean)
+            if (var := name.format("var")) in METRICS:
+                stats[var] = float(spread)
+            else:
+                stats[name.format("std")] = float(spread.sqrt())
         else:
-            stats[name.format("std")] = float(spread.sqrt())
-    for name, values in parts.distributions.items():
-        stats[name] = gather_rows(values, world).cpu().numpy()
-    return stats
+            stats[name] = float(metric.value if isinstance(metric, Maximum) else mean_of(metric))
+    return stats | {name: x.cpu().numpy() for name, x in distributions.items()}
+
+
+def _moments(x: Tensor, mask: Tensor) -> Moments:
+    return masked_moments(x.to(mask.device).float(), mask)
 
 
 def var_explained(error: float, returns_variance: float) -> float:

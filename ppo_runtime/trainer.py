@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ppo_core.moments import variance
 from ppo_core.rewards import compute_rewards
 from ppo_core.scores import ScoreState
 from ppo_runtime import assembly, inputs
+from ppo_runtime.advantages import gae_estimator
 from ppo_runtime.compat.accelerator import Familiar
 from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.data import prepare_dataloader
 from ppo_runtime.devices import check_devices
-from ppo_runtime.distributed import all_or_none, broadcast_parameters, gather_rows, world_from_environment
-from ppo_runtime.estimates import estimate
+from ppo_runtime.distributed import all_or_none, broadcast_parameters, world_from_environment
+from ppo_runtime.experience import make_experience
 from ppo_runtime.forward import Rows, lay_out, score_rollout
 from ppo_runtime.generating import Generating
 from ppo_runtime.guards import SkipLog
@@ -42,14 +42,21 @@ from ppo_runtime.optimisers import (
 from ppo_runtime.precision import check_moments, own_precision
 from ppo_runtime.publishing import Publishing
 from ppo_runtime.redact import plain_settings
-from ppo_runtime.refusals import refuse_unusable
 from ppo_runtime.scheduling import advance, no_rate
 from ppo_runtime.scoring import ScoreProcessor
 from ppo_runtime.seeding import mixed, set_seed
-from ppo_runtime.statistics import Rollout, global_moments, scalars, step_statistics
+from ppo_runtime.statistics import scalars, score_statistics, step_statistics
 from ppo_runtime.tables import rollout_table
 from ppo_runtime.tracking import make_trackers
-from ppo_runtime.update import Progress, Targets, gradients_waiting, optimise
+from ppo_runtime.update import (
+    Progress,
+    clipped_objective,
+    gradients_waiting,
+    optimise,
+    plan_updates,
+    same_updates,
+    tokens_per_update,
+)
 
 __all__ = ["PPOTrainer", "set_seed"]
 
@@ -182,8 +189,6 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         already: ``broken_off`` then says so. Minibatches that wait for their update stay as well, unless
         the step was whole or has moved weights.
         """
-        with all_or_none(self.world):
-            self._settle_schedule()
         with own_precision(self.device), self._undone_unless_whole() as progress:
             return self._step(queries, responses, scores, response_masks, progress)
 
@@ -193,20 +198,31 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         started = time.perf_counter()
         times: dict[str, float] = {}
         config, model = self.config, self.model
-        with all_or_none(self.world):
+        with all_or_none(self.world, carries=1) as ballot:
+            self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
             self._warn_of_greedy_responses(responses)
+            plan = plan_updates(len(queries), config, self.shuffle)
+            ballot.mine[0] = sum(map(len, plan))
             with _clock(times, "forward_pass"):
                 scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
-        scores_now = self.scores(raw).to(self.device)
+        same_updates(ballot.all[:, 0].int().tolist())
+        kl_coef, scores_now = self.kl_ctl.value, self.scores(raw).to(self.device)
 
         with _clock(times, "compute_rewards"):
-            rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=self.kl_ctl.value)
+            rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=kl_coef)
         with _clock(times, "compute_advantages"):
-            aims = estimate(rewards.rewards, scored.values, rows.mask, config, self.world)
-            with all_or_none(self.world):
-                refuse_unusable(scored, aims, rewards, scores_now, rows.mask, config, ranks=self.world.size)
+            batch, tokens = make_experience(
+                scored,
+                scores_now,
+                rewards,
+                rows.mask,
+                estimator=gae_estimator,
+                tokens=tokens_per_update(plan, rows.mask),
+                config=config,
+                world=self.world,
+            )
         self._push_if_best(raw)
         learning_rate = first_learning_rate(self.optimizer)
         with _clock(times, "optimize_step"):
@@ -214,30 +230,21 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 model,
                 self.optimizer,
                 rows,
-                Targets(scored.logprobs, scored.values, aims.advantages, aims.returns),
+                batch.targets,
+                plan,
+                tokens,
                 config,
-                generator=self.shuffle,
+                policy_loss=clipped_objective,
                 world=self.world,
                 progress=progress,
             )
         with _clock(times, "calc_stats"):
             stats = step_statistics(
-                Rollout(
-                    mask=rows.mask,
-                    logprobs=scored.logprobs,
-                    ref_logprobs=scored.ref_logprobs,
-                    kl=scored.kl,
-                    scores=scores_now,
-                    non_score_rewards=rewards.non_score_rewards,
-                    query_lengths=torch.tensor([len(query) for query in queries]),
-                    response_lengths=torch.tensor([len(response) for response in responses]),
-                ),
+                batch,
                 outcome,
-                values=scored.values,
-                raw_advantages=aims.raw_advantages,
-                advantages=aims.advantages,
-                returns=aims.returns,
-                kl_coef=self.kl_ctl.value,
+                torch.tensor([len(query) for query in queries]),
+                torch.tensor([len(response) for response in responses]),
+                kl_coef=kl_coef,
                 learning_rate=learning_rate,
                 vf_coef=config.vf_coef,
                 world=self.world,
@@ -280,12 +287,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
         scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
         table = rollout_table(batch, columns_to_log, scores.tolist(), self.tokenizer)
-        moments = global_moments(scores, torch.ones_like(scores, dtype=torch.bool), self.world)
-        stats = dict(stats) | {
-            "env/reward_mean": float(moments.mean),
-            "env/reward_std": float(variance(moments, correction=1).sqrt()),
-            "env/reward_dist": gather_rows(scores, self.world).numpy(),
-        }
+        stats = dict(stats) | score_statistics(scores, self.world)
         if self.world.rank == 0:
             for tracker in self.trackers:
                 tracker.log(self.current_step, scalars(stats), {"game_log": table})

@@ -1,10 +1,10 @@
 """The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import attrs
 import torch
@@ -13,14 +13,34 @@ from torch import Tensor
 from ppo_core.averages import Average, average, mean_of, merge
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.distributed import World, agree_largest, gather_averages, gather_rows, sum_gradients
+from ppo_runtime.distributed import World, gather_averages, sum_gradients
 from ppo_runtime.forward import Evaluation, Rows, evaluate
 from ppo_runtime.guards import Cause, cause_in_losses, clip_gradients
 from ppo_runtime.modes import without_dropout
 
+Plan = list[list[list[Tensor]]]
+"""Row indices: epochs of updates of minibatches."""
+
+
+class PolicyObjective(Protocol):
+    """A policy's loss and its diagnostics over kept tokens; each tensor [B, T], of which ``logprobs`` gets gradient."""
+
+    def __call__(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, config: PPOConfig
+    ) -> PolicyLoss:
+        """Of one minibatch."""
+        ...
+
+
+def clipped_objective(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, config: PPOConfig
+) -> PolicyLoss:
+    """PPO's own: the ratio is clipped to the configuration's ``cliprange``."""
+    return clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=config.cliprange)
+
 
 class Targets(NamedTuple):
-    """What the update is held against, each [B, T] and without gradient."""
+    """What the update trains towards, each [B, T] and without gradient."""
 
     old_logprobs: Tensor
     old_values: Tensor
@@ -84,13 +104,15 @@ def optimise(
     optimizer: torch.optim.Optimizer,
     rows: Rows,
     targets: Targets,
+    plan: Plan,
+    tokens: Tensor,
     config: PPOConfig,
     *,
-    generator: torch.Generator,
+    policy_loss: PolicyObjective,
     world: World,
     progress: Progress,
 ) -> Outcome:
-    """Train on one batch.
+    """Train on one batch, by a plan, of whose updates ``tokens`` are the kept ones over all ranks.
 
     Every update divides by the number of tokens in its *whole* backward batch, over minibatches and ranks, so that
     the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
@@ -98,8 +120,7 @@ def optimise(
     early sees it. No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved.
     After a step on a CPU there are zeros in its place, as the reference leaves them; a GPU has better use for the room.
     """
-    plan = list(_plan(len(rows.mask), config, generator))
-    weights = _tokens_per_update(plan, rows.mask, world)
+    weights = tokens.view(len(plan), -1).tolist()
     averages: dict[str, Average] = {}
     deviation = torch.zeros((), device=rows.mask.device)
     skipped: Counter[Cause] = Counter()
@@ -114,7 +135,7 @@ def optimise(
                 optimizer.zero_grad(set_to_none=True)  # it may step parameters of the user's beside the model's
                 update_averages: dict[str, Average] = {}
                 for index in update:
-                    losses = minibatch_losses(model, rows.select(index), targets, index, config)
+                    losses = minibatch_losses(model, rows.select(index), targets, index, config, policy_loss)
                     total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
                     if weight:
                         (total / weight).backward()
@@ -150,16 +171,25 @@ def gradients_waiting(model: Any, optimizer: torch.optim.Optimizer) -> list[tupl
     return [(p, p.grad) for p in parameters if p.grad is not None and bool(p.grad.any())]
 
 
-def minibatch_losses(model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig) -> Losses:
+def minibatch_losses(
+    model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig, policy_loss: PolicyObjective
+) -> Losses:
     """Forward pass and both losses of one minibatch, with gradient."""
-    return losses_of(evaluate(model, part), targets.select(index, part.mask.shape[1]), part.mask, config)
+    now = evaluate(model, part)
+    return losses_of(now, targets.select(index, part.mask.shape[1]), part.mask, config, policy_loss)
 
 
-def losses_of(now: Evaluation, targets: Targets, mask: Tensor, config: PPOConfig) -> Losses:
+def losses_of(
+    now: Evaluation,
+    targets: Targets,
+    mask: Tensor,
+    config: PPOConfig,
+    policy_loss: PolicyObjective = clipped_objective,
+) -> Losses:
     """Both losses of what the model says now, and the diagnostics beside them."""
     assert now.values is not None
     return Losses(
-        clipped_policy_loss(now.logprobs, targets.old_logprobs, targets.advantages, mask, cliprange=config.cliprange),
+        policy_loss(now.logprobs, targets.old_logprobs, targets.advantages, mask, config=config),
         clipped_value_loss(now.values, targets.old_values, targets.returns, mask, cliprange=config.cliprange_value),
         average(now.entropy.detach(), mask),
         average(now.values.detach(), mask),
@@ -190,13 +220,16 @@ def prepare_update(
         loss times 0 would step on stale moments, and inf * 0 is NaN.)
     """
     cause = cause_in_losses(averages, config) if weight else Cause.EMPTY
-    cause = Cause(agree_largest(cause, world))
+    votes = torch.zeros(len(Cause))
+    votes[cause] = 1
+    # With the gradients, which are no good to anybody where a rank has voted against them.
+    cause = Cause(int(sum_gradients(model.parameters(), votes, world).nonzero().max()))
     if cause is not Cause.NONE:
         return Prepared(cause, torch.zeros(()))
-    sum_gradients(model.parameters(), world)
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # The same bits on every rank, and so the same verdict.
     norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
-    return Prepared(Cause(agree_largest(cause, world)), norm)
+    return Prepared(cause, norm)
 
 
 @contextmanager
@@ -207,26 +240,31 @@ def _gradients_cleared(model: Any) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def _plan(batch: int, config: PPOConfig, generator: torch.Generator) -> Iterator[list[list[Tensor]]]:
-    """Row indices: epochs of updates of minibatches, shuffled anew every epoch."""
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(batch, generator=generator)
-        yield [list(update.split(config.mini_batch_size)) for update in order.split(config.backward_batch_size)]
+def plan_updates(batch: int, config: PPOConfig, generator: torch.Generator) -> Plan:
+    """The minibatches of every update of every epoch, shuffled anew for each epoch."""
+    orders = (torch.randperm(batch, generator=generator) for _ in range(config.ppo_epochs))
+    return [
+        [list(update.split(config.mini_batch_size)) for update in order.split(config.backward_batch_size)]
+        for order in orders
+    ]
 
 
-def _tokens_per_update(plan: list[list[list[Tensor]]], mask: Tensor, world: World) -> list[list[float]]:
-    """Kept tokens of every update of every epoch, over all ranks: known in advance, so one collective is enough."""
+def tokens_per_update(plan: Plan, mask: Tensor) -> Tensor:
+    """Kept tokens [updates] of every update of every epoch, on this rank."""
     tokens = mask.sum(-1)
-    local = torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
-    # Their sum would not do: a rank with as many as all have on average would go on, and wait for the others.
-    counts = gather_rows(torch.tensor([len(local)]), world).tolist()
+    return torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
+
+
+def same_updates(counts: Sequence[int]) -> None:
+    """Refuse ranks that have not equally many updates in the step: they would wait for each other.
+
+    Their sum would not do: a rank with as many as all have on average would go on.
+    """
     if len(set(counts)) != 1:
         raise ValueError(
-            f"the ranks have {counts} updates in the step, expected equally many on each; give every rank the same "
-            "number of sequences"
+            f"the ranks have {list(counts)} updates in the step, expected equally many on each; give every rank the "
+            "same number of sequences"
         )
-    totals = gather_rows(local, world).view(world.size, len(plan), -1).sum(0)
-    return totals.tolist()
 
 
 def averages_of(losses: Losses) -> dict[str, Average]:

@@ -18,12 +18,12 @@ from ppo_core.logprobs import token_entropy
 from ppo_core.masking import masked_mean
 from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
+from ppo_runtime.advantages import gae_estimator, globally_whitened
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.distributed import World, gather_averages
-from ppo_runtime.estimates import estimate
 from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, Rows, at_predictors, read_off, row_states
 from ppo_runtime.guards import Cause, SkipLog
 from ppo_runtime.heads import lm_head, logits_at
@@ -32,7 +32,7 @@ from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off, without_dropout
 from ppo_runtime.precision import own_precision
 from ppo_runtime.references import reference_context
-from ppo_runtime.statistics import Rollout, merged, rollout_parts, var_explained
+from ppo_runtime.statistics import merged, rollout_parts, var_explained
 from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 
 _RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"
@@ -162,8 +162,11 @@ class Piecewise:
         """(values, advantages, returns) [B, T], 0 where the mask is; advantages whitened over all ranks."""
         doors.floating("rewards", values=values, rewards=rewards)
         kept = doors.token_mask("mask", mask, "rewards", rewards)
-        found = estimate(rewards, values.detach(), kept, self.config, self.world)
-        return torch.where(kept, values, 0.0), found.advantages, found.returns
+        if self.config.whiten_rewards:
+            rewards = globally_whitened(rewards, kept, self.world, shift_mean=False)
+        found = gae_estimator(rewards, values.detach(), kept, config=self.config)
+        whitened = globally_whitened(found.advantages, kept, self.world, shift_mean=True)
+        return torch.where(kept, values, 0.0), whitened, found.returns
 
     def loss(
         self,
@@ -269,19 +272,18 @@ class Piecewise:
         else:
             kl = KL_ESTIMATORS[self.config.kl_penalty](data["logprobs"], data["ref_logprobs"], mask)
         scores = doors.score_numbers(data["scores"], count=len(mask)).float().to(mask.device)
-        seen = Rollout(
-            mask=mask,
-            logprobs=torch.where(mask, data["logprobs"].detach(), 0.0),
-            ref_logprobs=torch.where(mask, data["ref_logprobs"].detach(), 0.0),
-            kl=kl,
+        parts = rollout_parts(
+            torch.where(mask, data["logprobs"].detach(), 0.0),
+            torch.where(mask, data["ref_logprobs"].detach(), 0.0),
+            kl,
+            mask,
             scores=scores,
             non_score_rewards=data["non_score_reward"],
             query_lengths=torch.tensor([len(query) for query in data["queries"]]),
             response_lengths=torch.tensor([len(response) for response in data["responses"]]),
         )
-        parts = rollout_parts(seen)
         averages, distributions = training_parts(data["train_stats"])
-        parts.averages.update(averages)
+        parts.metrics.update(averages)
         parts.distributions.update(distributions)
         stats = merged(parts, self.world) | {"objective/kl_coef": kl_coef}
         if "ppo/val/error" in stats and "ppo/returns/var" in stats:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ppo_core.averages import Average, mean_of
 from ppo_core.moments import variance
-from ppo_runtime.distributed import World, gather_averages, gather_rows, world_from_environment
-from ppo_runtime.statistics import global_moments
+from ppo_runtime.distributed import World, gather_metrics, global_moments, world_from_environment
 
 TOKENS = "minibatch/tokens"
 """Kept tokens of a minibatch: the weight of its other single numbers."""
@@ -56,14 +55,12 @@ def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
             averages[key] = value
         elif isinstance(value, Tensor) and value.ndim == 0:
             averages[key] = Average(value.detach().cpu().double() * (1.0 if key == TOKENS else weight), weight)
-        else:
+        elif not isinstance(value, Tensor):
             # Nothing to average; here for the comparison of keys.
-            averages[f"{key} ({'distribution' if isinstance(value, Tensor) else 'as it is'})"] = Average(
-                weight.new_zeros(()), weight.new_zeros(())
-            )
-    found = gather_averages(averages, world)
+            averages[f"{key} (as it is)"] = Average(weight.new_zeros(()), weight.new_zeros(()))
+    rows = {key: value.flatten() for key, value in stats.items() if isinstance(value, Tensor) and value.ndim}
+    found, distributions = gather_metrics(averages, rows, world)
     gathered: dict[str, Any] = {}
-    # Sorted, since every distribution is a collective.
     for key, value in sorted(stats.items()):
         if isinstance(value, Average):
             gathered[key] = mean_of(found[key])
@@ -71,7 +68,7 @@ def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
             merged = found[key].total if key == TOKENS else mean_of(found[key])
             gathered[key] = merged.to(value.dtype).to(value.device)
         else:
-            gathered[key] = gather_rows(value.flatten(), world) if isinstance(value, Tensor) else value
+            gathered[key] = distributions.get(key, value)
     return gathered
 
 

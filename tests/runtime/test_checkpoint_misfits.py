@@ -500,8 +500,12 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    for place in (module, distributed):
-        monkeypatch.setattr(place, "agree_any", agree)
+    def gather(vector: torch.Tensor, world: World) -> torch.Tensor:
+        told.append(bool(vector[0]))
+        return vector[None]
+
+    monkeypatch.setattr(module, "agree_any", agree)
+    monkeypatch.setattr(distributed, "_gather", gather)
     monkeypatch.setattr(Path, broken, refuse)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(trainer, tmp_path / "checkpoint")

@@ -18,7 +18,6 @@ from ppo_core.moments import Moments, masked_moments, variance
 from ppo_runtime.distributed import (
     CAPACITY,
     Maximum,
-    Minimum,
     World,
     agree_any,
     broadcast_parameters,
@@ -45,7 +44,7 @@ def share(world: World, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor[rows] for tensor in tensors)
 
 
-def flat_metrics(metrics: dict[str, Average | Maximum | Minimum]) -> list[Tensor]:
+def flat_metrics(metrics: dict[str, Average | Maximum]) -> list[Tensor]:
     return [field for metric in metrics.values() for field in metric]
 
 
@@ -56,7 +55,7 @@ def averages_case(world: World) -> list[Tensor]:
         "reward": average(x, mask),
         "nothing": average(x, torch.zeros_like(mask)),
         "largest": Maximum(x.max()),
-        "smallest": Minimum(x.min()),
+        "spread": masked_moments(x, mask),
     }
     return flat_metrics(gather_averages(metrics, world))
 
@@ -105,7 +104,7 @@ def gradients_case(world: World) -> list[Tensor]:
     if world.rank == world.size - 1:
         loss = loss + model["last"](data()[0][-1] - 1e4).sum()
     loss.backward()
-    sum_gradients(model.parameters(), world)
+    assert sum_gradients(model.parameters(), torch.ones(2), world).tolist() == [world.size, world.size]
     assert all(parameter.grad is None for name in ("none", "frozen") for parameter in model[name].parameters())
     return [parameter.grad for name in ("all", "last") for parameter in model[name].parameters()]
 
@@ -205,8 +204,8 @@ def test_differing_keys_are_named_on_every_rank(ranks: list[dict]) -> None:
 
 
 def test_differing_dtypes_are_refused_on_every_rank(ranks: list[dict]) -> None:
-    assert "x has dtype torch.int64 here and another" in ranks[0]["differing dtypes"]
-    assert "x has dtype torch.float64 here and another" in ranks[1]["differing dtypes"]
+    assert "rank 0: ['torch.int64 x']; rank 1: ['torch.float64 x']" in ranks[0]["differing dtypes"]
+    assert "rank 0: ['torch.int64 x']; rank 1: ['torch.float64 x']" in ranks[1]["differing dtypes"]
 
 
 def test_ranks_stay_in_step_after_an_error(ranks: list[dict]) -> None:
@@ -223,7 +222,7 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_world_of_one_keeps_missing_gradients() -> None:
     model = nn.Linear(2, 2)
-    sum_gradients(model.parameters(), ALONE)
+    sum_gradients(model.parameters(), torch.zeros(0), ALONE)
     assert model.weight.grad is None
 
 

@@ -80,6 +80,31 @@ def guarded() -> dict[str, Any]:
     return result | {"skipped": stats["ppo/policy/skipped_updates"], "said": said}
 
 
+def collectives() -> dict[str, int]:
+    """How often the ranks meet in a step of two epochs, one update each."""
+    trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3, ppo_epochs=2)
+    names = [name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "scatter", "reduce"))]
+    found = {name: getattr(dist, name) for name in [*names, "barrier"] if callable(getattr(dist, name))}
+    calls = dict.fromkeys(found, 0)
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return found[name](*args, **options)
+
+        return call
+
+    rank = trainer.world.rank
+    for name in found:
+        setattr(dist, name, counting(name))
+    try:
+        trainer.step(*(part[3 * rank : 3 * rank + 3] for part in trainers.make_batch()))
+    finally:
+        for name, function in found.items():
+            setattr(dist, name, function)
+    return {name: count for name, count in calls.items() if count}
+
+
 def be_one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     straight = test_checkpoint.make_trainer()
@@ -90,6 +115,7 @@ def be_one_rank(folder: Path) -> None:
         "interrupted": interrupted(folder),
         "sampled": sampled(),
         "guarded": guarded(),
+        "collectives": collectives(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -128,6 +154,11 @@ def test_what_one_rank_cannot_take_all_ranks_leave_out_or_refuse(ranks: list[dic
     assert "scores[0] is nan" in second["said"][1]
     assert all("another rank refused" in said for said in first["said"])
     assert len(first["said"]) == len(second["said"]) == 2
+
+
+def test_ranks_meet_four_times_in_a_step_and_once_in_an_update(ranks: list[dict[str, Any]]) -> None:
+    """To agree that all may begin, on the advantages' moments, and twice for the statistics; gradients are summed."""
+    assert [rank["collectives"] for rank in ranks] == [{"all_gather": 4, "all_reduce": 2}] * 2
 
 
 def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:
