@@ -133,7 +133,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
         check_optimizer(self.optimizer, model)
         say_what_stays(self.optimizer, model)
-        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(self.config, self.world)
         self.best_score = None

@@ -369,7 +369,7 @@ def waiting(trainer: PPOTrainer) -> list[Any]:
 
 def refused_step(trainer: PPOTrainer, tmp_path: Path) -> None:
     queries, responses, scores = make_batch()
-    trainer.step(queries, responses, [*scores[:-1], NAN])
+    trainer.step(queries, responses, [*scores[:-1], torch.tensor(NAN)])
 
 
 def step_broken_off(place: str) -> Callable[[PPOTrainer, Path], None]:
