@@ -22,6 +22,10 @@ class Drawn:
             if len(self._sampled) > _MOST:
                 del self._sampled[next(iter(self._sampled))]
 
+    def returned(self, response: Tensor) -> bool:
+        """Whether it is one of those rows."""
+        return _content(response) in self._sampled
+
     def greedy(self, responses: Iterable[Tensor]) -> bool:
         """Whether all of these were returned, and one of them at least by greedy decoding alone."""
         found = [self._sampled.get(_content(response)) for response in responses]

@@ -263,6 +263,24 @@ class Generating:
                 "the policy's distribution: pass do_sample=True for responses that are trained on",
             )
 
+    def _without_start_token(
+        self, responses: list[Tensor], masks: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """An encoder-decoder's responses without the decoder's start token, and their masks likewise."""
+        if not has_encoder(self.model):
+            return responses, masks
+        start = decoder_start(self.model)
+        started, guessed = inputs.started_rows(responses, start, self._drawn.returned)
+        if guessed:
+            self._say_once(
+                "start_token",
+                "the responses begin with the decoder's start token %d, which a model's own generate puts there, and "
+                "so are trained on without it: trainer.generate returns them without it. If the policy drew these "
+                "tokens itself, put another one in front of each",
+                start,
+            )
+        return inputs.without_first_where(started, responses, masks)
+
     def _say_once(self, topic: str, message: str, *values: Any) -> None:
         if topic not in self._said:
             logger.warning(message, *values)

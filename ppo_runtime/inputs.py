@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,14 +183,37 @@ def fits_static_padding(lengths: Iterable[int], width: int, *, setting: str, wha
             )
 
 
-def without_start_token(
-    responses: list[Tensor], masks: list[Tensor] | None, start: int | None
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """An encoder-decoder's responses without the decoder's start token, and their masks likewise.
+def started_rows(
+    responses: Sequence[Tensor], start: int | None, returned: Callable[[Tensor], bool]
+) -> tuple[list[bool], bool]:
+    """Which of an encoder-decoder's responses have the decoder's start token in front, and whether that is a guess.
 
-    A model's own ``generate`` puts that token in front of every response; it is no choice of the policy. Taken off
-    only if *every* response of the batch begins with it and goes on, so that one which was sampled is kept.
+    A model's own ``generate`` puts that token there; it is no choice of the policy. The trainer's does not, so that a
+    response which it ``returned`` has none, whatever it begins with, and has one if it did so without its first token.
+    Of the others the start token is taken for one that was put there only if *all* of them begin with it
+    and go on, so that one which was sampled is kept.
     """
-    if start is None or not all(len(response) > 1 and int(response[0]) == start for response in responses):
-        return responses, masks
-    return [response[1:] for response in responses], None if masks is None else [mask[1:] for mask in masks]
+    led = [start is not None and len(response) > 1 and int(response[0]) == start for response in responses]
+    if not any(led):
+        return led, False
+    unknown: list[int] = []
+    for index, response in enumerate(responses):
+        if returned(response):
+            led[index] = False
+        elif not (led[index] and returned(response[1:])):
+            unknown.append(index)
+    guessed = bool(unknown) and all(led[index] for index in unknown)
+    if not guessed:
+        for index in unknown:
+            led[index] = False
+    return led, guessed
+
+
+def without_first_where(
+    started: Sequence[bool], responses: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Responses, and their masks likewise, without the first token of those that have a start token in front."""
+    rows = [response[1:] if cut else response for response, cut in zip(responses, started, strict=True)]
+    if masks is None:
+        return rows, None
+    return rows, [mask[1:] if cut else mask for mask, cut in zip(masks, started, strict=True)]

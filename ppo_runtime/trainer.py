@@ -390,7 +390,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         inputs.batch_count(len(queries), batch_size=self.config.batch_size, drop_last=self.config.drop_last)
         scores = inputs.score_vector(scores, count=len(queries))
         masks = inputs.mask_rows(response_masks, responses)
-        responses, masks = inputs.without_start_token(responses, masks, self._start_token)
+        responses, masks = self._without_start_token(responses, masks)
         lengths = [len(query) for query in queries], [len(response) for response in responses]
         Context.of(self.model).check(*lengths, names=("queries", "responses"), response="response")
         return queries, responses, scores, masks

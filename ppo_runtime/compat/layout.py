@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_runtime.forward import Rows
-from ppo_runtime.inputs import without_start_token
+from ppo_runtime.inputs import without_first_where
 
 
 def model_inputs_of(rows: Rows, start: int | None) -> dict[str, Tensor]:
@@ -36,11 +36,13 @@ def rows_of(
     Raises:
         ValueError: ``model_inputs`` holds more or fewer tokens than prompt and response have.
     """
-    responses, masks = without_start_token(
-        list(responses), None if response_masks is None else list(response_masks), start
-    )
     text, real = ("input_ids", "attention_mask") if start is None else ("decoder_input_ids", "decoder_attention_mask")
     tokens, attention = model_inputs[text], model_inputs[real]
+    started = [
+        start is not None and _holds_without_first(tokens[row][attention[row] != 0], response, start)
+        for row, response in enumerate(responses)
+    ]
+    responses, masks = without_first_where(started, responses, response_masks)
     kept = torch.zeros(tokens.shape[0], tokens.shape[1], dtype=torch.bool)
     for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
         before = len(query) if start is None else 1
@@ -63,3 +65,8 @@ def rows_of(
         kept[:, 1:],
         static=True,
     )
+
+
+def _holds_without_first(read: Tensor, response: Tensor, start: int) -> bool:
+    """Whether what a decoder reads is the response itself, whose first token is then the decoder's start token."""
+    return len(read) == len(response) and int(response[0]) == start and bool((read == response.to(read.device)).all())

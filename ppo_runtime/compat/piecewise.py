@@ -27,7 +27,6 @@ from ppo_runtime.distributed import World, gather_averages
 from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, Rows, at_predictors, read_off, row_states
 from ppo_runtime.guards import Cause, SkipLog
 from ppo_runtime.heads import lm_head, logits_at
-from ppo_runtime.inputs import without_start_token
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off, without_dropout
 from ppo_runtime.precision import own_precision
@@ -58,6 +57,11 @@ class Piecewise:
     def _check_step(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> tuple[Any, Any, Any, Any]:
         raise NotImplementedError  # the trainer's
 
+    def _without_start_token(
+        self, responses: list[Tensor], masks: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        raise NotImplementedError  # the trainer's
+
     @property
     def _start_token(self) -> int | None:
         raise NotImplementedError  # the trainer's
@@ -73,7 +77,7 @@ class Piecewise:
         decoder_attention_mask besides. Padding is on the right, or as wide as ``pad_for_acceleration`` has it.
         """
         queries, responses, _ = doors.batch(queries, responses, None, vocab_size=self.model.config.vocab_size)
-        responses, _ = without_start_token(responses, None, self._start_token)
+        responses, _ = self._without_start_token(responses, None)
         rows = self._lay_out(queries, responses, None)
         return model_inputs_of(rows, self._start_token)
 
