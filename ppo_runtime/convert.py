@@ -16,16 +16,17 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -112,6 +113,7 @@ def write_model(reader: GGUFReader, directory: Path) -> None:
     config = build_config(metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     tokenizer = build_tokenizer(metadata)
     weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
+    check_whole({name: weight.shape for name, weight in weights.items()}, config)
 
     specials = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(directory / "config.json", config)
@@ -125,12 +127,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+REQUIRED = (
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+    "llama.block_count",
+    "llama.context_length",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.tokens",
+)
+
+
 def check_supported(metadata: Metadata) -> None:
     """Refuse what this module would get wrong."""
     supported = {
         "general.architecture": ("llama",),
         "llama.expert_count": (0,),
         "llama.rope.scaling.type": ("none",),
+        "llama.rope.scale_linear": (1.0,),
+        "llama.attention.sliding_window": (0,),
         "tokenizer.ggml.model": ("gpt2",),
         "tokenizer.ggml.pre": tuple(PRE_TOKENIZERS),
         "tokenizer.ggml.add_bos_token": (False,),
@@ -140,6 +156,31 @@ def check_supported(metadata: Metadata) -> None:
         if value not in allowed:
             choices = ", ".join(map(repr, allowed))
             raise ValueError(f"unsupported model: {key} is {value!r}, supported: {choices}")
+    if absent := [key for key in REQUIRED if metadata(key) is None]:
+        raise ValueError(f"unsupported model: {', '.join(absent)} not given")
+    heads, width = metadata("llama.attention.head_count"), metadata("llama.embedding_length")
+    for key in ("llama.attention.head_count", "llama.attention.head_count_kv"):
+        if not isinstance(metadata(key, 1), int) or metadata(key, 1) < 1:
+            raise ValueError(f"unsupported model: {key} is {metadata(key)!r}, supported: one number for all layers")
+    size = metadata("llama.attention.key_length", width // heads)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if (value := metadata(key, size)) != size:
+            raise ValueError(f"unsupported model: {key} is {value!r}, supported: {size}, the size of a head")
+
+
+def check_whole(shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]) -> None:
+    """Refuse weights of which transformers would make up some, or could not load some.
+
+    Raises:
+        ValueError: naming the first that is missing, too many, or of another shape than the configuration's.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if shapes.get(name) != expected.get(name):
+            found, wanted = shapes.get(name, "missing"), expected.get(name, "no such weight")
+            raise ValueError(f"unsupported model: {name} is {found}, expected by its own settings: {wanted}")
 
 
 def build_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:

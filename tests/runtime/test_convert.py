@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -64,9 +67,11 @@ def write_gguf(
     pre: str = "smollm",
     quantised: bool = False,
     extra: bool = False,
+    left_out: str = "",
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write the model as llama.cpp would; with ``quantised``, layer 0's value and down projections become Q8_0,
-    and the model given is changed to what those blocks stand for."""
+    and the model given is changed to what those blocks stand for. ``left_out`` is a tensor, ``more`` are settings."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -87,6 +92,11 @@ def write_gguf(
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    for key, value in more.items():
+        writer.kv_data[0].pop(key, None)
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        if value is not None:
+            add[type(value)](key, value)
 
     names = {
         "model.embed_tokens": "token_embd",
@@ -114,6 +124,8 @@ def write_gguf(
             weight = permute(weight, config.num_attention_heads)
         elif "k_proj" in name:
             weight = permute(weight, config.num_key_value_heads)
+        if target == left_out:
+            continue
         if quantised and target in ("blk.0.attn_v.weight", "blk.0.ffn_down.weight"):
             kind = gguf.GGMLQuantizationType.Q8_0
             blocks = gguf.quants.quantize(weight, kind)
@@ -194,6 +206,24 @@ def test_a_full_output_is_refused_and_untouched(tmp_path: Path) -> None:
         ({"architecture": "qwen2"}, "general.architecture is 'qwen2', supported: 'llama'"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm'"),
         ({"extra": True}, "unknown tensor rope_freqs.weight"),
+        ({"left_out": "blk.1.ffn_up.weight"}, r"layers\.1\.mlp\.up_proj\.weight is missing"),
+        ({"left_out": "output_norm.weight"}, r"model\.norm\.weight is missing"),
+        ({"more": {"llama.block_count": 3}}, r"layers\.2\.\S* is missing"),
+        (
+            {"more": {"llama.block_count": 1}},
+            r"layers\.1\.\S* is \(64,\), expected by its own settings: no such weight",
+        ),
+        ({"more": {"llama.feed_forward_length": 95}}, r"down_proj\.weight is \(64, 96\), expected .* \(64, 95\)"),
+        ({"more": {"llama.context_length": None}}, "llama.context_length not given"),
+        ({"more": {"llama.attention.layer_norm_rms_epsilon": None}}, "layer_norm_rms_epsilon not given"),
+        (
+            {"more": {"llama.rope.dimension_count": 8}},
+            "llama.rope.dimension_count is 8, supported: 16, the size of a head",
+        ),
+        ({"more": {"llama.attention.value_length": 8}}, "value_length is 8, supported: 16, the size of a head"),
+        ({"more": {"llama.rope.scale_linear": 2.0}}, r"scale_linear is 2\.0, supported: 1\.0"),
+        ({"more": {"llama.attention.sliding_window": 8}}, "sliding_window is 8, supported: 0"),
+        ({"more": {"llama.attention.head_count_kv": [2, 1]}}, r"head_count_kv is \[2, 1\], supported: one number"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(tmp_path: Path, options: dict, message: str) -> None:
