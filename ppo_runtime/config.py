@@ -1,12 +1,12 @@
 """Every setting of the trainer and the only home of its defaults."""
 
-import dataclasses
 import difflib
 import functools
 import inspect
 import math
 import os
 import sys
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import attrs
 
 from ppo_runtime import former_settings
-from ppo_runtime.dataclass_view import JSONDict, with_dataclass_fields
+from ppo_runtime.dataclass_view import JSONDict, with_attrs_fields, with_dataclass_fields
 from ppo_runtime.redact import without_secrets
 
 KLPenalty = Literal["kl", "abs", "mse", "full"]
@@ -31,6 +31,8 @@ ConfigT = TypeVar("ConfigT", bound="type[PPOConfig]")
 
 LARGE_BATCH = 32
 """From here on a minibatch of one sequence is more likely an oversight than a wish."""
+LARGEST = 2**63
+"""Whole numbers are below it: torch holds no larger ones, and a float none of hundreds of digits."""
 _OF_THE_RUN = "name the run before its trainer is made"
 FIXED = {
     "exp_name": _OF_THE_RUN,
@@ -53,13 +55,13 @@ FIXED = {
 
 
 def _positive_integer(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field.name} is {value!r}, expected an integer of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < LARGEST:
+        raise ValueError(f"{field.name} is {value!r:.60}, expected an integer of at least 1 and below 2**63")
 
 
 def _natural(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{field.name} is {value!r}, expected an integer of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
+        raise ValueError(f"{field.name} is {value!r:.60}, expected an integer of at least 0 and below 2**63")
 
 
 def _number(low: float, high: float, *, low_open: bool, optional: bool = False) -> Validator:
@@ -98,11 +100,17 @@ def _plain(value: ValueT) -> ValueT:
 
 def _options(value: Any, field: "attrs.Attribute[Any]") -> JSONDict:
     try:
+        if not isinstance(value, Mapping | str | None):  # a list of texts with two letters each would pass for pairs
+            raise TypeError
         made: Any = JSONDict
-        return made({} if value is None else value)
+        options = made({} if value is None else value)
     except (TypeError, ValueError):
         # Without the value, and without what has complained about it: it may hold a token.
         raise ValueError(f"{field.name} is a {type(value).__name__}, expected a dictionary, or JSON for one") from None
+    for name in options:
+        if not isinstance(name, str):
+            raise ValueError(f"{field.name} has the key {_without_secrets(name)}, expected names of options")
+    return options
 
 
 def _boolean(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
@@ -169,22 +177,24 @@ def _count(default: int) -> Any:
 _OPTIONS = attrs.Converter(_options, takes_field=True)
 
 
+def _understood(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's settings by their present names; what neither it nor an earlier release takes is refused."""
+    takes = inspect.signature(cls.__init__).parameters
+    settings = former_settings.translated(settings, own=takes, stacklevel=3)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        for name in settings:
+            if name not in takes:
+                raise TypeError(_unknown(cls, name, takes))
+    return settings
+
+
 def _taking_former_names(cls: ConfigT) -> ConfigT:
-    """Let the constructor take what earlier releases of the reference called otherwise, and check what it has made."""
+    """Let the constructor take what earlier releases of the reference called otherwise, from subclasses' as well."""
     generated = cls.__init__
-    takes = inspect.signature(generated).parameters
-    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
 
     @functools.wraps(generated)
     def __init__(self: Any, *values: Any, **settings: Any) -> None:
-        settings = former_settings.translated(settings, stacklevel=2)
-        for name in settings:
-            if name not in takes and not takes_anything:
-                raise TypeError(_unknown(cls, name, takes))
-        generated(self, *values, **settings)
-        if getattr(self, "_standing", None) is None:  # dataclasses has made this constructor, which checks nothing
-            self._check()
-        former_settings.warn_of_norm_alone(vars(self), stacklevel=2)
+        generated(self, *values, **_understood(cls, settings))
 
     cls.__init__ = __init__
     return cls
@@ -202,6 +212,7 @@ def _unknown(cls: type, name: str, known: Iterable[str]) -> str:
 
 
 def _restored(cls: "type[PPOConfig]", values: Mapping[str, Any]) -> "PPOConfig":
+    with_attrs_fields(cls, attrs.fields_dict(PPOConfig))
     made = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(made, name, value)
@@ -209,20 +220,31 @@ def _restored(cls: "type[PPOConfig]", values: Mapping[str, Any]) -> "PPOConfig":
     return made
 
 
-class _Standing:
+class _Checked(ABCMeta):
+    """The kind of PPOConfig and its subclasses: whoever makes their constructors, what comes out of them is checked.
+
+    A constructor may set what it likes, also behind ``super().__init__``; afterwards only what is there is assigned to.
+    """
+
+    if not TYPE_CHECKING:  # which would look at this one's arguments in place of the constructor's
+
+        def __call__(cls, *values: Any, **settings: Any) -> Any:
+            with_attrs_fields(cls, attrs.fields_dict(PPOConfig))
+            made = super().__call__(*values, **_understood(cls, settings))
+            made._check()
+            object.__setattr__(made, "_standing", "free")
+            former_settings.warn_of_norm_alone(made._values(), stacklevel=2)
+            return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class _Standing(metaclass=_Checked):
     # Not among what vars() shows. Absent while it is being made; then "free", or "in use" as a trainer's own.
     __slots__ = ("_standing",)
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        made: Any = cls
-        own = vars(cls)
-        if made is not PPOConfig and "__init__" in own and not hasattr(cls.__init__, "__wrapped__"):
-            # A subclass, as old scripts make them: its decorator has made a constructor, after __init_subclass__.
-            if "__attrs_attrs__" in own or "__dataclass_fields__" in own:
-                _taking_former_names(made)
-            if own.get("__attrs_own_setattr__"):  # it would check a field by itself, and know no trainer
-                made.__setattr__ = PPOConfig.__setattr__
-        return object.__new__(cls)
 
 
 @_taking_former_names
@@ -334,19 +356,35 @@ class PPOConfig(_Standing):
     is_encoder_decoder: bool | None = _setting(None, _one_of((None, True, False)))
     is_peft_model: bool | None = _setting(None, _one_of((None, True, False)))
 
+    @classmethod
+    def __attrs_init_subclass__(cls) -> None:
+        """Called by attrs when it has made a subclass."""
+        if vars(cls).get("__attrs_own_setattr__"):  # it would check a field by itself, and know no trainer
+            del cls.__setattr__
+            setattr(cls, "__attrs_own_setattr__", False)  # noqa: B010  nothing declares it
+        with_dataclass_fields(cls)
+
     def __attrs_post_init__(self) -> None:
         """Check what takes more than one field to check."""
         self._check_together()
-        object.__setattr__(self, "_standing", "free")
+
+    def __post_init__(self) -> None:
+        """Check everything; here for the ``super().__post_init__()`` of dataclasses, as the reference has it."""
+        self._check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign, after every check that the constructor makes; a refused value leaves the old one."""
         standing = getattr(self, "_standing", None)
         if standing is None or name == "_standing":
             return object.__setattr__(self, name, value)
-        for known, changed in former_settings.translated({name: value}, stacklevel=2).items():
-            if known not in _names(type(self)):
-                raise AttributeError(_unknown(type(self), known, _names(type(self))))
+        fields = attrs.fields_dict(type(self))
+        own = {name} & {*fields, *vars(self)}
+        for known, changed in former_settings.translated({name: value}, own=own, stacklevel=2).items():
+            if known not in fields:
+                if not self._has_added(known):
+                    raise AttributeError(_unknown(type(self), known, _names(type(self))))
+                object.__setattr__(self, known, changed)
+                continue
             if standing == "in use" and known in FIXED:
                 raise ValueError(
                     f"{known} was read when the trainer was made, and setting it to {without_secrets(changed)!r} "
@@ -354,26 +392,50 @@ class PPOConfig(_Standing):
                 )
             object.__setattr__(self, known, getattr(self._copy(**{known: changed}), known))
             if known in ("use_score_norm", "use_score_scaling"):
-                former_settings.warn_of_norm_alone(vars(self), stacklevel=2)
+                former_settings.warn_of_norm_alone(self._values(), stacklevel=2)
         return None
+
+    def _has_added(self, name: str) -> bool:
+        """Whether a subclass, its constructor or a mixin has brought an attribute, no field, that can be assigned."""
+        if name in vars(self):
+            return True
+        there = inspect.getattr_static(type(self), name, self)  # itself where there is none
+        if there is self:
+            return name in _names(type(self))
+        return there.fset is not None if isinstance(there, property) else not callable(there)
 
     def _copy(self, **changes: Any) -> "PPOConfig":
         """A checked copy; nothing is said again that was said of this one."""
         copy = object.__new__(type(self))
-        for name, value in (self._values() | changes).items():
+        for name, value in self._values().items():
             object.__setattr__(copy, name, value)
+        for name, value in changes.items():
+            field = attrs.fields_dict(type(self))[name]
+            object.__setattr__(copy, name, attrs.setters.convert(copy, field, value))
         copy._check()
         return copy
 
     def _values(self) -> dict[str, Any]:
-        return vars(self) | {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        fields = (field.name for field in attrs.fields(type(self)))
+        return vars(self) | {name: getattr(self, name) for name in fields if hasattr(self, name)}
 
     def _check(self) -> None:
-        """Convert and check every field, as the constructor of attrs does."""
-        for field in attrs.fields(type(self)):
-            object.__setattr__(self, field.name, attrs.setters.convert(self, field, getattr(self, field.name)))
+        """Convert and check every field.
+
+        Ours by our own rules, also where a subclass has another default, and as often as one likes; a subclass's
+        converters are not run: its constructor has done so.
+        """
+        for field in attrs.fields(PPOConfig):
+            if not hasattr(self, field.name):
+                raise TypeError(
+                    f"{type(self).__name__} was made without {field.name}, expected every setting of PPOConfig; call "
+                    "super().__init__(**settings) in its constructor"
+                )
+            value = attrs.setters.convert(self, field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            attrs.setters.validate(self, field, value)
         attrs.validate(self)
-        PPOConfig.__attrs_post_init__(self)
+        self._check_together()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a pickle is nobody's: whatever this one is, that one can be assigned to."""
@@ -463,5 +525,4 @@ class PPOConfig(_Standing):
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary of every field."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return own | attrs.asdict(self)
+        return attrs.asdict(self)

@@ -1,7 +1,7 @@
 """Settings by the names and values of the reference's releases: accepted, with a warning that says what holds now."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 RENAMED = {"forward_batch_size": "mini_batch_size", "optimize_cuda_cache": "optimize_device_cache"}
@@ -27,17 +27,18 @@ def is_former(name: str) -> bool:
     return name in RENAMED or name in DROPPED
 
 
-def translated(settings: Mapping[str, Any], *, stacklevel: int) -> dict[str, Any]:
+def translated(settings: Mapping[str, Any], *, own: Container[str] = (), stacklevel: int) -> dict[str, Any]:
     """The settings by their present names. A former name whose value asks for nothing (None, False) goes silently.
 
     Args:
         settings: by present or former names.
+        own: names that mean something of a subclass's own, whatever an earlier release meant by them.
         stacklevel: of the warnings, counted from the caller of this function.
 
     Raises:
         ValueError: a setting is given by both its names, with different values.
     """
-    present = {name: value for name, value in settings.items() if not is_former(name)}
+    present = {name: value for name, value in settings.items() if name in own or not is_former(name)}
     for name in settings.keys() - present.keys():
         value = settings[name]
         if name in RENAMED and value is not None:

@@ -103,6 +103,7 @@ def _ranks(config: PPOConfig) -> str:
 def _settings(config: PPOConfig) -> str:
     defaults = {field.name: field.default for field in attrs.fields(PPOConfig)}
     values = config.to_dict()
-    changed = [name for name, value in values.items() if name not in _PRIVATE and value != defaults[name] and value]
+    # A subclass's own settings may be anything, and are not published.
+    changed = [name for name in defaults if name not in _PRIVATE and values[name] != defaults[name] and values[name]]
     rows = [*_ALWAYS, *(name for name in changed if name not in _ALWAYS)]
     return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {name} | {values[name]} |" for name in rows)])
