@@ -27,9 +27,10 @@ def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterat
     An error in between leaves ``directory`` as it was. Other files in it stay, and so does one that ``replaces``, which
     is asked about each new file's place there, refuses.
     """
-    parent = directory.with_name(f".{directory.name}.draft")
-    draft = parent / directory.name
-    shutil.rmtree(parent, ignore_errors=True)
+    # Within it, since beside it may be another disk, where it is a link or the root of one.
+    made, drafts = not directory.exists(), directory / ".draft"
+    draft = drafts / directory.name
+    shutil.rmtree(drafts, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -39,4 +40,6 @@ def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterat
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)
     finally:
-        shutil.rmtree(parent, ignore_errors=True)
+        shutil.rmtree(drafts, ignore_errors=True)
+        if made and not any(directory.iterdir()):
+            directory.rmdir()

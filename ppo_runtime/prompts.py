@@ -16,6 +16,7 @@ from ppo_runtime.room import Room
 
 _TOKENISE = "tokenise the text first: tokenizer(text)['input_ids']"
 _CHUNK = 1000
+_compute: Any = pyarrow.compute  # whose functions are made when it is imported
 
 
 def check_dataset(dataset: Any, *, vocab_size: int, room: Room) -> None:
@@ -120,7 +121,7 @@ def _clear(ids: Any, masks: Any = None, *, vocab_size: int, room: int | None) ->
     flat = [_flat(column) for column in columns]
     if any(values is None for values in flat) or not pa.types.is_integer(ids.type.value_type):
         return False
-    lengths = [pyarrow.compute.list_value_length(column) for column in columns]
+    lengths = [_compute.list_value_length(column) for column in columns]
     if not lengths[0].equals(lengths[-1]):
         return False
     tokens, counts = flat[0], lengths[0].to_numpy()
@@ -140,7 +141,7 @@ def _flat(column: Any) -> Any:
     if not (types.is_list(kind) or types.is_large_list(kind)) or column.null_count:
         return None
     entry = kind.value_type
-    entries = pyarrow.compute.list_flatten(column)
+    entries = _compute.list_flatten(column)
     if not (types.is_integer(entry) or types.is_floating(entry) or types.is_boolean(entry)) or entries.null_count:
         return None
     return entries.to_numpy()

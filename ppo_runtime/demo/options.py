@@ -112,13 +112,15 @@ def _begun_with(output: Path) -> dict[str, Any]:
     path = output / _FILE
     if not path.is_file():
         return {}
+    begun: dict[str, Any] = {}
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        begun = None
-    if not isinstance(begun, dict):
+        read = None
+    if not isinstance(read, dict):
         misfits = ["expected the options that the run was begun with"]
     else:
+        begun = read
         found = {name: _misfit(name, begun[name]) for name in DEFAULTS if name in begun}
         misfits = [f"{name} {misfit}" for name, misfit in found.items() if misfit]
     if misfits:

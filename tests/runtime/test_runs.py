@@ -446,7 +446,40 @@ def test_a_save_that_is_cut_short_leaves_the_files_of_before(
     trainer.save_pretrained = save
     _train(trainer, tmp_path, steps=3)
     assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 3
-    assert not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+    assert not [path.name for path in tmp_path.rglob("*") if path.name[0] == "."]
+
+
+def test_a_first_save_that_is_cut_short_leaves_no_model(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
+    def full(directory: Any) -> None:
+        (Path(directory) / "config.json").write_text("ha")
+        raise OSError("no space left")
+
+    trainer.save_pretrained = full
+    with pytest.raises(OSError, match="no space left"):
+        _train(trainer, tmp_path, steps=1)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_on_another_disk_is_saved_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file crosses from one disk to another, where it could not be moved in one go."""
+    (tmp_path / "disk" / "large").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "disk" / "large")
+    replaced, moved = os.replace, []
+
+    def same_disk(one: Path, other: Path) -> None:
+        disks = {Path(place).resolve().is_relative_to(tmp_path / "disk" / "large") for place in (one, other)}
+        assert len(disks) == 1
+        moved.append(other)
+        replaced(one, other)
+
+    monkeypatch.setattr(os, "replace", same_disk)
+    _train(_trainer(tmp_path), tmp_path / "run", steps=1)
+    assert tmp_path / "run" / "model" / "model.safetensors" in moved
+    assert (tmp_path / "disk" / "large" / "model.safetensors").is_file()
+    assert "# model" in (tmp_path / "disk" / "large" / "README.md").read_text()
 
 
 def test_a_users_files_beside_the_model_stay(tmp_path: Path) -> None:
