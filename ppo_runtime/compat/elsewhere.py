@@ -91,7 +91,11 @@ def _is_importing() -> bool:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name in ("refuse", "__getattr__"):
         frame = frame.f_back
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_FROM"
+    code = frame.f_code.co_code
+    at = frame.f_lasti
+    while code[at] == dis.EXTENDED_ARG:  # Python 3.10 is still at the prefix of an instruction with a large argument
+        at += 2
+    return dis.opname[code[at]] == "IMPORT_FROM"
 
 
 def attributes_of(module: str) -> Callable[[str], Any]:
