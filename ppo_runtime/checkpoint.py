@@ -210,6 +210,20 @@ def check_replaceable(directory: str | Path) -> None:
         )
 
 
+def check_storable(trainer: "PPOTrainer") -> None:
+    """Refuse an optimiser, a scheduler or a state of the trainer's that no checkpoint could hold.
+
+    Raises:
+        TypeError: it is none of what JSON and tensors can express, by its place.
+    """
+    scheduler = trainer.lr_scheduler
+    if scheduler is not None:
+        check_kind_of_scheduler(scheduler)
+        plain(scheduler.state_dict(), "lr_scheduler")
+    plain(trainer.optimizer.state_dict(), "optimizer", {})
+    plain(trainer.state_dict(), "trainer")
+
+
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, each once, by its first name; tied weights share one entry."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

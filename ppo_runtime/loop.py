@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppo_runtime import arguments, inputs
-from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.checkpoint import check_storable, load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.data import collate
 from ppo_runtime.distributed import agree_any
 from ppo_runtime.files import filled_whole, write_whole
@@ -99,6 +99,7 @@ def train(
     _check_data(trainer, options)
     checkpoint = None if output is None else output / arguments.CHECKPOINT
     if output is not None and checkpoint is not None:
+        check_storable(trainer)
         arguments.check_places(output)
         done = steps_done(checkpoint)
         arguments.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,50 @@ def test_an_argument_is_refused_by_name(case: str, home: Path) -> None:
     options, message = ARGUMENTS[case]
     trainer = _trainer(_dataset())
     _refused(lambda: _train(trainer, **options), trainer, message, home)
+
+
+class Unstorable:
+    """A scheduler of the user's own, and what it gives as its state."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def step(self) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever it was made with."""
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self.state = state
+
+
+def _with_scheduler(trainer: Any, scheduler: Any) -> None:
+    trainer.lr_scheduler = scheduler
+
+
+def _with_option(trainer: Any, option: Any) -> None:
+    trainer.optimizer.param_groups[0]["note"] = option
+
+
+UNSTORABLE: dict[str, tuple[Callable[[Any], None], str]] = {
+    "scheduler": (lambda t: _with_scheduler(t, Unstorable(a=[object()])), r"lr_scheduler\.a\.0 is a object, expected"),
+    "scheduler without a state": (lambda t: _with_scheduler(t, SimpleNamespace(step=int)), "without state_dict"),
+    "optimiser": (lambda t: _with_option(t, object()), r"optimizer\.param_groups\.0\.note is a object, expected"),
+    "coefficient": (lambda t: setattr(t.kl_ctl, "value", Decimal("0.2")), "kl_coef is a Decimal, expected"),
+}
+
+
+@pytest.mark.parametrize("case", UNSTORABLE)
+def test_what_no_checkpoint_could_hold_is_refused_before_there_is_one_to_make(case: str, home: Path) -> None:
+    spoil, message = UNSTORABLE[case]
+    trainer = _trainer(_dataset())
+    if case == "coefficient":
+        trainer.kl_ctl = SimpleNamespace(value=0.2, update=lambda *_: None)
+    spoil(trainer)
+    _refused(lambda: _train(trainer, output_dir="o"), trainer, message, home)
 
 
 @pytest.mark.parametrize(
