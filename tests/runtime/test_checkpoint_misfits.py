@@ -22,6 +22,7 @@ from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.distributed import World
 from ppo_runtime.generators import generator_states, restore_generators
 from ppo_runtime.tracking import read_jsonl
+from ppo_runtime.trees import plain, restored
 from tests.runtime.trainers import make_batch, make_trainer
 
 WRITTEN = "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"
@@ -258,7 +259,7 @@ def test_what_has_no_device_here_is_said_and_the_rest_restored(
     load_checkpoint(trainer, path)
     assert trainer.current_step == 1
     assert found == given
-    said = f"random states of {len(stored or [])} CUDA devices, and here are {here}"
+    said = f"random states of {len(stored or [])} CUDA devices, and there are {here} here"
     assert [said in message for message in caplog.messages] == ([True] if len(stored or []) > here else [])
 
 
@@ -279,6 +280,26 @@ def test_the_device_of_the_policy_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(1, dtype=torch.uint8)] * 2)
     assert generator_states(torch.Generator(), torch.device("cuda", 1))["cuda_device"] == 1
     assert generator_states(torch.Generator(), torch.device("cpu"))["cuda_device"] is None
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_device_of_another_kind_goes_on_with_its_own_state(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", lambda state: given.extend(state.tolist()))
+    shuffle = torch.Generator()
+    states = restored(json.loads(json.dumps(plain(generator_states(shuffle, torch.device(kind)), "rank-0"))), {})
+    restore_generators(states, shuffle, torch.device(kind))
+    assert given == [7]
+    assert not caplog.messages
+    restore_generators(states, shuffle, torch.device("cpu"))
+    assert given == [7]
+    assert f"the random state of a {kind} device" in caplog.text
+    of_before = {name: state for name, state in states.items() if name not in ("cuda_device", "device")}
+    restore_generators(of_before, shuffle, torch.device(kind))
+    assert given == [7]
 
 
 def buffered(value: float, *, whose: str, persistent: bool = True, family: str = "llama") -> PPOTrainer:
