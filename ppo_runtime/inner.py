@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -114,7 +115,14 @@ def _config(name: str | os.PathLike[str], **kwargs: Any) -> Any:
     """The configuration stored in a directory or hub repository; an error names both where it is neither."""
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")) and adapters_inside(name):
+            raise ValueError(
+                f"{os.fspath(name)!r} holds no model, but PEFT adapters in {' and '.join(adapters_inside(name))}; load "
+                "one of these"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         if os.path.isdir(name):
             raise
         if isinstance(error.__cause__, HFValidationError):
@@ -123,6 +131,11 @@ def _config(name: str | os.PathLike[str], **kwargs: Any) -> Any:
             f"there is no directory {os.fspath(name)!r} here, and no repository of that name could be loaded from the "
             f"hub; check the path (the working directory is {os.getcwd()}): {error}"
         ) from error
+
+
+def adapters_inside(name: str | os.PathLike[str]) -> list[str]:
+    """The directories in a directory that hold a PEFT adapter: those which are not called "default" are saved so."""
+    return sorted(str(file.parent) for file in Path(name).glob("*/adapter_config.json"))
 
 
 def _with_quantization(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -30,6 +32,8 @@ from ppo_runtime.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, check_h
 
 if TYPE_CHECKING:
     from ppo_runtime.rewards_adapter import RewardAdapter
+
+logger = logging.getLogger(__name__)
 
 WrapperT = TypeVar("WrapperT", bound="PreTrainedModelWrapper")
 
@@ -252,7 +256,20 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs["state_dict"] = inner
         self.pretrained_model.save_pretrained(save_directory, **kwargs)
         if writes:
-            write_head(dict(head), save_directory)
+            for place in (save_directory, *self._adapter_places(save_directory)):
+                write_head(dict(head), place)
+
+    def _adapter_places(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Where peft has written the active adapters that are not called "default": a directory in this one for each.
+
+        Their head belongs beside them: that is where they are loaded from.
+        """
+        active = self.pretrained_model.active_adapters if self.is_peft_model else []
+        places = [Path(directory, name) for name in active if name != "default"]
+        written = [place for place in places if (place / "adapter_config.json").is_file()]
+        if written:
+            logger.info("the policy's adapter lies in %s: load it from there", " and ".join(map(str, written)))
+        return written
 
     def _check_weights(self, given: Mapping[str, Any]) -> None:
         # An adapter's weights alone, whose names peft shortens, will do for it.

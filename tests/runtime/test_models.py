@@ -498,6 +498,23 @@ def test_adapter_and_head_travel_together(tmp_path: Path) -> None:
     assert torch.equal(plain(IDS).logits, outputs(model)[0])
 
 
+@pytest.mark.parametrize("others", [[], ["default"]])
+def test_an_adapter_of_another_name_travels_with_its_head_too(others: list[str], tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    names = [*others, "mine"]
+    adapted: Any = peft.get_peft_model(base, tiny_lora(init_lora_weights=False), adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, tiny_lora(init_lora_weights=False))
+    adapted.set_adapter("mine")
+    model = wrapper("gpt2").from_pretrained(adapted)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(model, wrapper("gpt2").from_pretrained(tmp_path / "saved" / "mine"))
+    if not others:
+        with pytest.raises(ValueError, match=r"holds no model, but PEFT adapters in \S*saved/mine; load one of these"):
+            wrapper("gpt2").from_pretrained(tmp_path / "saved")
+
+
 def test_head_beside_an_adapter_in_the_older_layout(tmp_path: Path) -> None:
     model = trained_adapter(tmp_path)
     model.pretrained_model.save_pretrained(tmp_path / "adapter")
