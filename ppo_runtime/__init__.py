@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         stats_to_np,
         whiten,
     )
+    from ppo_runtime.compat.trainer import PPOTrainer
     from ppo_runtime.config import PPOConfig
     from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
     from ppo_runtime.models import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     )
     from ppo_runtime.references import create_reference_model
     from ppo_runtime.seeding import set_seed
-    from ppo_runtime.trainer import PPOTrainer
+    from ppo_runtime.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -43,8 +44,9 @@ _HOMES = {
     "AutoModelForSeq2SeqLMWithValueHead": "models",
     "FixedKLController": "controllers",
     "PPOConfig": "config",
-    "PPOTrainer": "trainer",
+    "PPOTrainer": "compat.trainer",
     "PreTrainedModelWrapper": "models",
+    "Trainer": "trainer",
     "create_reference_model": "references",
     "set_seed": "seeding",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "Trainer",
     "clip_by_value",
     "convert_to_scalar",
     "create_reference_model",

@@ -40,6 +40,13 @@ def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
         )
 
 
+def check_callables(**functions: Any) -> None:
+    """Refuse what cannot be called, by name."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} is {function!r}, expected a function; see the protocol that its argument names")
+
+
 def check_reference_kind(model: PreTrainedModelWrapper, ref_model: Any | None) -> None:
     """Refuse what gives no log-probabilities to compare with the policy's, by name."""
     if ref_model is None:
@@ -124,7 +131,7 @@ def make_reference(
             f"num_shared_layers is {num_shared_layers} and ref_model is given, which is taken as it is: layers are "
             "shared only with a reference that the trainer makes; leave one of the two out",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None

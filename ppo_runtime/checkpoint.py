@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,10 +36,8 @@ from ppo_runtime.frozen import check_frozen, frozen_buffers, frozen_digest, stor
 from ppo_runtime.generators import generator_states, restore_generators
 from ppo_runtime.optimisers import check_kind_of_scheduler
 from ppo_runtime.redact import plain_settings
+from ppo_runtime.trainer import Trainer
 from ppo_runtime.trees import plain, restored
-
-if TYPE_CHECKING:
-    from ppo_runtime.trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ _INDIFFERENT = frozenset(
 )
 
 
-def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
+def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
     """Write everything needed to go on from here; call it between two steps, on every rank.
 
     Atomic: a checkpoint of this name is complete or not there. One that it replaces is removed only once the new one
@@ -114,7 +111,7 @@ def save_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> Path:
     return made
 
 
-def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
+def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
     """Bring a freshly made trainer to where ``save_checkpoint`` was called.
 
     Make it from the same original model, reference, dataset and kind of optimiser and scheduler; the reference is the
@@ -160,10 +157,9 @@ def load_checkpoint(trainer: "PPOTrainer", directory: str | Path) -> None:
             for name, tensor in _trained(trainer.model).items():
                 tensor.copy_(weights[name])
         trainer.broken_off = None
-        trainer.close()  # whatever is logged next belongs behind the checkpoint's steps
-        # From here on another branch of the run may be made from a copy of the same checkpoint: they are told apart.
-        trainer.metrics_after, trainer.run_name = trainer.current_step, secrets.token_hex(8)
-        trainer.earlier_runs = (*state.get("earlier_runs", ()), state.get("run"))
+        # Whatever is logged next belongs behind the checkpoint's steps. From here on another branch of the run may be
+        # made from a copy of the same checkpoint: they are told apart.
+        trainer.log.go_on(trainer.current_step, (*state.get("earlier_runs", ()), state.get("run")))
         changed = warn_of_differences(
             state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
@@ -210,7 +206,7 @@ def check_replaceable(directory: str | Path) -> None:
         )
 
 
-def check_storable(trainer: "PPOTrainer") -> None:
+def check_storable(trainer: Trainer) -> None:
     """Refuse an optimiser, a scheduler or a state of the trainer's that no checkpoint could hold.
 
     Raises:
@@ -230,7 +226,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return parameters | stored_buffers(model)
 
 
-def _check_worth_keeping(trainer: "PPOTrainer") -> None:
+def _check_worth_keeping(trainer: Trainer) -> None:
     """Refuse what no run could go on from."""
     if trainer.broken_off is not None:
         raise ValueError(
@@ -251,7 +247,7 @@ def _check_worth_keeping(trainer: "PPOTrainer") -> None:
             )
 
 
-def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
+def _write_shared(trainer: Trainer, draft: Path) -> None:
     optimizer_tensors: dict[str, Tensor] = {}
     scheduler = None if trainer.lr_scheduler is None else trainer.lr_scheduler.state_dict()
     state = {
@@ -265,26 +261,26 @@ def _write_shared(trainer: "PPOTrainer", draft: Path) -> None:
         "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
         "trainer": plain(trainer.state_dict(), "trainer"),
-        "run": trainer.run_name,
-        "earlier_runs": trainer.earlier_runs,
+        "run": trainer.log.run_name,
+        "earlier_runs": trainer.log.earlier_runs,
     }
     _write_tensors(draft / _POLICY, _trained(trainer.model))
     _write_tensors(draft / _OPTIMIZER, optimizer_tensors)
     _write_json(draft / _STATE, state)
 
 
-def _rank_state(trainer: "PPOTrainer") -> dict[str, Any]:
+def _rank_state(trainer: Trainer) -> dict[str, Any]:
     return _generators(trainer) | {"prompts": prompt_digest(getattr(trainer.dataloader, "dataset", None))}
 
 
-def _generators(trainer: "PPOTrainer") -> dict[str, Any]:
+def _generators(trainer: Trainer) -> dict[str, Any]:
     """The random generators of this process, and its place in the data."""
     data = _batches(trainer)
     states = generator_states(trainer.shuffle, trainer.device)
     return states | {"data": None if data is None else data.state_dict()}
 
 
-def _restore_generators(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
+def _restore_generators(trainer: Trainer, state: Mapping[str, Any]) -> None:
     data = _batches(trainer)
     if state["data"] is not None and data is not None:
         data.load_state_dict(state["data"])
@@ -292,11 +288,11 @@ def _restore_generators(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None
 
 
 @contextmanager
-def _undone_unless_whole(source: Path, trainer: "PPOTrainer") -> Iterator[None]:
+def _undone_unless_whole(source: Path, trainer: Trainer) -> Iterator[None]:
     """Put back what was taken over, where the rest cannot be. The weights, which always fit, come afterwards."""
     scheduler = trainer.lr_scheduler
     optimizer, own, generators = trainer.optimizer.state_dict(), trainer.state_dict(), _generators(trainer)
-    broken_off, metrics_after = trainer.broken_off, trainer.metrics_after
+    broken_off = trainer.broken_off
     scheduled = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
     try:
         yield
@@ -306,7 +302,7 @@ def _undone_unless_whole(source: Path, trainer: "PPOTrainer") -> Iterator[None]:
             scheduler.load_state_dict(scheduled)
         if trainer.state_dict() != own:
             trainer.load_state_dict(own)
-        trainer.broken_off, trainer.metrics_after = broken_off, metrics_after
+        trainer.broken_off = broken_off
         _restore_generators(trainer, generators)
         if isinstance(error, _MISFITS):
             raise ValueError(
@@ -316,7 +312,7 @@ def _undone_unless_whole(source: Path, trainer: "PPOTrainer") -> Iterator[None]:
         raise
 
 
-def _check_data(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -> None:
+def _check_data(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None:
     """Refuse a place in data of another length; say where the data itself differs, as far as that can be seen."""
     then, data = state["data"], _batches(trainer)
     if then is None or data is None:
@@ -333,13 +329,13 @@ def _check_data(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -
         logger.warning("the run goes on with other prompts than the checkpoint's")
 
 
-def _batches(trainer: "PPOTrainer") -> PromptBatches | None:
+def _batches(trainer: Trainer) -> PromptBatches | None:
     """What knows the place in the data; a dataloader of the user's own does not."""
     batches = getattr(trainer.dataloader, "batch_sampler", None)
     return batches if isinstance(batches, PromptBatches) else None
 
 
-def _configuration(trainer: "PPOTrainer") -> dict[str, Any]:
+def _configuration(trainer: Trainer) -> dict[str, Any]:
     return {name: value for name, value in plain_settings(trainer.config).items() if name not in _INDIFFERENT}
 
 

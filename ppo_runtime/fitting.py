@@ -5,15 +5,13 @@ import logging
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_runtime.redact import without_secrets
-
-if TYPE_CHECKING:
-    from ppo_runtime.trainer import PPOTrainer
+from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +23,7 @@ _KEPT = {
 _KEPT_RATE = "the scheduler and its learning rates are kept from the checkpoint"
 
 
-def optimizer_made_of(trainer: "PPOTrainer") -> dict[str, Any]:
+def optimizer_made_of(trainer: Trainer) -> dict[str, Any]:
     """The optimiser's class, and the names of each group's parameters in their order, to which its state belongs.
 
     Not the groups' options: a later torch adds some, and fills them in where they are missing.
@@ -63,7 +61,7 @@ def check_tensors(source: Path, stored: Mapping[str, Tensor], present: Mapping[s
 
 
 def check_optimizer_state(
-    source: Path, then: Mapping[str, Any] | None, state: Mapping[str, Any], trainer: "PPOTrainer"
+    source: Path, then: Mapping[str, Any] | None, state: Mapping[str, Any], trainer: Trainer
 ) -> None:
     """Refuse the state of another kind of optimiser, or of parameters in another order.
 
@@ -118,11 +116,11 @@ def warn_of_differences(then: Mapping[str, Any], now: Mapping[str, Any], *, sche
     return set(changed)
 
 
-def _groups(trainer: "PPOTrainer") -> list[dict[str, Any]]:
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return trainer.optimizer.param_groups
 
 
-def _check_moments(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer", advice: str) -> None:
+def _check_moments(source: Path, state: Mapping[str, Any], trainer: Trainer, advice: str) -> None:
     """Refuse moments of another shape, where torch's own optimisers say what it must be."""
     if not type(trainer.optimizer).__module__.startswith("torch.optim"):
         return

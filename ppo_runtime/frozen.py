@@ -3,18 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppo_runtime.trainer import Trainer
 from ppo_runtime.value_head import HEAD_PREFIX
 
-if TYPE_CHECKING:
-    from ppo_runtime.trainer import PPOTrainer
 
-
-def frozen_digest(trainer: "PPOTrainer", *, reference_head: bool = False) -> str:
+def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
 
     Without the reference's value head, which nothing reads and which may be drawn anew with every start.
@@ -28,7 +26,7 @@ def frozen_digest(trainer: "PPOTrainer", *, reference_head: bool = False) -> str
     return digest.hexdigest()
 
 
-def frozen_buffers(trainer: "PPOTrainer") -> dict[str, str]:
+def frozen_buffers(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of each buffer of the reference; those of the policy, shared ones too, are in its checkpoint.
 
     Only of those that belong to its state.
@@ -45,7 +43,7 @@ def frozen_buffers(trainer: "PPOTrainer") -> dict[str, str]:
     return digests
 
 
-def check_frozen(source: Path, state: Mapping[str, Any], trainer: "PPOTrainer") -> None:
+def check_frozen(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None:
     """Refuse a checkpoint that was made beside other frozen weights or buffers; ``state`` is what it holds."""
     advice = "make the trainer from the same original model and reference, not from trained weights"
     then = state["frozen"]

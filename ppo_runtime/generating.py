@@ -1,4 +1,4 @@
-"""The part of a trainer that samples responses."""
+"""The owner of what a trainer remembers of its responses; samples them, with settings checked and warned about."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off
 from ppo_runtime.precision import computing
 from ppo_runtime.references import reference_context
-from ppo_runtime.rollout import Plan, generate_responses
+from ppo_runtime.rollout import Engine, Plan
 from ppo_runtime.sampling import NEUTRAL, departures, gaps
 from ppo_runtime.settings import Settings, check_settings
 from ppo_runtime.values import COUNT, token_ids, whole
@@ -28,61 +28,53 @@ from ppo_runtime.values import COUNT, token_ids, whole
 logger = logging.getLogger(__name__)
 
 
-class Generating:
-    """Responses from the policy, and from the reference if wanted."""
+class ResponseGenerator:
+    """Responses from the policy, and from the reference if wanted.
 
-    config: PPOConfig
-    model: PreTrainedModelWrapper
-    ref_model: Any
-    tokenizer: Any
-    pad_token_id: int
-    eos_token_ids: set[int]
-    # Names of settings that were warned about.
-    _said: frozenset[str] = frozenset()
-    _drawn_lately: Drawn | None = None
+    Args:
+        model: the policy.
+        ref_model: the reference, or None where it is the policy without its adapter.
+        tokenizer: for ``stop_strings``.
+        config: for static padding.
+        pad_token_id: what prompts are padded with.
+        eos_token_ids: what ends a response unless a call says otherwise.
+        engine: what turns padded prompts into responses.
+    """
 
-    @property
-    def _drawn(self) -> Drawn:
-        """The policy's responses of the latest calls."""
-        if self._drawn_lately is None:
-            self._drawn_lately = Drawn()
-        return self._drawn_lately
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy lives."""
-        return self.model.device
+    def __init__(
+        self,
+        model: PreTrainedModelWrapper,
+        ref_model: Any,
+        tokenizer: Any,
+        config: PPOConfig,
+        *,
+        pad_token_id: int,
+        eos_token_ids: set[int],
+        engine: Engine,
+    ) -> None:
+        self.model = model
+        self.ref_model = ref_model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.pad_token_id = pad_token_id
+        self.eos_token_ids = eos_token_ids
+        self.engine = engine
+        # The policy's responses of the latest calls.
+        self.drawn = Drawn()
+        # Names of settings that were warned about.
+        self._said: frozenset[str] = frozenset()
 
     def generate(
         self,
-        query_tensor: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
-        length_sampler: Callable[[], int] | None = None,
-        batch_size: int = 4,
-        return_prompt: bool = True,
-        generate_ref_response: bool = False,
-        **generation_kwargs: Any,
+        query_tensor: Any,
+        length_sampler: Callable[[], int] | None,
+        *,
+        batch_size: int,
+        return_prompt: bool,
+        generate_ref_response: bool,
+        generation_kwargs: dict[str, Any],
     ) -> Any:
-        """Sample a response to one query or to each of a list.
-
-        Args:
-            query_tensor: token ids (length,), or a list of such rows; a row is a tensor or a list of ints.
-            length_sampler: gives ``max_new_tokens`` of each generated batch.
-            batch_size: queries generated together.
-            return_prompt: True puts the prompt in front, except with an encoder-decoder.
-            generate_ref_response: also sample from the reference.
-            generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from
-                another distribution than the one PPO trains is warned about. A response ends with the token that
-                ended it, be it an EOS (one outside the vocabulary is never drawn), the end of one of
-                ``stop_strings`` (by the trainer's tokenizer unless you pass one) or what ``stopping_criteria`` say.
-
-        Returns:
-            For a list, a list of 1-d tensors; for one query, a [1, length] tensor. With ``generate_ref_response`` a
-            pair of these, policy first.
-
-        Raises:
-            ValueError: an empty query, ids outside the vocabulary, a prompt that leaves no room in the context, or a
-                setting that is unknown or cannot be, by name; nothing has been generated then.
-        """
+        """Sample a response to one query or to each of a list; see ``Trainer.generate``."""
         vocabulary = self.model.config.vocab_size
         queries, single = inputs.query_rows("query_tensor", query_tensor, vocab_size=vocabulary)
         batch_size = whole("batch_size", batch_size, COUNT)
@@ -110,16 +102,16 @@ class Generating:
         for (model, context), lengths in zip(models, new_tokens, strict=True):
             theirs = Settings(model, generation_kwargs)
             with context, dropout_off(model), computing(model):
-                responses = generate_responses(
+                responses = self.engine(
                     model,
-                    [query.to(self.device) for query in queries],
+                    [query.to(self.model.device) for query in queries],
                     theirs,
                     plan,
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
             if not answers:
-                self._drawn.remember(responses, sampled=bool(settings["do_sample"]))
+                self.drawn.remember(responses, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):
                 responses = [
                     torch.cat((query.to(response.device), response))
@@ -128,7 +120,7 @@ class Generating:
             answers.append(responses[0].unsqueeze(0) if single else responses)
         return tuple(answers) if generate_ref_response else answers[0]
 
-    def check_generation(self, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any) -> None:
+    def check(self, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any) -> None:
         """Refuse the settings that ``generate`` would refuse for any prompt; nothing is drawn."""
         settings = Settings(self.model, self._without_padding_arguments(generation_kwargs))
         check_settings(settings, self.model)
@@ -254,23 +246,23 @@ class Generating:
             )
         self._said |= found.keys()
 
-    def _warn_of_greedy_responses(self, responses: Sequence[Tensor]) -> None:
+    def warn_of_greedy_responses(self, responses: Sequence[Tensor]) -> None:
         """Said when they are trained on: to look at a policy, greedy responses are as good as others."""
-        if self._drawn.greedy(responses):
+        if self.drawn.greedy(responses):
             self._say_once(
                 "do_sample",
                 "the responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
                 "the policy's distribution: pass do_sample=True for responses that are trained on",
             )
 
-    def _without_start_token(
+    def without_start_token(
         self, responses: list[Tensor], masks: list[Tensor] | None
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """An encoder-decoder's responses without the decoder's start token, and their masks likewise."""
         if not has_encoder(self.model):
             return responses, masks
         start = decoder_start(self.model)
-        started, guessed = inputs.started_rows(responses, start, self._drawn.returned)
+        started, guessed = inputs.started_rows(responses, start, self.drawn.returned)
         if guessed:
             self._say_once(
                 "start_token",

@@ -29,7 +29,7 @@ def query_rows(name: str, queries: Any, *, vocab_size: int) -> tuple[list[Tensor
             f"{name} has shape {tuple(rows[0].shape)}, expected one query (length,) or a list of such rows: "
             "pass list(query_tensor) without its padding"
         )
-    return token_rows(name, rows, vocab_size=vocab_size, allow_empty=False), single
+    return token_rows(name, rows, vocab_size=vocab_size), single
 
 
 def _as_tensor(name: str, row: Any) -> Tensor:
@@ -49,7 +49,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Number) and not isinstance(value, bool)
 
 
-def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> list[Tensor]:
+def token_rows(name: str, rows: Any, *, vocab_size: int) -> list[Tensor]:
     """Check a list of 1-d int64 token tensors with ids inside the vocabulary."""
     if isinstance(rows, Tensor) or not isinstance(rows, Sequence) or isinstance(rows, str):
         raise ValueError(f"{name} is a {type(rows).__name__}, expected a list of 1-d token tensors")
@@ -66,8 +66,6 @@ def token_rows(name: str, rows: Any, *, vocab_size: int, allow_empty: bool) -> l
             raise ValueError(f"{where} has dtype {row.dtype}, expected token ids in torch.int64")
         holds_numbers(where, row)
         if row.numel() == 0:
-            if allow_empty:
-                continue
             remedy = (
                 "a policy that stops at once still answers with its EOS: keep that token"
                 if name == "responses"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from rich.console import Console
@@ -23,10 +23,8 @@ from ppo_runtime.model_card import is_ours
 from ppo_runtime.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.redact import plain_settings
 from ppo_runtime.room import prompt_room
-from ppo_runtime.statistics import scalars
-
-if TYPE_CHECKING:
-    from ppo_runtime.trainer import PPOTrainer
+from ppo_runtime.statistics import scalars, score_statistics
+from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class TrainResult:
 
 
 def train(
-    trainer: "PPOTrainer",
+    trainer: Trainer,
     score_fn: ScoreFunction,
     *,
     steps: int | None = None,
@@ -95,7 +93,7 @@ def train(
     for name, wanted in {"resume": resume, "checkpoint_every": every}.items():
         if wanted and output is None:
             raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
-    trainer.check_generation(**options)
+    trainer.response_generator.check(**options)
     _check_data(trainer, options)
     checkpoint = None if output is None else output / arguments.CHECKPOINT
     if output is not None and checkpoint is not None:
@@ -112,7 +110,7 @@ def train(
         )
     elif trainer.world.rank == 0:
         arguments.make_writable("logging_dir", trainer.config.logging_dir)
-        trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+        trainer.log.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
     interrupted, begun = False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.
@@ -146,7 +144,7 @@ def train(
 
 
 @contextmanager
-def closing(trainer: "PPOTrainer") -> Iterator[None]:
+def closing(trainer: Trainer) -> Iterator[None]:
     """Close the trackers whatever happens, and tell them whether it was an error."""
     try:
         yield
@@ -156,7 +154,7 @@ def closing(trainer: "PPOTrainer") -> Iterator[None]:
     trainer.close()
 
 
-def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> None:
+def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
     """Look at the prompts themselves, where no collator of the user's own makes others of them."""
     loader = trainer.dataloader
     if getattr(loader, "collate_fn", None) is not collate:
@@ -169,7 +167,7 @@ def _check_data(trainer: "PPOTrainer", generation_kwargs: dict[str, Any]) -> Non
     )
 
 
-def _resume(trainer: "PPOTrainer", checkpoint: Path, steps: int) -> None:
+def _resume(trainer: Trainer, checkpoint: Path, steps: int) -> None:
     if steps_done(checkpoint) is None:
         logger.warning("there is no checkpoint in %s to resume: the run starts from the beginning", checkpoint)
         return
@@ -178,7 +176,7 @@ def _resume(trainer: "PPOTrainer", checkpoint: Path, steps: int) -> None:
 
 
 def _one_step(
-    trainer: "PPOTrainer",
+    trainer: Trainer,
     score_fn: ScoreFunction,
     batch: Any,
     generation_kwargs: dict[str, Any],
@@ -199,8 +197,9 @@ def _one_step(
     scores = arguments.score_list(score_fn(list(prompts), list(texts)), count=len(texts))
     stats = trainer.step(queries, responses, scores)
     stats["time/loop/step"] = time.perf_counter() - started
+    stats |= score_statistics(inputs.score_vector(scores, count=len(scores)), trainer.world)
     trainer.log_stats(stats, {"query": prompts, "response": texts}, scores)
-    return scalars(stats) | {"env/reward_mean": sum(map(float, scores)) / len(scores)}
+    return scalars(stats)
 
 
 @contextmanager
@@ -261,7 +260,7 @@ def _progress(console: Console, *, disable: bool) -> Progress:
     )
 
 
-def _save(trainer: "PPOTrainer", output_dir: Path, *, steps: int) -> None:
+def _save(trainer: Trainer, output_dir: Path, *, steps: int) -> None:
     model = output_dir / (arguments.BROKEN_OFF if trainer.broken_off else arguments.MODEL)
     if trainer.world.rank == 0:
         with filled_whole(model, replaces=_not_a_users_card) as draft:

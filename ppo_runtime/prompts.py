@@ -37,7 +37,7 @@ def check_dataset(dataset: Any, *, vocab_size: int, room: Room) -> None:
             raise ValueError(f"{where} is {found}, expected a row with 'input_ids'; {_TOKENISE}")
         ids = _prompt(f"{where}['input_ids']", row["input_ids"], row.get("attention_mask"))
         try:
-            inputs.token_rows("prompt", [ids], vocab_size=vocab_size, allow_empty=False)
+            inputs.token_rows("prompt", [ids], vocab_size=vocab_size)
         except ValueError as refusal:
             raise ValueError(str(refusal).replace("prompt[0]", f"{where}['input_ids']")) from refusal
         if room.tokens is not None and len(ids) > room.tokens:
@@ -65,7 +65,7 @@ def batch_prompts(batch: Any, *, vocab_size: int) -> list[Tensor]:
     if len(masks) != len(rows):
         raise ValueError(f"batch['attention_mask'] has {len(masks)} rows, expected {len(rows)} like batch['input_ids']")
     prompts = [_prompt(f"batch['input_ids'][{i}]", row, masks[i]) for i, row in enumerate(rows)]
-    return inputs.token_rows("batch['input_ids']", prompts, vocab_size=vocab_size, allow_empty=False)
+    return inputs.token_rows("batch['input_ids']", prompts, vocab_size=vocab_size)
 
 
 def batch_texts(batch: Mapping[str, Any], prompts: Sequence[Tensor], tokenizer: Any) -> list[str]:

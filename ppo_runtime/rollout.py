@@ -1,7 +1,7 @@
 """Responses from a model: batches of padded prompts in, the tokens that were chosen out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -23,6 +23,22 @@ class Plan:
     """Given for an encoder-decoder only."""
     prompt_width: int = 0
     """The least width of a batch of prompts."""
+
+
+class Engine(Protocol):
+    """Responses from a model: one per query, without the prompt, ending with the token that ended it."""
+
+    def __call__(
+        self,
+        model: Any,
+        queries: Sequence[Tensor],
+        settings: Settings,
+        plan: Plan,
+        new_tokens: Sequence[int | None],
+        ours: dict[str, Any],
+    ) -> list[Tensor]:
+        """See :func:`generate_responses`, which is the default."""
+        ...
 
 
 def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:

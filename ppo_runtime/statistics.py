@@ -14,6 +14,8 @@ from ppo_runtime.experience import Experience
 from ppo_runtime.metrics import METRICS
 from ppo_runtime.update import Outcome
 
+SCORE_MEAN = "env/reward_mean"
+
 
 class Parts(NamedTuple):
     """Statistics of one rank, in the forms that can be merged over ranks."""

@@ -1,35 +1,32 @@
-"""PPOTrainer: the order of the steps, nothing clever."""
+"""Trainer: the order of the steps of one PPO step, and the state that changes from step to step."""
 
 import logging
-import math
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ppo_core.rewards import compute_rewards
 from ppo_core.scores import ScoreState
-from ppo_runtime import assembly, inputs
-from ppo_runtime.advantages import gae_estimator
-from ppo_runtime.compat.accelerator import Familiar
-from ppo_runtime.compat.piecewise import Piecewise
+from ppo_runtime import assembly
+from ppo_runtime.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.context import Context, decoder_start
 from ppo_runtime.data import prepare_dataloader
 from ppo_runtime.devices import check_devices
 from ppo_runtime.distributed import all_or_none, broadcast_parameters, world_from_environment
 from ppo_runtime.experience import make_experience
-from ppo_runtime.forward import Rows, lay_out, score_rollout
-from ppo_runtime.generating import Generating
+from ppo_runtime.forward import Rows, score_rollout
+from ppo_runtime.generating import ResponseGenerator
 from ppo_runtime.guards import SkipLog
+from ppo_runtime.hub import take_upload, upload
 from ppo_runtime.inner import has_encoder
+from ppo_runtime.model_card import is_ours, write_model_card
 from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.optimisers import (
     check_kind_of_scheduler,
@@ -40,15 +37,16 @@ from ppo_runtime.optimisers import (
     say_what_stays,
 )
 from ppo_runtime.precision import check_moments, own_precision
-from ppo_runtime.publishing import Publishing
-from ppo_runtime.redact import plain_settings
+from ppo_runtime.publishing import BestPolicyKeeper
+from ppo_runtime.rollout import Engine, generate_responses
+from ppo_runtime.run_log import RunLog
 from ppo_runtime.scheduling import advance, no_rate
 from ppo_runtime.scoring import ScoreProcessor
 from ppo_runtime.seeding import mixed, set_seed
-from ppo_runtime.statistics import scalars, score_statistics, step_statistics
-from ppo_runtime.tables import rollout_table
-from ppo_runtime.tracking import make_trackers
+from ppo_runtime.statistics import step_statistics
+from ppo_runtime.step_inputs import check_batch, check_lengths, lay_out_batch
 from ppo_runtime.update import (
+    PolicyObjective,
     Progress,
     clipped_objective,
     gradients_waiting,
@@ -58,24 +56,26 @@ from ppo_runtime.update import (
     tokens_per_update,
 )
 
-__all__ = ["PPOTrainer", "set_seed"]
+logger = logging.getLogger(__name__)
+
+DEFAULT_NAME = "PPO model"
 
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
+class Trainer:
     """Proximal Policy Optimization of a language model with a value head.
 
     ``generate`` responses, score them by whatever means, and give all three to ``step``; or hand a score function to
-    ``train``. See :class:`PPOConfig` for the settings.
+    :func:`ppo_runtime.loop.train`. See :class:`PPOConfig` for the settings.
 
     Args:
         config: settings; every default of :class:`PPOConfig` if None.
         model: the policy, a value-head wrapper (``AutoModelForCausalLMWithValueHead.from_pretrained(...)``).
-        ref_model: the frozen model to stay close to: a wrapper or a plain transformers model with the policy's
-            vocabulary. None: a copy of the policy as it is now, or, for a PEFT policy, the policy without adapter.
         tokenizer: needs an EOS or a padding token. Without a padding token EOS pads, which is harmless: masks are
             made from lengths. Without EOS no response ends early.
+        ref_model: the frozen model to stay close to: a wrapper or a plain transformers model with the policy's
+            vocabulary. None: a copy of the policy as it is now, or, for a PEFT policy, the policy without adapter.
         dataset: rows with "input_ids" (and "query" for logs); becomes ``dataloader``.
         optimizer: over the policy's trainable parameters, or some of them, which is said; Adam at ``learning_rate`` if
             None.
@@ -83,6 +83,9 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
         lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped. One that
             is at its end refuses the next ``step``.
+        engine: what turns prompts into responses.
+        advantages: what estimates advantages and returns from rewards and values.
+        policy_loss: what the policy minimises.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -92,14 +95,19 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self,
         config: PPOConfig | None = None,
         model: PreTrainedModelWrapper | None = None,
+        tokenizer: Any = None,
+        *,
         ref_model: Any | None = None,
-        tokenizer: Any | None = None,
         dataset: Any | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any | None = None,
+        engine: Engine = generate_responses,
+        advantages: AdvantageEstimator = gae_estimator,
+        policy_loss: PolicyObjective = clipped_objective,
     ) -> None:
+        assembly.check_callables(engine=engine, advantages=advantages, policy_loss=policy_loss)
         config = PPOConfig() if config is None else config
         assembly.check_kinds(config, model, tokenizer)
         assert model is not None
@@ -136,30 +144,75 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(self.config, self.world)
-        self.best_score = None
+        self.keeper = BestPolicyKeeper(self.config, self.world)
+        self.advantages, self.policy_loss = advantages, policy_loss
+        self.response_generator = ResponseGenerator(
+            model,
+            self.ref_model,
+            tokenizer,
+            self.config,
+            pad_token_id=self.pad_token_id,
+            eos_token_ids=self.eos_token_ids,
+            engine=engine,
+        )
         self.data_collator = data_collator
         self.dataset = dataset
         self.dataloader: DataLoader[Any] | None = (
             None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         )
         self.current_step = 0
-        self.broken_off = None
+        self.broken_off: str | None = None
+        """What broke the last step off while it was moving the weights; None after a whole step."""
         # A scheduler that had no learning rate for the next step.
         self._unscheduled: Any | None = None
         self.shuffle = torch.Generator().manual_seed(config.seed)
-        self._trackers: list[Any] | None = None
         self._say_skipped = SkipLog()
-        # The step after which the run whose metrics lie in the directory goes on; None begins a run.
-        self.metrics_after: float | None = None
-        # The name that this part of the run goes by in them, until a checkpoint is loaded, and its earlier ones.
-        self.run_name = secrets.token_hex(8)
-        self.earlier_runs: tuple[str | None, ...] = ()
+        self.log = RunLog(self.config, self.world, tokenizer, {"acceleration": attrs.asdict(self.acceleration)})
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
     ) -> DataLoader[Any]:
         """A shuffled DataLoader of ``batch_size`` rows over a torch or ``datasets`` dataset."""
         return prepare_dataloader(dataset, data_collator, config=self.config, model=self.model, world=self.world)
+
+    def generate(
+        self,
+        query_tensor: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Sample a response to one query or to each of a list.
+
+        Args:
+            query_tensor: token ids (length,), or a list of such rows; a row is a tensor or a list of ints.
+            length_sampler: gives ``max_new_tokens`` of each generated batch.
+            batch_size: queries generated together.
+            return_prompt: True puts the prompt in front, except with an encoder-decoder.
+            generate_ref_response: also sample from the reference.
+            generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from
+                another distribution than the one PPO trains is warned about. A response ends with the token that
+                ended it, be it an EOS (one outside the vocabulary is never drawn), the end of one of
+                ``stop_strings`` (by the trainer's tokenizer unless you pass one) or what ``stopping_criteria`` say.
+
+        Returns:
+            For a list, a list of 1-d tensors; for one query, a [1, length] tensor. With ``generate_ref_response`` a
+            pair of these, policy first.
+
+        Raises:
+            ValueError: an empty query, ids outside the vocabulary, a prompt that leaves no room in the context, or a
+                setting that is unknown or cannot be, by name; nothing has been generated then.
+        """
+        return self.response_generator.generate(
+            query_tensor,
+            length_sampler,
+            batch_size=batch_size,
+            return_prompt=return_prompt,
+            generate_ref_response=generate_ref_response,
+            generation_kwargs=generation_kwargs,
+        )
 
     def step(
         self,
@@ -202,7 +255,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
             self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
-            self._warn_of_greedy_responses(responses)
+            self.response_generator.warn_of_greedy_responses(responses)
             plan = plan_updates(len(queries), config, self.shuffle)
             ballot.mine[0] = sum(map(len, plan))
             with _clock(times, "forward_pass"):
@@ -218,12 +271,12 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 scores_now,
                 rewards,
                 rows.mask,
-                estimator=gae_estimator,
+                estimator=self.advantages,
                 tokens=tokens_per_update(plan, rows.mask),
                 config=config,
                 world=self.world,
             )
-        self._push_if_best(raw)
+        self.keeper(raw, self.current_step, self.push_to_hub)
         learning_rate = first_learning_rate(self.optimizer)
         with _clock(times, "optimize_step"):
             outcome = optimise(
@@ -234,7 +287,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 plan,
                 tokens,
                 config,
-                policy_loss=clipped_objective,
+                policy_loss=self.policy_loss,
                 world=self.world,
                 progress=progress,
             )
@@ -250,7 +303,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 world=self.world,
             )
         self._update_controller(stats["objective/kl"], len(queries) * self.world.size)
-        if config.optimize_device_cache and self._on_gpu:
+        if config.optimize_device_cache:
             torch.cuda.empty_cache()
         self._say_skipped(outcome.skipped, self.current_step + 1)
         times["total"] = time.perf_counter() - started
@@ -279,31 +332,14 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         Raises:
             ValueError: ``rewards`` is not one finite number per sequence.
         """
-        for name, given in {"stats": stats, "batch": batch}.items():
-            if not isinstance(given, Mapping):
-                raise ValueError(f"{name} is a {type(given).__name__}, expected a dictionary")
-        if isinstance(columns_to_log, str) or not isinstance(columns_to_log, Sequence):
-            raise ValueError(f"columns_to_log is {columns_to_log!r}, expected a list of columns of batch")
-        listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
-        scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
-        table = rollout_table(batch, columns_to_log, scores.tolist(), self.tokenizer)
-        stats = dict(stats) | score_statistics(scores, self.world)
-        if self.world.rank == 0:
-            for tracker in self.trackers:
-                tracker.log(self.current_step, scalars(stats), {"game_log": table})
-
-    def train(self, score_fn: Callable[[list[str], list[str]], Sequence[float]], **options: Any) -> Any:
-        """Prompts -> responses -> scores -> step over ``dataloader``; see :func:`ppo_runtime.loop.train`."""
-        from ppo_runtime.loop import train
-
-        return train(self, score_fn, **options)
+        self.log.write(self.current_step, stats, batch, rewards, columns_to_log)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides weights, optimiser, scheduler and random generators."""
         return {
             "current_step": self.current_step,
             "kl_coef": self.kl_ctl.value,
-            "best_score": self.best_score,
+            "best_score": self.keeper.best_score,
             "scores": self.scores.state_dict(),
             "unscheduled": self._unscheduled is not None and self._unscheduled is self.lr_scheduler,
         }
@@ -313,86 +349,101 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
         self._take_over(state)
         self._drop_accumulated()
 
+    def _drop_accumulated(self) -> None:
+        """Forget gradients that wait for an update."""
+        self.model.zero_grad(set_to_none=True)
+
     def _take_over(self, state: dict[str, Any]) -> None:
         step, coefficient, best = state["current_step"], state["kl_coef"], state["best_score"]
         scores = ScoreState(**state["scores"])
         if self.kl_ctl.value != coefficient:
             self.kl_ctl.value = coefficient  # a user's own controller has no more than this
-        self.current_step, self.best_score, self.scores.state = step, best, scores
+        self.current_step, self.keeper.best_score, self.scores.state = step, best, scores
         self._unscheduled = self.lr_scheduler if state.get("unscheduled") else None  # older checkpoints cannot say
         self.broken_off = None
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
+
+        A README.md that somebody else wrote there is kept. Only rank 0 writes. ``push_to_hub=True`` uploads the same
+        afterwards, to ``repo_id`` or else a repository of the directory's name, with the arguments of ``push_to_hub``.
+        """
+        if self.world.rank != 0:
+            return
+        if (uploading := take_upload(kwargs, save_directory)) is not None:
+            self.save_pretrained(save_directory, **kwargs)
+            self.push_to_hub(**uploading)
+            return
+        card_is_free = is_ours(save_directory)
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        if card_is_free:
+            self.create_model_card(str(save_directory), Path(save_directory).name or DEFAULT_NAME)
+
+    def create_model_card(self, path: str, model_name: str | None = DEFAULT_NAME) -> None:
+        """Write ``path``/README.md: what the model is, how it was trained and how to load it. Needs no network."""
+        if self.world.rank == 0:
+            write_model_card(
+                path,
+                model_name or DEFAULT_NAME,
+                config=self.config,
+                base_model=getattr(self.model.config, "name_or_path", None),
+                is_encoder_decoder=has_encoder(self.model),
+                steps=self.current_step,
+                broken_off=self.broken_off,
+            )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what ``save_pretrained`` writes, from rank 0.
+
+        Args:
+            repo_id: of the repository; made if it does not exist.
+            kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr`` and
+                ``use_temp_dir``.
+
+        Returns:
+            huggingface_hub's commit information; None on other ranks.
+        """
+        if self.world.rank != 0:
+            return None
+        message = kwargs.pop("commit_message", f"Policy after {self.current_step} PPO steps")
+        return upload(self.save_pretrained, repo_id, commit_message=message, **kwargs)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends.
 
         ``failed`` is for a run that an error has ended, which Weights & Biases then shows.
         """
-        trackers, self._trackers = self._trackers or [], None
-        with ExitStack() as all_of_them:
-            for tracker in trackers:
-                self.metrics_after = math.inf
-                all_of_them.callback(tracker.close, failed=failed)
+        self.log.close(failed=failed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy lives."""
+        return self.model.device
+
+    @property
+    def best_score(self) -> float | None:
+        """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
+        return self.keeper.best_score
 
     @property
     def trackers(self) -> list[Any]:
-        """Opened at the first use, so that a trainer that never logs leaves no file."""
-        if self._trackers is None:
-            self._trackers = make_trackers(
-                self.config.log_with,
-                self.config.logging_dir,
-                self.config.tracker_kwargs,
-                self.config.tracker_project_name,
-                plain_settings(self.config) | {"acceleration": attrs.asdict(self.acceleration)},
-                goes_on_after=self.metrics_after,
-                run=self.run_name,
-                earlier=self.earlier_runs,
-            )
-        return self._trackers
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def _start_token(self) -> int | None:
-        return decoder_start(self.model) if has_encoder(self.model) else None
+        """Those of the run, opened at the first use."""
+        return self.log.trackers
 
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
-        """The batch as the model reads it; as wide as the static padding asks for."""
-        config, encoder_decoder = self.config, has_encoder(self.model)
-        input_width = response_width = 0
-        if config.pad_for_acceleration and encoder_decoder:
-            input_width, response_width = config.pad_max_input_len, config.pad_max_len
-            inputs.fits_static_padding(map(len, queries), input_width, setting="pad_max_input_len", what="the prompt")
-            inputs.fits_static_padding(map(len, responses), response_width, setting="pad_max_len", what="the response")
-        elif config.pad_for_acceleration:
-            input_width = config.pad_max_len
-            lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
-            inputs.fits_static_padding(lengths, input_width, setting="pad_max_len", what="prompt + response")
-        return lay_out(
-            queries,
-            responses,
-            masks,
-            pad_token_id=self.pad_token_id,
-            decoder_start_token_id=self._start_token,
-            device=self.device,
-            input_width=input_width,
-            response_width=response_width,
+        return lay_out_batch(
+            queries, responses, masks, model=self.model, config=self.config, pad_token_id=self.pad_token_id
         )
 
     def _check_step(
         self, queries: Any, responses: Any, scores: Any, response_masks: Any
     ) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor] | None]:
-        vocab_size = self.model.config.vocab_size
-        queries = inputs.token_rows("queries", queries, vocab_size=vocab_size, allow_empty=False)
-        responses = inputs.token_rows("responses", responses, vocab_size=vocab_size, allow_empty=False)
-        inputs.same_count(len(queries), responses=responses)
-        inputs.batch_count(len(queries), batch_size=self.config.batch_size, drop_last=self.config.drop_last)
-        scores = inputs.score_vector(scores, count=len(queries))
-        masks = inputs.mask_rows(response_masks, responses)
-        responses, masks = self._without_start_token(responses, masks)
-        lengths = [len(query) for query in queries], [len(response) for response in responses]
-        Context.of(self.model).check(*lengths, names=("queries", "responses"), response="response")
+        queries, responses, scores, masks = check_batch(
+            queries, responses, scores, response_masks, model=self.model, config=self.config
+        )
+        responses, masks = self.response_generator.without_start_token(responses, masks)
+        check_lengths(queries, responses, self.model)
         return queries, responses, scores, masks
 
     @contextmanager
@@ -414,7 +465,7 @@ class PPOTrainer(Generating, Piecewise, Publishing, Familiar):
                 )
             try:
                 # What was uploaded in the meantime stays uploaded.
-                self._take_over(before | {"best_score": self.best_score})
+                self._take_over(before | {"best_score": self.keeper.best_score})
             except Exception as failure:  # a part of the user's own may refuse; the error that matters is the first
                 logger.warning("the step could not be undone whole: %s: %s", type(failure).__name__, failure)
             finally:

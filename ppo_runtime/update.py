@@ -184,7 +184,7 @@ def losses_of(
     targets: Targets,
     mask: Tensor,
     config: PPOConfig,
-    policy_loss: PolicyObjective = clipped_objective,
+    policy_loss: PolicyObjective,
 ) -> Losses:
     """Both losses of what the model says now, and the diagnostics beside them."""
     assert now.values is not None

@@ -9,10 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_core.scores import ScoreState
-from ppo_runtime.config import PPOConfig, number_in_environment
+from ppo_runtime.config import number_in_environment
 from ppo_runtime.distributed import World, gather_rows
-from ppo_runtime.models import PreTrainedModelWrapper
 
 
 class Accelerator:
@@ -108,43 +106,3 @@ class RunningMoments(NamedTuple):
     std: float
     var: float
     count: float
-
-
-class Familiar:
-    """Attributes by which the reference's users know a trainer."""
-
-    config: PPOConfig
-    model: PreTrainedModelWrapper
-    world: World
-    scores: Any
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """Device and ranks, as scripts ask for them."""
-        return Accelerator(self.model.device, self.world)
-
-    @property
-    def current_device(self) -> torch.device:
-        """Where the policy lives."""
-        return self.model.device
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether several processes train together."""
-        return self.world.size > 1
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the policy has an encoder of its own."""
-        return bool(self.config.is_encoder_decoder)
-
-    @property
-    def is_peft_model(self) -> bool:
-        """Whether the policy is an adapter on a frozen model."""
-        return bool(self.config.is_peft_model)
-
-    @property
-    def running(self) -> RunningMoments:
-        """Running moments of the raw scores; of none without ``use_score_scaling``."""
-        state: ScoreState = self.scores.state
-        return RunningMoments(state.mean, state.std, state.std**2, state.count)

@@ -54,8 +54,8 @@ def batch(
     queries: Any, responses: Any, masks: Any, *, vocab_size: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
     """Prompts, responses and response masks as ``step`` takes them."""
-    queries = inputs.token_rows("queries", queries, vocab_size=vocab_size, allow_empty=False)
-    responses = inputs.token_rows("responses", responses, vocab_size=vocab_size, allow_empty=False)
+    queries = inputs.token_rows("queries", queries, vocab_size=vocab_size)
+    responses = inputs.token_rows("responses", responses, vocab_size=vocab_size)
     inputs.same_count(len(queries), responses=responses)
     return queries, responses, inputs.mask_rows(masks, responses)
 

@@ -18,53 +18,34 @@ from ppo_core.logprobs import token_entropy
 from ppo_core.masking import masked_mean
 from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
-from ppo_runtime.advantages import gae_estimator, globally_whitened
+from ppo_runtime.advantages import globally_whitened
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
-from ppo_runtime.config import PPOConfig
-from ppo_runtime.distributed import World, gather_averages
-from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, Rows, at_predictors, read_off, row_states
-from ppo_runtime.guards import Cause, SkipLog
+from ppo_runtime.distributed import gather_averages
+from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
+from ppo_runtime.guards import Cause
 from ppo_runtime.heads import lm_head, logits_at
-from ppo_runtime.models import PreTrainedModelWrapper
 from ppo_runtime.modes import dropout_off, without_dropout
 from ppo_runtime.precision import own_precision
 from ppo_runtime.references import reference_context
 from ppo_runtime.statistics import merged, rollout_parts, var_explained
+from ppo_runtime.step_inputs import start_token
+from ppo_runtime.trainer import Trainer
 from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 
 _RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"
 
 
-class Piecewise:
-    """The parts of a step, as methods of the trainer. Shapes: B sequences of L tokens, padding included."""
+class Piecewise(Trainer):
+    """A trainer with the parts of a step as methods. Shapes: B sequences of L tokens, padding included."""
 
-    config: PPOConfig
-    model: PreTrainedModelWrapper
-    optimizer: torch.optim.Optimizer
-    kl_ctl: Any
-    world: World
-    current_step: int
-    device: torch.device
-    _say_skipped: SkipLog
     # Minibatches whose gradients wait for an optimiser step: the step they belong to, how many, and their averages.
     _pending: tuple[int, int, dict[str, Average]] = (0, 0, {})
 
-    def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
-        raise NotImplementedError  # the trainer's
-
-    def _check_step(self, queries: Any, responses: Any, scores: Any, response_masks: Any) -> tuple[Any, Any, Any, Any]:
-        raise NotImplementedError  # the trainer's
-
-    def _without_start_token(
-        self, responses: list[Tensor], masks: list[Tensor] | None
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        raise NotImplementedError  # the trainer's
-
     @property
     def _start_token(self) -> int | None:
-        raise NotImplementedError  # the trainer's
+        return start_token(self.model)
 
     def optional_peft_ctx(self) -> AbstractContextManager[None]:
         """A context in which a PEFT policy is its own reference, its adapter switched off; else an empty one."""
@@ -77,7 +58,7 @@ class Piecewise:
         decoder_attention_mask besides. Padding is on the right, or as wide as ``pad_for_acceleration`` has it.
         """
         queries, responses, _ = doors.batch(queries, responses, None, vocab_size=self.model.config.vocab_size)
-        responses, _ = self._without_start_token(responses, None)
+        responses, _ = self.response_generator.without_start_token(responses, None)
         rows = self._lay_out(queries, responses, None)
         return model_inputs_of(rows, self._start_token)
 
@@ -168,7 +149,7 @@ class Piecewise:
         kept = doors.token_mask("mask", mask, "rewards", rewards)
         if self.config.whiten_rewards:
             rewards = globally_whitened(rewards, kept, self.world, shift_mean=False)
-        found = gae_estimator(rewards, values.detach(), kept, config=self.config)
+        found = self.advantages(rewards, values.detach(), kept, config=self.config)
         whitened = globally_whitened(found.advantages, kept, self.world, shift_mean=True)
         return torch.where(kept, values, 0.0), whitened, found.returns
 
@@ -325,13 +306,13 @@ class Piecewise:
 
     def _drop_accumulated(self) -> None:
         self._pending = (0, 0, {})
-        self.model.zero_grad(set_to_none=True)
+        super()._drop_accumulated()
 
     def _losses(
         self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor
     ) -> Losses:
         entropy = torch.zeros_like(logprobs) if logits is None else token_entropy(logits.detach())
-        return losses_of(Evaluation(logprobs, entropy, vpreds), targets, mask, self.config)
+        return losses_of(Evaluation(logprobs, entropy, vpreds), targets, mask, self.config, self.policy_loss)
 
     def _minibatch_stats(
         self, losses: Losses, targets: Targets, mask: Tensor, *, has_entropy: bool

@@ -32,8 +32,9 @@ from ppo_runtime.files import write_whole
 from ppo_runtime.loop import train
 from ppo_runtime.models import AutoModelForCausalLMWithValueHead
 from ppo_runtime.plotting import plot_curves
+from ppo_runtime.seeding import set_seed
 from ppo_runtime.tracking import read_jsonl, require
-from ppo_runtime.trainer import PPOTrainer, set_seed
+from ppo_runtime.trainer import Trainer
 from ppo_runtime.wording import counted
 
 ASSETS = files("ppo_runtime.demo") / "assets"
@@ -93,7 +94,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         accel_strict=options.accel == "ipex",  # who asks for it by name on a command line wants to know
         project_kwargs={"logging_dir": str(output)},
     )
-    trainer = PPOTrainer(config, model, None, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
+    trainer = Trainer(config, model, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
     acceleration = trainer.acceleration
     console.print(
@@ -196,7 +197,7 @@ def tokenized(prompts: list[str], tokenizer: Any) -> Dataset:
 
 
 def evaluate(
-    trainer: PPOTrainer,
+    trainer: Trainer,
     prompts: list[str],
     score: Callable[[Sequence[str]], list[float]],
     options: DemoOptions,

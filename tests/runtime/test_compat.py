@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from ppo_core.averages import Average
 from ppo_runtime import (
@@ -29,8 +28,6 @@ from ppo_runtime import (
     stats_to_np,
     whiten,
 )
-from ppo_runtime.compat import stats as compat_stats
-from ppo_runtime.distributed import World
 from tests.runtime.tiny import PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -316,37 +313,6 @@ def test_gathering_in_a_world_of_one() -> None:
     found = make_trainer().gather_stats(stats)
     assert found["d"] == 1.5
     assert all(found[name] is stats[name] for name in "abc")
-
-
-def test_gathering_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks' dictionaries by hand: token-weighted numbers, ragged distributions, the rest as it is."""
-    from ppo_runtime import distributed
-
-    world = World(rank=0, size=2)
-    ours = {"loss": torch.tensor(1.0), "minibatch/tokens": torch.tensor(3.0), "dist": torch.arange(2.0), "text": "x"}
-    theirs = {"loss": torch.tensor(5.0), "minibatch/tokens": torch.tensor(1.0), "dist": torch.arange(3.0), "text": "x"}
-    sent: list[list[Tensor]] = [[], []]
-
-    def recorder(rank: int) -> Any:
-        def gather(vector: Tensor, _: World) -> Tensor:
-            sent[rank].append(vector)
-            return torch.stack([vector, vector])
-
-        return gather
-
-    def exchange(vector: Tensor, _: World) -> Tensor:
-        return torch.stack([vector, sent[1].pop(0)])
-
-    monkeypatch.setattr(distributed, "_gather", recorder(1))
-    monkeypatch.setattr(compat_stats, "gather_rows", lambda x, world: x)
-    compat_stats.gather_stats(theirs, world)
-    monkeypatch.setattr(distributed, "_gather", exchange)
-    monkeypatch.setattr(compat_stats, "gather_rows", lambda x, world: torch.cat([x, theirs["dist"]]))
-    found = compat_stats.gather_stats(ours, world)
-    assert found["loss"].item() == 2.0, "(3 * 1 + 1 * 5) / 4, not (1 + 5) / 2"
-    assert found["minibatch/tokens"].item() == 4.0
-    assert found["dist"].tolist() == [0.0, 1.0, 0.0, 1.0, 2.0]
-    assert found["text"] == "x"
 
 
 # --- arrays --------------------------------------------------------------------------------------------------

@@ -274,14 +274,8 @@ def test_the_device_cache_is_emptied_after_every_step(monkeypatch: pytest.Monkey
     emptied: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     for wanted in (False, True):
-        trainer = make_trainer(optimize_device_cache=wanted, ppo_epochs=1)
-        trainer.step(*make_batch())
-        assert not emptied, "there is no cache on a CPU"
-        monkeypatch.setattr(type(trainer), "_on_gpu", property(lambda _: True))
-        trainer.step(*make_batch())
+        make_trainer(optimize_device_cache=wanted, ppo_epochs=1).step(*make_batch())
         assert len(emptied) == int(wanted)
-        monkeypatch.undo()
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
 
 
 def test_early_stopping_leaves_out_epochs() -> None:

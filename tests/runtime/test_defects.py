@@ -43,6 +43,7 @@ from ppo_runtime.forward import evaluate, lay_out, logits_at
 from ppo_runtime.guards import Cause
 from ppo_runtime.heads import LMHead, hidden_states, mask_positions
 from ppo_runtime.modes import dropout_off
+from ppo_runtime.publishing import BestPolicyKeeper
 from ppo_runtime.scoring import ScoreProcessor
 from tests.operations import Operations
 from tests.runtime import test_checkpoint as resuming
@@ -346,8 +347,13 @@ def test_defect_11_the_best_policy_is_best_on_raw_scores() -> None:
         pushed: list[int] = []
         trainer.push_to_hub = lambda **_: pushed.append(trainer.current_step)
         if scaled:
-            own, push = ScoreProcessor(trainer.config, ALONE), trainer._push_if_best
-            trainer._push_if_best = lambda raw: push(own(raw))
+            own = ScoreProcessor(trainer.config, ALONE)
+
+            class OnScaledScores(BestPolicyKeeper):
+                def __call__(self, raw_scores: Tensor, *rest: Any) -> None:
+                    super().__call__(own(raw_scores), *rest)
+
+            trainer.keeper = OnScaledScores(trainer.config, ALONE)
         queries, responses, _ = make_batch()
         for mean in (0.0, 100.0, 101.0, 50.0):
             trainer.step(queries, responses, [torch.tensor(mean + spread) for spread in (-1.0, 1.0) * 3])

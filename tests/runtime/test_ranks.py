@@ -80,6 +80,15 @@ def guarded() -> dict[str, Any]:
     return result | {"skipped": stats["ppo/policy/skipped_updates"], "said": said}
 
 
+def gathered() -> dict[str, Any]:
+    """A dictionary of statistics over the ranks: token-weighted numbers, ragged distributions, the rest as it is."""
+    trainer = trainers.make_trainer()
+    rank = trainer.world.rank
+    loss, tokens = ((1.0, 3.0), (5.0, 1.0))[rank]
+    stats = {"loss": torch.tensor(loss), "minibatch/tokens": torch.tensor(tokens), "dist": torch.arange(2.0 + rank)}
+    return trainer.gather_stats(stats | {"text": "x"})
+
+
 def collectives() -> dict[str, int]:
     """How often the ranks meet in a step of two epochs, one update each."""
     trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3, ppo_epochs=2)
@@ -116,6 +125,7 @@ def be_one_rank(folder: Path) -> None:
         "sampled": sampled(),
         "guarded": guarded(),
         "collectives": collectives(),
+        "gathered": gathered(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -159,6 +169,14 @@ def test_what_one_rank_cannot_take_all_ranks_leave_out_or_refuse(ranks: list[dic
 def test_ranks_meet_four_times_in_a_step_and_once_in_an_update(ranks: list[dict[str, Any]]) -> None:
     """To agree that all may begin, on the advantages' moments, and twice for the statistics; gradients are summed."""
     assert [rank["collectives"] for rank in ranks] == [{"all_gather": 4, "all_reduce": 2}] * 2
+
+
+def test_dictionaries_of_statistics_are_gathered(ranks: list[dict[str, Any]]) -> None:
+    for found in (rank["gathered"] for rank in ranks):
+        assert found["loss"].item() == 2.0, "(3 * 1 + 1 * 5) / 4, not (1 + 5) / 2"
+        assert found["minibatch/tokens"].item() == 4.0
+        assert found["dist"].tolist() == [0.0, 1.0, 0.0, 1.0, 2.0]
+        assert found["text"] == "x"
 
 
 def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.data import PromptBatches, prompt_digest
 from ppo_runtime.distributed import World
 from ppo_runtime.loop import train
+from ppo_runtime.publishing import BestPolicyKeeper
 from ppo_runtime.tracking import JsonlTracker, make_trackers, read_jsonl
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -277,7 +278,7 @@ def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) 
 
     closed: list[Any] = []
     trainer = _trainer(tmp_path)
-    trainer._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
+    trainer.log._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
     with pytest.raises(RuntimeError, match="no network"):
         _train(trainer, tmp_path, steps=1)
     assert (tmp_path / "model" / "config.json").exists()
@@ -509,10 +510,11 @@ def _broken_in(trainer: Any, place: str, error: BaseException) -> None:
     """Raise in the next step: before its first update, after it, or in the statistics."""
     if place == "before":
 
-        def before(*_: Any) -> None:
-            raise error
+        class Broken(BestPolicyKeeper):
+            def __call__(self, *_: Any) -> None:
+                raise error
 
-        trainer._push_if_best = before
+        trainer.keeper = Broken(trainer.config, trainer.world)
     else:
         calls = 0
 
