@@ -464,8 +464,9 @@ class Trainer:
                     f"{progress.begun} steps of the optimiser"
                 )
             try:
-                # What was uploaded in the meantime stays uploaded.
-                self._take_over(before | {"best_score": self.keeper.best_score})
+                # What was uploaded in the meantime stays uploaded, and a scheduler's step that was owed stays made.
+                owed = before["unscheduled"] and self._unscheduled is not None
+                self._take_over(before | {"best_score": self.keeper.best_score, "unscheduled": owed})
             except Exception as failure:  # a part of the user's own may refuse; the error that matters is the first
                 logger.warning("the step could not be undone whole: %s: %s", type(failure).__name__, failure)
             finally:

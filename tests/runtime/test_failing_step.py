@@ -235,11 +235,16 @@ def test_a_scheduler_at_its_end_is_named_before_a_step_changes_anything(
     assert trainer.current_step == last + 2
 
 
-def test_a_scheduler_that_was_mended_goes_on_where_it_stood() -> None:
+@pytest.mark.parametrize("refused", [False, True], ids=["at once", "a refusal between"])
+def test_a_scheduler_that_was_mended_goes_on_where_it_stood(refused: bool) -> None:
     trainer = scheduled("OneCycleLR")
     for _ in range(3):
         trainer.step(*make_batch())
     trainer.lr_scheduler.total_steps = 9
+    if refused:
+        queries, responses, scores = make_batch()
+        with pytest.raises(ValueError, match="nan"):
+            trainer.step(queries, responses, [scores[0] * NAN, *scores[1:]])
     trainer.step(*make_batch())
     assert trainer.lr_scheduler.last_epoch == 4, "the step that was owed, and the next one"
 
