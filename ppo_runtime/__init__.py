@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     )
     from ppo_runtime.compat.trainer import PPOTrainer
     from ppo_runtime.config import PPOConfig
-    from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
-    from ppo_runtime.models import (
+    from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
+    from ppo_runtime.models.references import create_reference_model
+    from ppo_runtime.models.wrapper import (
         AutoModelForCausalLMWithValueHead,
         AutoModelForSeq2SeqLMWithValueHead,
         PreTrainedModelWrapper,
     )
-    from ppo_runtime.references import create_reference_model
-    from ppo_runtime.seeding import set_seed
+    from ppo_runtime.ranks.seeding import set_seed
     from ppo_runtime.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptiveKLController": "controllers",
-    "AutoModelForCausalLMWithValueHead": "models",
-    "AutoModelForSeq2SeqLMWithValueHead": "models",
-    "FixedKLController": "controllers",
+    "AdaptiveKLController": "learning.controllers",
+    "AutoModelForCausalLMWithValueHead": "models.wrapper",
+    "AutoModelForSeq2SeqLMWithValueHead": "models.wrapper",
+    "FixedKLController": "learning.controllers",
     "PPOConfig": "config",
     "PPOTrainer": "compat.trainer",
-    "PreTrainedModelWrapper": "models",
+    "PreTrainedModelWrapper": "models.wrapper",
     "Trainer": "trainer",
-    "create_reference_model": "references",
-    "set_seed": "seeding",
+    "create_reference_model": "models.references",
+    "set_seed": "ranks.seeding",
 }
 
 __all__ = [

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ppo_runtime.checkpoint import check_replaceable
-from ppo_runtime.inputs import holds_numbers
-from ppo_runtime.sampling import plain
+from ppo_runtime.common.inputs import holds_numbers
+from ppo_runtime.rollout.sampling import plain
 
 # What a run leaves in its output directory.
 CHECKPOINT, MODEL, BROKEN_OFF, RECORD = "checkpoint", "model", "model-broken-off", "run.json"

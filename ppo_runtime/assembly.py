@@ -8,17 +8,17 @@ from typing import Any, Literal, cast
 import torch
 from transformers import PreTrainedModel
 
-from ppo_runtime.accel import AccelChoice, accelerate_frozen, choose, fall_back, tell
+from ppo_runtime.accel.backends import AccelChoice, accelerate_frozen, choose, fall_back, tell
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.context import decoder_start
-from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
-from ppo_runtime.forward import Reference, evaluate, lay_out
-from ppo_runtime.heads import check_split, lm_head
-from ppo_runtime.inner import has_encoder, transformers_model
-from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.own_reference import check_stays, tell_of_a_difference
-from ppo_runtime.precision import is_half, is_widened, trains_half, widen
-from ppo_runtime.references import check_apart, create_reference_model, is_own_base, reference_context
+from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
+from ppo_runtime.learning.forward import Reference, evaluate, lay_out
+from ppo_runtime.models.context import decoder_start
+from ppo_runtime.models.heads import check_split, lm_head
+from ppo_runtime.models.inner import has_encoder, transformers_model
+from ppo_runtime.models.own_reference import check_stays, tell_of_a_difference
+from ppo_runtime.models.precision import is_half, is_widened, trains_half, widen
+from ppo_runtime.models.references import check_apart, create_reference_model, is_own_base, reference_context
+from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 
 
 def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:

@@ -22,9 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_runtime.data import PromptBatches, prompt_digest
-from ppo_runtime.distributed import agree_any, all_or_none
-from ppo_runtime.fitting import (
+from ppo_runtime.common.redact import plain_settings
+from ppo_runtime.common.trees import plain, restored
+from ppo_runtime.learning.optimisers import check_kind_of_scheduler
+from ppo_runtime.ranks.gather import agree_any, all_or_none
+from ppo_runtime.ranks.generators import generator_states, restore_generators
+from ppo_runtime.resuming.fitting import (
     check_optimizer_state,
     check_scheduler_state,
     check_tensors,
@@ -32,12 +35,9 @@ from ppo_runtime.fitting import (
     scheduler_class,
     warn_of_differences,
 )
-from ppo_runtime.frozen import check_frozen, frozen_buffers, frozen_digest, stored_buffers
-from ppo_runtime.generators import generator_states, restore_generators
-from ppo_runtime.optimisers import check_kind_of_scheduler
-from ppo_runtime.redact import plain_settings
+from ppo_runtime.resuming.frozen import check_frozen, frozen_buffers, frozen_digest, stored_buffers
+from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from ppo_runtime.trainer import Trainer
-from ppo_runtime.trees import plain, restored
 
 logger = logging.getLogger(__name__)
 

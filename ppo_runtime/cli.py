@@ -107,7 +107,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The transformers directory to make.")],
 ) -> None:
     """Convert a GGUF language model to safetensors, once; needs neither accelerate nor llama.cpp."""
-    from ppo_runtime.convert import convert_gguf
+    from ppo_runtime.models.gguf import convert_gguf
 
     _or_exit(convert_gguf, source, output)
     Console().print(Text.assemble("Wrote ", (str(output), "bold")))
@@ -123,7 +123,7 @@ def doctor() -> None:
 
 def _or_exit(command: Any, *args: Any) -> None:
     """Run it; an error that explains itself needs no traceback."""
-    from ppo_runtime.accel import AccelError
+    from ppo_runtime.accel.backends import AccelError
 
     try:
         command(*args)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import attrs
 
-from ppo_runtime import former_settings
-from ppo_runtime.dataclass_view import JSONDict, with_attrs_fields, with_dataclass_fields
-from ppo_runtime.redact import without_secrets
+from ppo_runtime.common import former_settings
+from ppo_runtime.common.dataclass_view import JSONDict, with_attrs_fields, with_dataclass_fields
+from ppo_runtime.common.redact import without_secrets
 
 KLPenalty = Literal["kl", "abs", "mse", "full"]
 TrackerName = Literal["tensorboard", "wandb"]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_runtime.probing import first_line
+from ppo_runtime.accel.probing import first_line
 
 CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints"
 INSTALL = "pip install 'ppo-core[demo]', in a checkout pip install -e '.[demo]'"
@@ -126,9 +126,9 @@ def _tried(name: str, check: Callable[[], Finding | str], advice: str | None) ->
 
 
 def _backend() -> Finding:
-    from ppo_runtime.accel import choose, import_problem
-    from ppo_runtime.intel import EXTENSION
-    from ppo_runtime.intel import INSTALL as INTEL
+    from ppo_runtime.accel.backends import choose, import_problem
+    from ppo_runtime.accel.intel import EXTENSION
+    from ppo_runtime.accel.intel import INSTALL as INTEL
 
     choice = choose("auto", strict=False)
     value = f"accel=auto takes {choice.reason}"

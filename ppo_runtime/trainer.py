@@ -15,20 +15,12 @@ from torch.utils.data import DataLoader
 from ppo_core.rewards import compute_rewards
 from ppo_core.scores import ScoreState
 from ppo_runtime import assembly
-from ppo_runtime.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.data import prepare_dataloader
-from ppo_runtime.devices import check_devices
-from ppo_runtime.distributed import all_or_none, broadcast_parameters, world_from_environment
-from ppo_runtime.experience import make_experience
-from ppo_runtime.forward import Rows, score_rollout
-from ppo_runtime.generating import ResponseGenerator
-from ppo_runtime.guards import SkipLog
-from ppo_runtime.hub import take_upload, upload
-from ppo_runtime.inner import has_encoder
-from ppo_runtime.model_card import is_ours, write_model_card
-from ppo_runtime.models import PreTrainedModelWrapper
-from ppo_runtime.optimisers import (
+from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
+from ppo_runtime.learning.experience import make_experience
+from ppo_runtime.learning.forward import Rows, score_rollout
+from ppo_runtime.learning.guards import SkipLog
+from ppo_runtime.learning.optimisers import (
     check_kind_of_scheduler,
     check_optimizer,
     check_scheduler,
@@ -36,16 +28,10 @@ from ppo_runtime.optimisers import (
     first_learning_rate,
     say_what_stays,
 )
-from ppo_runtime.precision import check_moments, own_precision
-from ppo_runtime.publishing import BestPolicyKeeper
-from ppo_runtime.rollout import Engine, generate_responses
-from ppo_runtime.run_log import RunLog
-from ppo_runtime.scheduling import advance, no_rate
-from ppo_runtime.scoring import ScoreProcessor
-from ppo_runtime.seeding import mixed, set_seed
-from ppo_runtime.statistics import step_statistics
-from ppo_runtime.step_inputs import check_batch, check_lengths, lay_out_batch
-from ppo_runtime.update import (
+from ppo_runtime.learning.scheduling import advance, no_rate
+from ppo_runtime.learning.scoring import ScoreProcessor
+from ppo_runtime.learning.step_inputs import check_batch, check_lengths, lay_out_batch
+from ppo_runtime.learning.update import (
     PolicyObjective,
     Progress,
     clipped_objective,
@@ -55,6 +41,20 @@ from ppo_runtime.update import (
     same_updates,
     tokens_per_update,
 )
+from ppo_runtime.models.devices import check_devices
+from ppo_runtime.models.hub import take_upload, upload
+from ppo_runtime.models.inner import has_encoder
+from ppo_runtime.models.precision import check_moments, own_precision
+from ppo_runtime.models.wrapper import PreTrainedModelWrapper
+from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_from_environment
+from ppo_runtime.ranks.seeding import mixed, set_seed
+from ppo_runtime.reporting.model_card import is_ours, write_model_card
+from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.reporting.run_log import RunLog
+from ppo_runtime.reporting.statistics import step_statistics
+from ppo_runtime.rollout.data import prepare_dataloader
+from ppo_runtime.rollout.engine import Engine, generate_responses
+from ppo_runtime.rollout.generating import ResponseGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +230,8 @@ class Trainer:
             response_masks: 1 where a response token was the policy's own choice and counts; all do if None.
 
         Returns:
-            Statistics by the names of :data:`ppo_runtime.metrics.METRICS`; single numbers as floats, distributions as
-            numpy arrays.
+            Statistics by the names of :data:`ppo_runtime.reporting.metrics.METRICS`; single numbers as floats,
+            distributions as numpy arrays.
 
         Raises:
             ValueError: anything about the input that does not fit, or scores, log-probabilities or values that cannot

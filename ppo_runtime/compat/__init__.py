@@ -3,7 +3,22 @@
 Thin layers with the customary names and signatures; the arithmetic is ppo_core's. New code is better off with ppo_core
 itself. What changed for users of the reference is in this directory's README.md.
 
-The package can stand for the reference: ``import ppo_runtime.compat as trl``. What it does not hold says where it is.
+The package can stand for TRL: ``import ppo_runtime.compat as trl``. What it does not hold says where it is.
+
+trainer       PPOTrainer, settings, controllers
+piecewise     the methods that step is made of, one by one
+doors         what the piecewise methods are given, checked
+layout        model_inputs, and where the responses lie in it
+stats         flat dictionaries of tensors, gathered over ranks
+arrays        masked_mean, whiten, logprobs_from_logits, ...
+sampling      LengthSampler, respond_to_batch
+accelerator   trainer.accelerator and its like, without accelerate
+elsewhere     where the names are that are not here
+core          TRL's modules, by its names
+models        wrappers
+import_utils  what is installed
+extras        nothing, and where it is
+environment   likewise
 """
 
 from importlib import import_module

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_runtime.config import number_in_environment
-from ppo_runtime.distributed import World, gather_rows
+from ppo_runtime.ranks.gather import World, gather_rows
 
 
 class Accelerator:

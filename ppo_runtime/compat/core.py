@@ -3,7 +3,7 @@
 from ppo_runtime import compat
 from ppo_runtime.compat import *  # noqa: F403  its list is the only one
 from ppo_runtime.compat.elsewhere import attributes_of
-from ppo_runtime.seeding import set_seed
+from ppo_runtime.ranks.seeding import set_seed
 
 __all__ = ["set_seed"]
 __all__ += compat.__all__

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_runtime import inputs
-from ppo_runtime.inner import pretrained_model
+from ppo_runtime.common import inputs
+from ppo_runtime.models.inner import pretrained_model
 
 
 def floating(like: str, **tensors: Any) -> None:

@@ -66,7 +66,7 @@ ELSEWHERE: dict[str, str] = dict.fromkeys(
     "add_suffix": "is {key + suffix: value for key, value in stats.items()}",
     "average_torch_dicts": "is stack_dicts, and then nanmean(0) of every entry",
     "disable_dropout_in_model": "is not needed: the trainer computes without dropout; a context that does so is "
-    "ppo_runtime.modes.without_dropout",
+    "ppo_runtime.models.modes.without_dropout",
     "pad_to_size": "is torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]), value=padding)",
     "randn_tensor": "is torch.randn(shape, generator=generator, device=device, dtype=dtype)",
     "top_k_top_p_filtering": "is ppo_core.logprobs.restrict_to_support(logits, temperature=1.0, top_k=k, top_p=p)",

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_runtime.forward import Rows
-from ppo_runtime.inputs import without_first_where
+from ppo_runtime.common.inputs import without_first_where
+from ppo_runtime.learning.forward import Rows
 
 
 def model_inputs_of(rows: Rows, start: int | None) -> dict[str, Tensor]:

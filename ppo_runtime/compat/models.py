@@ -3,13 +3,13 @@
 import sys
 
 from ppo_runtime.compat.elsewhere import attributes_of
-from ppo_runtime.models import (
+from ppo_runtime.models.references import create_reference_model
+from ppo_runtime.models.value_head import ValueHead
+from ppo_runtime.models.wrapper import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
 )
-from ppo_runtime.references import create_reference_model
-from ppo_runtime.value_head import ValueHead
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",

@@ -18,21 +18,21 @@ from ppo_core.logprobs import token_entropy
 from ppo_core.masking import masked_mean
 from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
-from ppo_runtime.advantages import globally_whitened
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
-from ppo_runtime.distributed import gather_averages
-from ppo_runtime.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
-from ppo_runtime.guards import Cause
-from ppo_runtime.heads import lm_head, logits_at
-from ppo_runtime.modes import dropout_off, without_dropout
-from ppo_runtime.precision import own_precision
-from ppo_runtime.references import reference_context
-from ppo_runtime.statistics import merged, rollout_parts, var_explained
-from ppo_runtime.step_inputs import start_token
+from ppo_runtime.learning.advantages import globally_whitened
+from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
+from ppo_runtime.learning.guards import Cause
+from ppo_runtime.learning.step_inputs import start_token
+from ppo_runtime.learning.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
+from ppo_runtime.models.heads import lm_head, logits_at
+from ppo_runtime.models.modes import dropout_off, without_dropout
+from ppo_runtime.models.precision import own_precision
+from ppo_runtime.models.references import reference_context
+from ppo_runtime.ranks.gather import gather_averages
+from ppo_runtime.reporting.statistics import merged, rollout_parts, var_explained
 from ppo_runtime.trainer import Trainer
-from ppo_runtime.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 
 _RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"
 
@@ -233,7 +233,7 @@ class Piecewise(Trainer):
                 (``stack_dicts`` of what ``train_minibatch`` returned), and kls where ``compute_rewards`` gave them.
 
         Returns:
-            Floats and numpy arrays by the names of :data:`ppo_runtime.metrics.METRICS`.
+            Floats and numpy arrays by the names of :data:`ppo_runtime.reporting.metrics.METRICS`.
         """
         kl = data.get("kls")
         if kl is None and self.config.kl_penalty == "full":

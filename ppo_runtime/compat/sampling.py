@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_core.logprobs import restrict_to_support
-from ppo_runtime.values import COUNT, whole
+from ppo_runtime.rollout.values import COUNT, whole
 
 
 class LengthSampler:

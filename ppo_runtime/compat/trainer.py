@@ -11,9 +11,9 @@ from ppo_runtime.compat.accelerator import Accelerator, RunningMoments
 from ppo_runtime.compat.elsewhere import attributes_of
 from ppo_runtime.compat.piecewise import Piecewise
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.controllers import AdaptiveKLController, FixedKLController
+from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.loop import TrainResult, train
-from ppo_runtime.models import PreTrainedModelWrapper
+from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 
 __all__ = ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer"]
 

@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, pipeline
 from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer, set_seed
 from ppo_runtime.arguments import make_writable
 from ppo_runtime.demo.run import load_prompts, sentiment
-from ppo_runtime.inner import import_peft
 from ppo_runtime.loop import closing
-from ppo_runtime.prompts import check_dataset
-from ppo_runtime.room import prompt_room
+from ppo_runtime.models.inner import import_peft
+from ppo_runtime.rollout.prompts import check_dataset
+from ppo_runtime.rollout.room import prompt_room
 
 Scores = Callable[[list[str], list[str]], list[float]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from ppo_runtime.files import write_whole
+from ppo_runtime.common.files import write_whole
 
 EMBEDDED_LEARNING_RATE = 3e-4
 LEARNING_RATE = 5e-5

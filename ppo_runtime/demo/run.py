@@ -26,16 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.checkpoint import steps_done
+from ppo_runtime.common.files import write_whole
+from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.demo.options import DemoOptions, remember
-from ppo_runtime.files import write_whole
 from ppo_runtime.loop import train
-from ppo_runtime.models import AutoModelForCausalLMWithValueHead
-from ppo_runtime.plotting import plot_curves
-from ppo_runtime.seeding import set_seed
-from ppo_runtime.tracking import read_jsonl, require
+from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
+from ppo_runtime.ranks.seeding import set_seed
+from ppo_runtime.reporting.plotting import plot_curves
+from ppo_runtime.reporting.tracking import read_jsonl, require
 from ppo_runtime.trainer import Trainer
-from ppo_runtime.wording import counted
 
 ASSETS = files("ppo_runtime.demo") / "assets"
 EVALUATION_SEED = 20_000

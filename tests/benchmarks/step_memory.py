@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, forward
-from ppo_runtime.heads import LMHead, logits_at
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.learning import forward
+from ppo_runtime.models.heads import LMHead, logits_at
 from tests.operations import Operations
 from tests.runtime.tiny import tiny_tokenizer
 

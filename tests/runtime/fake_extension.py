@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppo_runtime import intel
+from ppo_runtime.accel import intel
 
 FITTING = {"torch": "2.8.0+cpu", "intel-extension-for-pytorch": "2.8.0"}
 

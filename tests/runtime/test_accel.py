@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
-from ppo_runtime import accel
+from ppo_runtime.accel import backends as accel
 from tests.runtime.fake_extension import FITTING, pretend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,8 @@ def test_an_unknown_request_is_refused() -> None:
 
 def test_choosing_never_imports_the_extension() -> None:
     code = (
-        "import sys; from ppo_runtime.accel import choose; choose('auto', strict=False); choose('ipex', strict=False)\n"
+        "import sys; from ppo_runtime.accel.backends import choose\n"
+        "choose('auto', strict=False); choose('ipex', strict=False)\n"
         "assert not [name for name in sys.modules if name.startswith('intel_extension')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment())
@@ -95,7 +96,7 @@ def whole(model: nn.Module) -> Tensor:
 def test_eager_gives_the_model_itself(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2).requires_grad_(False)
     choice = accel.choose("eager", strict=False)
-    with caplog.at_level(logging.INFO, logger="ppo_runtime.accel"):
+    with caplog.at_level(logging.INFO, logger="ppo_runtime.accel.backends"):
         same, final = accel.accelerate_frozen(model, choice, whole)
     assert same is model
     assert final == choice
@@ -187,7 +188,7 @@ import types
 import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from ppo_runtime.accel import accelerate_frozen, choose
+from ppo_runtime.accel.backends import accelerate_frozen, choose
 
 PUBLIC = {
     "torch": torch, "nn.functional": torch.nn.functional, "jit": torch.jit, "Tensor": torch.Tensor,
@@ -265,7 +266,7 @@ facts["stand-ins"] = [
     f"{module.__name__}.{name}"
     for module in list(sys.modules.values()) if getattr(module, "__name__", "").startswith("intel_extension")
     for name, value in vars(module).items()
-    if type(module).__module__ == "ppo_runtime.intel" or type(value).__module__ == "ppo_runtime.intel"
+    if type(module).__module__ == "ppo_runtime.accel.intel" or type(value).__module__ == "ppo_runtime.accel.intel"
 ]
 facts["logging"] = [logging.getLoggerClass().__name__, logging.root.level, len(logging.root.handlers)]
 print(json.dumps(facts))

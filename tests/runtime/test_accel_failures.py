@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, accel, intel, probing
-from ppo_runtime.accel import AccelError, accelerate_frozen, choose
+from ppo_runtime import AutoModelForCausalLMWithValueHead
+from ppo_runtime.accel import backends as accel
+from ppo_runtime.accel import intel, probing
+from ppo_runtime.accel.backends import AccelError, accelerate_frozen, choose
 from ppo_runtime.assembly import make_reference
 from ppo_runtime.cli import app
 from ppo_runtime.config import PPOConfig
@@ -185,7 +187,7 @@ def test_auto_survives_and_strict_says_what_to_do(
     case = CASES[name]
     if not case.probed:
         monkeypatch.setattr(accel, "import_problem", lambda versions: None)
-    with installed(monkeypatch, tmp_path, case.source), caplog.at_level(logging.INFO, "ppo_runtime.accel"):
+    with installed(monkeypatch, tmp_path, case.source), caplog.at_level(logging.INFO, "ppo_runtime.accel.backends"):
         if name == "fails late":
             (tmp_path / intel.PACKAGE / "fine.py").write_text("")
             (tmp_path / intel.PACKAGE / "broken.py").write_text("def")
@@ -207,7 +209,7 @@ def test_auto_survives_and_strict_says_what_to_do(
         assert {**before, "tensors": None} == {**after, "tensors": None}
         with pytest.raises(AccelError) as refusal:
             accelerate_frozen(model, choose("ipex", strict=True), case.outputs)
-    said = [record for record in caplog.records if record.name == "ppo_runtime.accel"]
+    said = [record for record in caplog.records if record.name == "ppo_runtime.accel.backends"]
     assert [record.getMessage() for record in said] == [f"acceleration: {final.reason}"], "once"
     assert said[0].levelno == (logging.WARNING if case.warns else logging.INFO)
     assert final.reason.startswith("eager torch: ")
@@ -263,7 +265,7 @@ def test_the_try_tells_a_shortage_from_what_is_broken(
 ) -> None:
     """What the other process does, in this one."""
     with installed(monkeypatch, tmp_path, source), torch.random.fork_rng(devices=[]):
-        probing._answer("ppo_runtime.accel:try_out")
+        probing._answer("ppo_runtime.accel.backends:try_out")
     said = json.loads(capfd.readouterr().out)
     assert said["passes"] == passes
     assert (said["problem"] is None) == (source == HEALTHY)
@@ -436,7 +438,7 @@ def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
         "eager",
         "eager torch: the reference is the policy itself without its adapter; a ref_model can be packed",
     )
-    (said,) = [record for record in caplog.records if record.name == "ppo_runtime.accel"]
+    (said,) = [record for record in caplog.records if record.name == "ppo_runtime.accel.backends"]
     assert (said.levelname, said.getMessage()) == ("WARNING", f"acceleration: {choice.reason}")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ppo_core.rewards
-from ppo_runtime import update
-from ppo_runtime.update import Targets
+from ppo_runtime.learning import update
+from ppo_runtime.learning.update import Targets
 from tests.runtime import rendering
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer

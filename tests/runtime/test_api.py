@@ -8,7 +8,7 @@ import pytest
 
 import ppo_runtime
 from ppo_runtime import PPOConfig
-from ppo_runtime.metrics import METRICS
+from ppo_runtime.reporting.metrics import METRICS
 from tests.runtime import api_table
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -53,7 +53,7 @@ def test_a_step_reports_every_documented_statistic(tmp_path: Path) -> None:
 
 
 def test_log_stats_adds_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ppo_runtime.tracking import read_jsonl
+    from ppo_runtime.reporting.tracking import read_jsonl
 
     trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
     stats: dict[str, Any] = trainer.step(*make_batch())

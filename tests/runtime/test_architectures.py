@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.context import Context, decoder_start
-from ppo_runtime.forward import evaluate, lay_out
-from ppo_runtime.modes import dropout_off
+from ppo_runtime.learning.forward import evaluate, lay_out
+from ppo_runtime.models.context import Context, decoder_start
+from ppo_runtime.models.modes import dropout_off
 from tests.runtime.tiny import (
     ALL_FAMILIES,
     EOS_ID,

@@ -15,7 +15,7 @@ from datasets import Dataset
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
-from ppo_runtime.trees import plain
+from ppo_runtime.common.trees import plain
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import untimed
 

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_runtime import PPOTrainer, distributed
+from ppo_runtime import PPOTrainer
 from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
-from ppo_runtime.distributed import World
-from ppo_runtime.generators import generator_states, restore_generators
-from ppo_runtime.tracking import read_jsonl
-from ppo_runtime.trees import plain, restored
+from ppo_runtime.common.trees import plain, restored
+from ppo_runtime.ranks import gather as distributed
+from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.generators import generator_states, restore_generators
+from ppo_runtime.reporting.tracking import read_jsonl
 from tests.runtime.trainers import make_batch, make_trainer
 
 WRITTEN = "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"

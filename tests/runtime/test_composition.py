@@ -12,7 +12,7 @@ from ppo_core.advantages import Advantages
 from ppo_core.losses import PolicyLoss
 from ppo_core.returns import reward_to_go
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, Trainer
-from ppo_runtime.update import clipped_objective
+from ppo_runtime.learning.update import clipped_objective
 from tests.core.close import assert_close
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch, make_trainer, untimed

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from ppo_runtime import PPOConfig, assembly
-from ppo_runtime import forward as forward_module
-from ppo_runtime import update as update_module
-from ppo_runtime.accel import AccelChoice
+from ppo_runtime.accel.backends import AccelChoice
+from ppo_runtime.learning import forward as forward_module
+from ppo_runtime.learning import update as update_module
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer
 

@@ -17,7 +17,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from ppo_runtime import PPOConfig, PPOTrainer
-from ppo_runtime.redact import plain_settings
+from ppo_runtime.common.redact import plain_settings
 from tests.runtime.tiny import tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch, make_trainer
 

@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
-from ppo_runtime.data import PromptBatches, collate
-from ppo_runtime.distributed import World
+from ppo_runtime.ranks.gather import World
+from ppo_runtime.rollout.data import PromptBatches, collate
 from tests.runtime.tiny import tiny_tokenizer
 from tests.runtime.trainers import make_trainer
 

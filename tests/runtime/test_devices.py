@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from ppo_core.averages import Average
 from ppo_core.moments import Moments
-from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, distributed
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.compat.stats import TOKENS, gather_stats
-from ppo_runtime.distributed import Maximum, World, gather_averages, merge_moments
+from ppo_runtime.ranks import gather as distributed
+from ppo_runtime.ranks.gather import Maximum, World, gather_averages, merge_moments
 from tests.runtime.test_guards import snapshot
 from tests.runtime.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.trainers import make_batch, make_trainer, untimed
@@ -122,7 +123,7 @@ def test_a_model_elsewhere_than_the_other_or_than_itself_is_named() -> None:
 
 def test_several_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between devices that this machine may not have, by their names alone."""
-    from ppo_runtime import devices
+    from ppo_runtime.models import devices
 
     model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
     places = {id(model): ["cuda:0"], id(reference): ["cpu"]}

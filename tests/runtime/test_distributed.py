@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppo_core.averages import Average, average, mean_of
 from ppo_core.moments import Moments, masked_moments, variance
-from ppo_runtime.distributed import (
+from ppo_runtime.ranks.gather import (
     CAPACITY,
     Maximum,
     World,

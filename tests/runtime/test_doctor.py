@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from ppo_runtime import accel, doctor
-from ppo_runtime.accel import choose
+from ppo_runtime import doctor
+from ppo_runtime.accel import backends as accel
+from ppo_runtime.accel.backends import choose
 from ppo_runtime.doctor import Finding, memory, pins, report, versions
 from tests.runtime.fake_extension import FITTING, pretend
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_runtime import PPOConfig, PPOTrainer, update
+from ppo_runtime import PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
-from ppo_runtime.distributed import World, world_from_environment
+from ppo_runtime.learning import update
+from ppo_runtime.ranks.gather import World, world_from_environment
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer, untimed
 

@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer, respond_to_batch
-from ppo_runtime.settings import fields
-from ppo_runtime.values import FLAGS, KINDS, NUMBERS, REFUSED
+from ppo_runtime.rollout.settings import fields
+from ppo_runtime.rollout.values import FLAGS, KINDS, NUMBERS, REFUSED
 from tests.runtime.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch, make_trainer
 

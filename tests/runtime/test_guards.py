@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ppo_runtime import PPOTrainer, update
+from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import save_checkpoint
-from ppo_runtime.guards import Cause, clip_gradients
+from ppo_runtime.learning import update
+from ppo_runtime.learning.guards import Cause, clip_gradients
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_batch, make_trainer, untimed
 

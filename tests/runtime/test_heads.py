@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, RecurrentGemmaConfig
 
-from ppo_runtime.heads import (
+from ppo_runtime.models.heads import (
     SplitError,
     check_split,
     hidden_states,
@@ -20,8 +20,8 @@ from ppo_runtime.heads import (
     reads_padding,
     seq2seq_hidden_states,
 )
-from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from ppo_runtime.references import reference_context
+from ppo_runtime.models.references import reference_context
+from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from tests.runtime.tiny import (
     ALL_FAMILIES,
     CAUSAL_FAMILIES,

@@ -21,8 +21,9 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub as transformers_hub
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, inner
-from ppo_runtime.value_head import HEAD_FILE, find_file
+from ppo_runtime import AutoModelForCausalLMWithValueHead
+from ppo_runtime.models import inner
+from ppo_runtime.models.value_head import HEAD_FILE, find_file
 from tests.runtime.tiny import tiny_model
 from tests.runtime.trainers import make_trainer
 

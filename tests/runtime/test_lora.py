@@ -18,7 +18,7 @@ from ppo_runtime import (
     PPOTrainer,
     set_seed,
 )
-from ppo_runtime.references import reference_context
+from ppo_runtime.models.references import reference_context
 from tests.runtime.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 

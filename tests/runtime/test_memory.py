@@ -12,8 +12,8 @@ from ppo_runtime import (
     AutoModelForSeq2SeqLMWithValueHead,
     PPOConfig,
     PPOTrainer,
-    forward,
 )
+from ppo_runtime.learning import forward
 from tests.operations import Largest, Operations
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.model_card import MARK, is_ours, write_model_card
+from ppo_runtime.reporting.model_card import MARK, is_ours, write_model_card
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import make_batch, make_trainer
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from ppo_runtime.modes import dropout_off, without_dropout
+from ppo_runtime.models.modes import dropout_off, without_dropout
+from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from tests.runtime.tiny import CAUSAL_FAMILIES, FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
 
 # peft still reads a property that transformers has renamed.

@@ -60,7 +60,7 @@ def test_older_arguments_about_padding(caplog: pytest.LogCaptureFixture) -> None
     assert len([r for r in caplog.records if "pad_to_multiple_of" in r.getMessage()]) == 1
     with pytest.raises(ValueError, match=r"remove_padding is False, expected True.*pad_sequence"):
         trainer.generate(queries, remove_padding=False, **PLAIN)
-    trainer.check_generation(remove_padding=True, pad_to_multiple_of=8)  # as train asks before anything is generated
+    trainer.response_generator.check(remove_padding=True, pad_to_multiple_of=8)
 
 
 def test_an_optimiser_that_finds_its_own_rate_trains(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_adapters_of_every_kind_leave_the_reference_as_it_is(kind: str, caplog: 
     model = adapted(ADAPTERS[kind])
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: part.training for name, part in model.named_modules()}
-    with caplog.at_level(logging.INFO, "ppo_runtime.own_reference"):
+    with caplog.at_level(logging.INFO, "ppo_runtime.models.own_reference"):
         trainer = trainer_of(model)
-    assert not [record for record in caplog.records if record.name == "ppo_runtime.own_reference"]
+    assert not [record for record in caplog.records if record.name == "ppo_runtime.models.own_reference"]
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert {name: part.training for name, part in model.named_modules()} == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -103,13 +103,13 @@ def test_a_beginning_that_differs_from_the_loaded_model_is_pointed_out(
 ) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=PROJECTIONS, init_lora_weights=beginning)
     trainer_of(adapted(config))
-    [record] = [record for record in caplog.records if record.name == "ppo_runtime.own_reference"]
+    [record] = [record for record in caplog.records if record.name == "ppo_runtime.models.own_reference"]
     assert record.levelno == logging.WARNING
     assert f"init_lora_weights={beginning!r}" in record.getMessage()
     assert "pass the original model as ref_model" in record.getMessage()
     caplog.clear()
     trainer_of(adapted(config), tiny_model("llama"))
-    assert not [record for record in caplog.records if record.name == "ppo_runtime.own_reference"]
+    assert not [record for record in caplog.records if record.name == "ppo_runtime.models.own_reference"]
 
 
 def test_a_trained_adapter_goes_on_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,9 +118,9 @@ def test_a_trained_adapter_goes_on_without_a_warning(tmp_path: Path, caplog: pyt
     trainer = trainer_of(model)
     trainer.step(*make_batch())
     trainer.save_pretrained(tmp_path / "adapter")
-    with caplog.at_level(logging.INFO, "ppo_runtime.own_reference"):
+    with caplog.at_level(logging.INFO, "ppo_runtime.models.own_reference"):
         loaded = trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter"))
-    [record] = [record for record in caplog.records if record.name == "ppo_runtime.own_reference"]
+    [record] = [record for record in caplog.records if record.name == "ppo_runtime.models.own_reference"]
     assert record.levelno == logging.INFO
     assert "trained already" in record.getMessage()
     stats = loaded.step(*make_batch())

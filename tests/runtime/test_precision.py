@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
-from ppo_runtime.heads import SplitError, check_split
-from ppo_runtime.inner import transformers_model
-from ppo_runtime.precision import HALF, is_widened
-from ppo_runtime.references import create_reference_model
+from ppo_runtime.models.heads import SplitError, check_split
+from ppo_runtime.models.inner import transformers_model
+from ppo_runtime.models.precision import HALF, is_widened
+from ppo_runtime.models.references import create_reference_model
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ppo_runtime import probing
-from ppo_runtime.probing import first_line, try_once
+from ppo_runtime.accel import probing
+from ppo_runtime.accel.probing import first_line, try_once
 
 VERSIONS = {"python": "3.12", "torch": "2.8.0"}
 TRIED = """
@@ -196,7 +196,7 @@ def test_what_comes_to_no_end_is_believed_for_a_day(place: Path, clock: str, mon
 
 
 def test_a_try_is_announced_before_it_is_made(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "ppo_runtime.probing"):
+    with caplog.at_level(logging.INFO, "ppo_runtime.accel.probing"):
         for _ in range(2):
             try_once("tried:fine", VERSIONS)
     said = [record.getMessage() for record in caplog.records]
@@ -260,7 +260,7 @@ def test_it_needs_no_signal_that_only_some_systems_have() -> None:
     code = (
         "import os, signal, errno\nkill = signal.SIGKILL\n"
         "del os.killpg, errno.EDQUOT, signal.SIGKILL, signal.SIGHUP\n"
-        "from ppo_runtime import probing\n"
+        "from ppo_runtime.accel import probing\n"
         "signal.SIGKILL = kill  # which subprocess needs here, and not on Windows\n"
         "assert signal.SIGTERM in probing._FROM_OUTSIDE\n"
         "print(probing._try('platform:system').problem)"

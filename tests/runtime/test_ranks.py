@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppo_runtime import PPOTrainer, update
+from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.learning import update
 from tests.core.close import assert_close
 from tests.runtime import test_checkpoint, trainers
 from tests.runtime.processes import run_ranks

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.inner import transformers_model
-from ppo_runtime.modes import without_dropout
+from ppo_runtime.models.inner import transformers_model
+from ppo_runtime.models.modes import without_dropout
 from tests.runtime.tiny import FAMILIES, TOKENS, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppo_runtime.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from ppo_runtime.references import create_reference_model, reference_context
+from ppo_runtime.models.references import create_reference_model, reference_context
+from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from tests.runtime.tiny import FAMILIES, tiny_lora, tiny_model
 
 # peft still reads a property that transformers has renamed.

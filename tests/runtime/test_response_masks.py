@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_runtime import update
-from ppo_runtime.forward import evaluate, lay_out, score_rollout
-from ppo_runtime.rollout import left_pad
+from ppo_runtime.learning import update
+from ppo_runtime.learning.forward import evaluate, lay_out, score_rollout
+from ppo_runtime.rollout.engine import left_pad
 from tests.runtime.tiny import EOS_ID, PAD_ID, tiny_model
 from tests.runtime.trainers import make_trainer
 

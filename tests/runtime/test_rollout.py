@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ppo_runtime.rollout import left_pad, right_pad
+from ppo_runtime.rollout.engine import left_pad, right_pad
 from tests.runtime.tiny import EOS_ID, PAD_ID
 from tests.runtime.trainers import make_trainer
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
-from ppo_runtime.data import PromptBatches, prompt_digest
-from ppo_runtime.distributed import World
 from ppo_runtime.loop import train
-from ppo_runtime.publishing import BestPolicyKeeper
-from ppo_runtime.tracking import JsonlTracker, make_trackers, read_jsonl
+from ppo_runtime.ranks.gather import World
+from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.reporting.tracking import JsonlTracker, make_trackers, read_jsonl
+from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from tests.runtime.trainers import make_batch, make_trainer
 
 EARLIER, FILE = "metrics-1.jsonl", "metrics.jsonl"

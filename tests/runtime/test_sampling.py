@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, WatermarkingConfig
 
-from ppo_runtime.sampling import NEUTRAL, plain
-from ppo_runtime.settings import fields
-from ppo_runtime.values import REFUSED
+from ppo_runtime.rollout.sampling import NEUTRAL, plain
+from ppo_runtime.rollout.settings import fields
+from ppo_runtime.rollout.values import REFUSED
 from tests.runtime.tiny import EOS_ID
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -146,7 +146,7 @@ def test_functions_that_move_the_distribution_are_named(said: Any) -> None:
     assert len(said()) == 2
     make_trainer().generate(QUERIES, logits_processor=[warper], temperature=0.5, **SAMPLED)
     assert (
-        "sample with temperature=1.0 (ppo_runtime.sampling.plain() gives all such settings) and without logits_"
+        "sample with temperature=1.0 (ppo_runtime.rollout.sampling.plain() gives all such settings) and without logits_"
         in (said()[2])
     )
 

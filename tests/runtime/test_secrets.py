@@ -11,9 +11,10 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from ppo_runtime import PPOConfig, publishing
+from ppo_runtime import PPOConfig
+from ppo_runtime import trainer as trainer_module
+from ppo_runtime.common.redact import HIDDEN, hide, plain_settings, without_secrets
 from ppo_runtime.loop import train
-from ppo_runtime.redact import HIDDEN, hide, plain_settings, without_secrets
 from tests.runtime.test_tracking import FakeWandb
 from tests.runtime.trainers import make_trainer
 
@@ -53,7 +54,7 @@ def test_no_file_and_no_log_of_a_run_holds_a_token(
     def fail(*_: Any, token: str, **__: Any) -> None:
         raise RuntimeError(f"no such user: {token}")
 
-    monkeypatch.setattr(publishing, "upload", fail)
+    monkeypatch.setattr(trainer_module, "upload", fail)
     trainer = _run(tmp_path, steps=1, log_with="wandb")
     _run(
         tmp_path,

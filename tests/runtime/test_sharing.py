@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.inner import transformers_model
-from ppo_runtime.references import create_reference_model
+from ppo_runtime.models.inner import transformers_model
+from ppo_runtime.models.references import create_reference_model
 from tests.runtime.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import SETTINGS, make_batch
 

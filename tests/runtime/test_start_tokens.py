@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ppo_runtime.context import decoder_start
+from ppo_runtime.models.context import decoder_start
 from tests.runtime.tiny import BART_KIN, SEQ2SEQ_FAMILIES
 from tests.runtime.trainers import make_batch, make_trainer
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppo_runtime.plotting import plot_curves
-from ppo_runtime.tracking import (
+from ppo_runtime.reporting.plotting import plot_curves
+from ppo_runtime.reporting.tracking import (
     JsonlTracker,
     TensorBoardTracker,
     WandbTracker,

@@ -15,9 +15,10 @@ from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from rich.console import Console
 from torch.utils.data import Dataset as TorchDataset
 
-from ppo_runtime import PPOConfig, prompts, room
-from ppo_runtime.context import Context
+from ppo_runtime import PPOConfig
 from ppo_runtime.loop import train
+from ppo_runtime.models.context import Context
+from ppo_runtime.rollout import prompts, room
 from tests.runtime.tiny import VOCAB_SIZE, tiny_tokenizer
 from tests.runtime.trainers import make_trainer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.metrics import METRICS
+from ppo_runtime.reporting.metrics import METRICS
 from tests.runtime.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tests.runtime.trainers import make_batch, make_trainer
 
@@ -263,7 +263,7 @@ def test_schedulers_of_the_optimiser_work(make: Any) -> None:
 
 def test_a_history_shares_the_names_of_its_statistics() -> None:
     """What a long run keeps of a step is its numbers; names that are made anew would be a third of it."""
-    from ppo_runtime.statistics import scalars
+    from ppo_runtime.reporting.statistics import scalars
 
     trainer = make_trainer()
     one, other = (scalars(trainer.step(*make_batch())) for _ in range(2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_runtime.trees import plain, restored
+from ppo_runtime.common.trees import plain, restored
 
 HELD: dict[str, Any] = {
     "tensor": torch.tensor([0.1, float("nan"), float("inf")]),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.seeding import set_seed
+from ppo_runtime.ranks.seeding import set_seed
 from tests.runtime.tiny import SEQ2SEQ_FAMILIES, tiny_model, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {

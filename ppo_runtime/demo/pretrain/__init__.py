@@ -9,5 +9,11 @@ of them reaches the tokenizer or the weights, so the demo's prompts, which are t
 model to continue what it has never seen.
 
 Every batch and every dropout mask is a function of (seed, step) alone. A run that was cut short and finished with
-``--resume`` therefore does the same arithmetic as one that was left in peace.
+``--resume`` therefore does the same arithmetic as one that was not.
+
+novels    an R package in, chapters out
+model     tokenizer and model, and how they are shipped
+training  next-token training that can be cut short anywhere
+prompts   neutral openings of sentences never seen
+card      the model card
 """

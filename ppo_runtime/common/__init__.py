@@ -1,0 +1,10 @@
+"""What every room may use: checks of input, files that are whole, settings without secrets, words.
+
+redact           settings without tokens and passwords, for records and logs
+files            files that are whole, kills included
+wording          words for numbers
+inputs           checks of rows, scores and masks
+trees            plain values as JSON, exactly, and back
+dataclass_view   what HfArgumentParser and tyro need to see in it
+former_settings  settings by the names of the reference's releases
+"""

@@ -1,0 +1,243 @@
+"""Forward passes over a rollout: log-probabilities, entropies and values at the kept response tokens, and nowhere else.
+
+A batch of prompts and responses becomes :class:`Rows`. Hidden states are computed for whole rows, then the positions
+that predict a kept token are packed into [N, H], and only for those N are the LM head and the value head evaluated: no
+tensor with a vocabulary axis ever covers the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_core import kl as kl_estimators
+from ppo_core.fused_head import HeadOutput, fused_logprobs
+from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
+from ppo_runtime.models.modes import dropout_off
+
+# Tokens in one forward pass without gradients: enough to keep two cores busy, little enough to stay in memory.
+SCORING_TOKENS = 4096
+# Vocabulary entries per tile of the fused head.
+HEAD_CHUNK = 2048
+# Rows per tile where a whole distribution is needed (kl_penalty="full").
+FULL_KL_ROWS = 64
+
+# Entered for each forward pass of the reference; gives the model to use (the policy itself, with its adapter off).
+Reference = Callable[[], AbstractContextManager[Any]]
+KLEstimator = Callable[[Tensor, Tensor, Tensor], Tensor]
+KL_ESTIMATORS: dict[str, KLEstimator] = {
+    "kl": kl_estimators.k1,
+    "abs": kl_estimators.kl_abs,
+    "mse": kl_estimators.k2,
+}
+
+
+class Rows(NamedTuple):
+    """A batch laid out for forward passes; padded on the right, every mask made from lengths."""
+
+    input_ids: Tensor
+    """[B, L] prompt and response, or the encoder's input."""
+    attention_mask: Tensor
+    """[B, L], 1 on real tokens."""
+    decoder_input_ids: Tensor | None
+    """[B, T] for an encoder-decoder: the response shifted right behind the start token."""
+    predictors: Tensor
+    """[B, T] the position whose hidden state predicts response token t."""
+    tokens: Tensor
+    """[B, T] response tokens."""
+    mask: Tensor
+    """[B, T] boolean, True on response tokens that count."""
+    static: bool = False
+    """Whether every pass keeps the full width, for compiled graphs, instead of that of its longest row."""
+
+    def select(self, index: Tensor) -> "Rows":
+        """These rows only, cut to the longest among them unless ``static``."""
+        length, time = self.input_ids.shape[1], self.mask.shape[1]
+        if not self.static:
+            length = int(self.attention_mask[index].sum(-1).max())
+            time = max(int(self._time_of(index).max()), 1)
+        return Rows(
+            self.input_ids[index, :length],
+            self.attention_mask[index, :length],
+            None if self.decoder_input_ids is None else self.decoder_input_ids[index, :time],
+            self.predictors[index, :time],
+            self.tokens[index, :time],
+            self.mask[index, :time],
+            self.static,
+        )
+
+    def widths(self) -> Tensor:
+        """[B] input tokens that each row takes in a forward pass."""
+        width = self.attention_mask.shape[1]
+        return self.attention_mask.sum(-1).masked_fill(torch.tensor(self.static, device=self.mask.device), width)
+
+    def _time_of(self, index: Tensor) -> Tensor:
+        """Length up to the last kept token, per row."""
+        mask = self.mask[index]
+        return torch.where(mask, torch.arange(1, mask.shape[1] + 1, device=mask.device), 0).amax(-1)
+
+
+class Evaluation(NamedTuple):
+    """What a model says of the kept response tokens, each [B, T] and 0 elsewhere."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None
+
+
+class Scored(NamedTuple):
+    """A rollout seen without gradients, each [B, T]."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    kl: Tensor
+
+
+def lay_out(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    response_masks: Sequence[Tensor] | None,
+    *,
+    pad_token_id: int,
+    decoder_start_token_id: int | None,
+    device: torch.device,
+    input_width: int = 0,
+    response_width: int = 0,
+) -> Rows:
+    """Pad a ragged batch on the right. ``decoder_start_token_id`` is given for an encoder-decoder only.
+
+    ``input_width`` and ``response_width``, where above 0, are the least widths of ``input_ids`` and of the response
+    axis, and make the rows static. No token is ever cut off: see that rows fit before they come here.
+    """
+    # Wherever the rows come from, they meet here, and go to the device together.
+    queries, responses = [query.cpu() for query in queries], [response.cpu() for response in responses]
+    batch, time = len(queries), max(response_width, *(len(response) for response in responses))
+    encoder_decoder = decoder_start_token_id is not None
+    inputs = list(queries) if encoder_decoder else [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+    input_ids = torch.full((batch, max(input_width, *map(len, inputs))), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    tokens = torch.full((batch, time), pad_token_id)
+    mask = torch.zeros(batch, time, dtype=torch.bool)
+    predictors = torch.zeros(batch, time, dtype=torch.long)
+    for row, (query, response, ids) in enumerate(zip(queries, responses, inputs, strict=True)):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        tokens[row, : len(response)] = response
+        mask[row, : len(response)] = True if response_masks is None else response_masks[row].cpu()
+        first = 0 if encoder_decoder else len(query) - 1
+        predictors[row, : len(response)] = torch.arange(first, first + len(response))
+    decoder_input_ids = None
+    if decoder_start_token_id is not None:
+        start = torch.full((batch, 1), decoder_start_token_id)
+        decoder_input_ids = torch.cat((start, tokens[:, :-1]), dim=1).to(device)
+    return Rows(
+        input_ids.to(device),
+        attention_mask.to(device),
+        decoder_input_ids,
+        predictors.to(device),
+        tokens.to(device),
+        mask.to(device),
+        static=input_width > 0 or response_width > 0,
+    )
+
+
+def evaluate(model: Any, rows: Rows) -> Evaluation:
+    """Log-probabilities, entropies and, where the model has a value head, values of the kept tokens."""
+    return read_off(model, predicting_states(model, rows), rows)
+
+
+def predicting_states(model: Any, rows: Rows) -> Tensor:
+    """Last hidden states [N, H] that predict the N kept tokens, in row-major order."""
+    return at_predictors(row_states(model, rows), rows)
+
+
+def row_states(model: Any, rows: Rows) -> Tensor:
+    """Last hidden states of whole rows, [B, L, H], or [B, T, H] of a decoder of its own."""
+    if rows.decoder_input_ids is None:
+        positions = mask_positions(rows.attention_mask)
+        return hidden_states(model, rows.input_ids, rows.attention_mask, positions)
+    return seq2seq_hidden_states(model, rows.input_ids, rows.attention_mask, rows.decoder_input_ids)
+
+
+def at_predictors(hidden: Tensor, rows: Rows) -> Tensor:
+    """Of whole rows' hidden states those that predict a kept token."""
+    batch = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1).expand_as(rows.mask)
+    return hidden[batch[rows.mask], rows.predictors[rows.mask]]
+
+
+def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
+    """The fused head on a model's own head parameters, at temperature 1."""
+    return fused_logprobs(
+        hidden,
+        head.weight,
+        tokens,
+        head.bias,
+        temperature=1.0,
+        scale=head.scale,
+        softcap=head.softcap,
+        chunk_size=HEAD_CHUNK,
+    )
+
+
+@torch.no_grad()
+def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: str) -> Scored:
+    """Old log-probabilities and values of the policy, log-probabilities of the reference, and the KL estimate.
+
+    Dropout is off and every module's mode restored. Rows of similar length share a pass, whatever their order.
+    """
+    out = Scored(*(torch.zeros(rows.mask.shape, device=rows.mask.device) for _ in Scored._fields))
+    with dropout_off(policy):
+        for index in length_buckets(rows.widths(), SCORING_TOKENS):
+            part = rows.select(index)
+            states = predicting_states(policy, part)
+            mine, head = read_off(policy, states, part), lm_head(policy)
+            with reference() as model:
+                ref_states = predicting_states(model, part)
+                theirs = read_off(model, ref_states, part)
+                if kl_penalty == "full":
+                    kl = _unpack(_full_kl(head, states, lm_head(model), ref_states), part.mask)
+                else:
+                    kl = KL_ESTIMATORS[kl_penalty](mine.logprobs, theirs.logprobs, part.mask)
+            assert mine.values is not None
+            time = part.mask.shape[1]
+            for target, source in zip(out, (mine.logprobs, theirs.logprobs, mine.values, kl), strict=True):
+                target[index, :time] = source.to(target.dtype)
+    return out
+
+
+def length_buckets(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
+    """Row indices in groups of similar length, each group at most ``most_tokens`` wide when padded (or one row)."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        # The first row of a group is its longest.
+        size = max(1, most_tokens // max(int(lengths[order[start]]), 1))
+        yield order[start : start + size]
+        start += size
+
+
+def read_off(model: Any, hidden: Tensor, rows: Rows) -> Evaluation:
+    """Both heads on the hidden states [N, H] that predict the kept tokens."""
+    output = head_output(lm_head(model), hidden, rows.tokens[rows.mask])
+    values = _unpack(model.v_head(hidden).squeeze(-1).float(), rows.mask) if hasattr(model, "v_head") else None
+    return Evaluation(_unpack(output.logprobs, rows.mask), _unpack(output.entropy, rows.mask), values)
+
+
+def _full_kl(head: LMHead, hidden: Tensor, ref_head: LMHead, ref_hidden: Tensor) -> Tensor:
+    """Exact KL per kept token [N], a few rows of the vocabulary at a time."""
+    kl = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    for rows in torch.arange(len(hidden), device=hidden.device).split(FULL_KL_ROWS):
+        kl[rows] = kl_estimators.full(
+            logits_at(head, hidden[rows]).log_softmax(-1),
+            logits_at(ref_head, ref_hidden[rows]).log_softmax(-1),
+            torch.ones(len(rows), dtype=torch.bool, device=hidden.device),
+        )
+    return kl
+
+
+def _unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] in row-major order of the mask back to [B, T], 0 elsewhere; differentiable."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

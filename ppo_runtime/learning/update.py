@@ -1,0 +1,306 @@
+"""The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from ppo_core.averages import Average, average, mean_of, merge
+from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
+from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients
+from ppo_runtime.models.modes import without_dropout
+from ppo_runtime.ranks.gather import World, gather_averages, sum_gradients
+
+Plan = list[list[list[Tensor]]]
+"""Row indices: epochs of updates of minibatches."""
+
+
+class PolicyObjective(Protocol):
+    """A policy's loss and its diagnostics over kept tokens; each tensor [B, T], of which ``logprobs`` gets gradient."""
+
+    def __call__(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, config: PPOConfig
+    ) -> PolicyLoss:
+        """Of one minibatch."""
+        ...
+
+
+def clipped_objective(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, config: PPOConfig
+) -> PolicyLoss:
+    """PPO's own: the ratio is clipped to the configuration's ``cliprange``."""
+    return clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=config.cliprange)
+
+
+class Targets(NamedTuple):
+    """What the update trains towards, each [B, T] and without gradient."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, index: Tensor, time: int) -> "Targets":
+        """These rows, cut to ``time`` tokens."""
+        return Targets(*(x[index, :time] for x in self))
+
+
+class Losses(NamedTuple):
+    """Both objectives of one minibatch, and the entropy as a diagnostic."""
+
+    policy: PolicyLoss
+    value: ValueLoss
+    entropy: Average
+    value_mean: Average
+
+
+class Outcome(NamedTuple):
+    """What happened in the updates of one step, on this rank."""
+
+    averages: dict[str, Average]
+    first_ratio_deviation: Tensor
+    """max |pi / pi_old - 1| before the first update; more than rounding means that the rollout's policy was another."""
+    skipped: Counter[Cause]
+    """How many updates were left out, by cause."""
+    epochs: int
+
+
+@attrs.define
+class Progress:
+    """How far the updates of a step have come, for whoever has to know when they are broken off."""
+
+    waiting: list[tuple[Tensor, Tensor]]
+    """Parameters with the gradients that they held before; none once they are of other weights."""
+    begun: int = 0
+    """Steps of the optimiser, one that was broken off included."""
+
+    def begin(self) -> None:
+        """Note that weights move now."""
+        self.begun += 1
+        self.waiting.clear()
+
+    def put_back(self) -> None:
+        """Give the parameters their gradients of before, if the weights are those of before."""
+        for parameter, gradient in self.waiting:
+            parameter.grad = gradient
+
+
+class Prepared(NamedTuple):
+    """Whether an update's gradients may be stepped on, and their norm before clipping."""
+
+    cause: Cause
+    norm: Tensor
+
+
+def optimise(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    targets: Targets,
+    plan: Plan,
+    tokens: Tensor,
+    config: PPOConfig,
+    *,
+    policy_loss: PolicyObjective,
+    world: World,
+    progress: Progress,
+) -> Outcome:
+    """Train on one batch, by a plan, of whose updates ``tokens`` are the kept ones over all ranks.
+
+    Every update divides by the number of tokens in its *whole* backward batch, over minibatches and ranks, so that
+    the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
+    An update that is left out counts as skipped; where what it says is not finite, no statistic and no decision to stop
+    early sees it. No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved.
+    After a step on a CPU there are zeros in its place, as the reference leaves them; a GPU has better use for the room.
+    """
+    weights = tokens.view(len(plan), -1).tolist()
+    averages: dict[str, Average] = {}
+    deviation = torch.zeros((), device=rows.mask.device)
+    skipped: Counter[Cause] = Counter()
+    epochs = updates = 0
+
+    with without_dropout(model), _gradients_cleared(model):
+        for epoch, epoch_weights in zip(plan, weights, strict=True):
+            epochs += 1
+            epoch_averages: dict[str, Average] = {}
+            for update, weight in zip(epoch, epoch_weights, strict=True):
+                model.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)  # it may step parameters of the user's beside the model's
+                update_averages: dict[str, Average] = {}
+                for index in update:
+                    losses = minibatch_losses(model, rows.select(index), targets, index, config, policy_loss)
+                    total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
+                    if weight:
+                        (total / weight).backward()
+                    merge_into(update_averages, averages_of(losses))
+                    if updates == 0:
+                        deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
+                cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
+                if cause is Cause.NONE:
+                    progress.begin()
+                    optimizer.step()
+                    merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
+                else:
+                    skipped[cause] += 1
+                    if not _all_finite(update_averages):
+                        update_averages = _nothing_said(update_averages)
+                        deviation = torch.zeros_like(deviation) if updates == 0 else deviation
+                updates += 1
+                merge_into(epoch_averages, update_averages)
+            merge_into(averages, epoch_averages)
+            if config.early_stopping and _has_moved(epoch_averages, config, world):
+                break
+        had_gradients = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if progress.begun and rows.mask.device.type == "cpu":
+        for parameter in had_gradients:
+            parameter.grad = torch.zeros_like(parameter)
+    return Outcome(averages, deviation, skipped, epochs)
+
+
+def gradients_waiting(model: Any, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters, the model's and the optimiser's, with gradients that hold anything; zeros wait for nothing."""
+    theirs = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    parameters = {id(parameter): parameter for parameter in chain(model.parameters(), theirs)}.values()
+    return [(p, p.grad) for p in parameters if p.grad is not None and bool(p.grad.any())]
+
+
+def minibatch_losses(
+    model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig, policy_loss: PolicyObjective
+) -> Losses:
+    """Forward pass and both losses of one minibatch, with gradient."""
+    now = evaluate(model, part)
+    return losses_of(now, targets.select(index, part.mask.shape[1]), part.mask, config, policy_loss)
+
+
+def losses_of(
+    now: Evaluation,
+    targets: Targets,
+    mask: Tensor,
+    config: PPOConfig,
+    policy_loss: PolicyObjective,
+) -> Losses:
+    """Both losses of what the model says now, and the diagnostics beside them."""
+    assert now.values is not None
+    return Losses(
+        policy_loss(now.logprobs, targets.old_logprobs, targets.advantages, mask, config=config),
+        clipped_value_loss(now.values, targets.old_values, targets.returns, mask, cliprange=config.cliprange_value),
+        average(now.entropy.detach(), mask),
+        average(now.values.detach(), mask),
+    )
+
+
+def prepare_update(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, Average],
+    config: PPOConfig,
+    world: World,
+    *,
+    weight: float,
+) -> Prepared:
+    """Make the gradients that an update's backward passes have left ready for a step: summed over ranks and clipped.
+
+    Args:
+        model: the policy.
+        optimizer: whose parameters count in the norm.
+        averages: what the update's minibatches found, on this rank.
+        config: for the thresholds.
+        world: ranks that decide together, so that none of them steps alone.
+        weight: kept tokens of the update over all ranks.
+
+    Returns:
+        A cause other than NONE if no step may be made: then neither weights nor moments shall see these gradients. (A
+        loss times 0 would step on stale moments, and inf * 0 is NaN.)
+    """
+    cause = cause_in_losses(averages, config) if weight else Cause.EMPTY
+    votes = torch.zeros(len(Cause))
+    votes[cause] = 1
+    # With the gradients, which are no good to anybody where a rank has voted against them.
+    cause = Cause(int(sum_gradients(model.parameters(), votes, world).nonzero().max()))
+    if cause is not Cause.NONE:
+        return Prepared(cause, torch.zeros(()))
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # The same bits on every rank, and so the same verdict.
+    norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
+    return Prepared(cause, norm)
+
+
+@contextmanager
+def _gradients_cleared(model: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def plan_updates(batch: int, config: PPOConfig, generator: torch.Generator) -> Plan:
+    """The minibatches of every update of every epoch, shuffled anew for each epoch."""
+    orders = (torch.randperm(batch, generator=generator) for _ in range(config.ppo_epochs))
+    return [
+        [list(update.split(config.mini_batch_size)) for update in order.split(config.backward_batch_size)]
+        for order in orders
+    ]
+
+
+def tokens_per_update(plan: Plan, mask: Tensor) -> Tensor:
+    """Kept tokens [updates] of every update of every epoch, on this rank."""
+    tokens = mask.sum(-1)
+    return torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
+
+
+def same_updates(counts: Sequence[int]) -> None:
+    """Refuse ranks that have not equally many updates in the step: they would wait for each other.
+
+    Their sum would not do: a rank with as many as all have on average would go on.
+    """
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"the ranks have {list(counts)} updates in the step, expected equally many on each; give every rank the "
+            "same number of sequences"
+        )
+
+
+def averages_of(losses: Losses) -> dict[str, Average]:
+    """The metrics of one minibatch, without gradient, by the names of :data:`ppo_runtime.reporting.metrics.METRICS`."""
+    averages = {
+        "ppo/loss/policy": losses.policy.loss,
+        "ppo/loss/value": losses.value.loss,
+        "ppo/policy/entropy": losses.entropy,
+        "ppo/policy/approxkl": losses.policy.approx_kl,
+        "ppo/policy/policykl": losses.policy.policy_kl,
+        "ppo/policy/clipfrac": losses.policy.clip_fraction,
+        "ppo/policy/ratio": losses.policy.ratio,
+        "ppo/val/vpred": losses.value_mean,
+        "ppo/val/error": losses.value.error,
+        "ppo/val/clipfrac": losses.value.clip_fraction,
+    }
+    return {name: Average(total.detach(), weight) for name, (total, weight) in averages.items()}
+
+
+def merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
+    """Add what another minibatch, update or epoch found."""
+    for name, part in more.items():
+        averages[name] = merge(averages[name], part) if name in averages else part
+
+
+def _all_finite(averages: dict[str, Average]) -> bool:
+    return bool(torch.stack([total for total, _ in averages.values()]).isfinite().all())
+
+
+def _nothing_said(averages: dict[str, Average]) -> dict[str, Average]:
+    """Neutral elements under the same names, which all ranks must have."""
+    return {name: Average(*map(torch.zeros_like, part)) for name, part in averages.items()}
+
+
+def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) -> bool:
+    """Whether the policy has left the rollout's by more than 1.5 target_kl, or who knows where; all ranks decide."""
+    key = "ppo/policy/policykl"
+    policy_kl = float(mean_of(gather_averages({key: averages[key]}, world)[key]))
+    return not policy_kl <= 1.5 * config.target_kl  # NaN compares as False

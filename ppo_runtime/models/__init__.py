@@ -1,0 +1,16 @@
+"""A transformers model as policy, critic, reference and reward model.
+
+wrapper         language models with a value head
+value_head      the head, and where it lives on disk
+inner           the transformers model inside wrapper and adapter
+heads           trunk and LM head apart
+references      frozen copies, shared layers, adapter off
+own_reference   whether a policy without its adapter will do for a reference
+reward_adapter  a reward model as a second adapter
+modes           dropout off, and every flag back afterwards
+precision       float32 weights for a half-precision policy
+devices         where models live; mixtures are named
+context         how long prompts and responses may be
+hub             uploads
+gguf            GGUF to safetensors
+"""

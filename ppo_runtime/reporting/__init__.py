@@ -1,0 +1,11 @@
+"""What is told about a run: statistics, tables, trackers, plots, model cards, uploads.
+
+metrics     every statistic's unit and denominator
+statistics  the dictionary of statistics of a step
+tables      the table of texts beside the curves
+tracking    JSONL always; TensorBoard, Weights & Biases by choice
+run_log     the trackers of a run
+plotting    the curves as a picture
+model_card  the README.md beside a saved policy
+publishing  uploading the best policy of a run
+"""

@@ -1,0 +1,289 @@
+"""The owner of what a trainer remembers of its responses; samples them, with settings checked and warned about."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_runtime.common import inputs
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.models.context import Context, decoder_start
+from ppo_runtime.models.heads import reads_padding
+from ppo_runtime.models.inner import has_encoder, transformers_model
+from ppo_runtime.models.modes import dropout_off
+from ppo_runtime.models.precision import computing
+from ppo_runtime.models.references import reference_context
+from ppo_runtime.models.wrapper import PreTrainedModelWrapper
+from ppo_runtime.rollout.drawn import Drawn
+from ppo_runtime.rollout.ending import criteria_of
+from ppo_runtime.rollout.engine import Engine, Plan
+from ppo_runtime.rollout.sampling import NEUTRAL, departures, gaps
+from ppo_runtime.rollout.settings import Settings, check_settings
+from ppo_runtime.rollout.values import COUNT, token_ids, whole
+
+logger = logging.getLogger(__name__)
+
+
+class ResponseGenerator:
+    """Responses from the policy, and from the reference if wanted.
+
+    Args:
+        model: the policy.
+        ref_model: the reference, or None where it is the policy without its adapter.
+        tokenizer: for ``stop_strings``.
+        config: for static padding.
+        pad_token_id: what prompts are padded with.
+        eos_token_ids: what ends a response unless a call says otherwise.
+        engine: what turns padded prompts into responses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModelWrapper,
+        ref_model: Any,
+        tokenizer: Any,
+        config: PPOConfig,
+        *,
+        pad_token_id: int,
+        eos_token_ids: set[int],
+        engine: Engine,
+    ) -> None:
+        self.model = model
+        self.ref_model = ref_model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.pad_token_id = pad_token_id
+        self.eos_token_ids = eos_token_ids
+        self.engine = engine
+        # The policy's responses of the latest calls.
+        self.drawn = Drawn()
+        # Names of settings that were warned about.
+        self._said: frozenset[str] = frozenset()
+
+    def generate(
+        self,
+        query_tensor: Any,
+        length_sampler: Callable[[], int] | None,
+        *,
+        batch_size: int,
+        return_prompt: bool,
+        generate_ref_response: bool,
+        generation_kwargs: dict[str, Any],
+    ) -> Any:
+        """Sample a response to one query or to each of a list; see ``Trainer.generate``."""
+        vocabulary = self.model.config.vocab_size
+        queries, single = inputs.query_rows("query_tensor", query_tensor, vocab_size=vocabulary)
+        batch_size = whole("batch_size", batch_size, COUNT)
+        for name, flag in (("return_prompt", return_prompt), ("generate_ref_response", generate_ref_response)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected True or False")
+        generation_kwargs = self._without_padding_arguments(generation_kwargs)
+        batch_size = self._batch_size(queries, batch_size)
+        settings = Settings(self.model, generation_kwargs)
+        check_settings(settings, self.model)
+        plan = self._plan(settings, batch_size)
+        if plan.prompt_width:
+            inputs.fits_static_padding(
+                map(len, queries), plan.prompt_width, setting="pad_max_input_len", what="the prompt"
+            )
+        models: list[tuple[Any, AbstractContextManager[Any]]] = [(self.model, nullcontext())]
+        if generate_ref_response and self.ref_model is not None:
+            models.append((self.ref_model, nullcontext()))
+        elif generate_ref_response:
+            models.append((self.model, reference_context(self.model)))
+        # All lengths are drawn before anything is generated, so that one without room is refused in time.
+        new_tokens = [self._new_tokens(queries, settings, plan, length_sampler) for _ in models]
+        self._warn_of_sampling(settings)
+        answers: list[Any] = []
+        for (model, context), lengths in zip(models, new_tokens, strict=True):
+            theirs = Settings(model, generation_kwargs)
+            with context, dropout_off(model), computing(model):
+                responses = self.engine(
+                    model,
+                    [query.to(self.model.device) for query in queries],
+                    theirs,
+                    plan,
+                    lengths if length_sampler is not None else [None] * len(lengths),
+                    theirs.overruled() | gaps(theirs),
+                )
+            if not answers:
+                self.drawn.remember(responses, sampled=bool(settings["do_sample"]))
+            if return_prompt and not has_encoder(self.model):
+                responses = [
+                    torch.cat((query.to(response.device), response))
+                    for query, response in zip(queries, responses, strict=True)
+                ]
+            answers.append(responses[0].unsqueeze(0) if single else responses)
+        return tuple(answers) if generate_ref_response else answers[0]
+
+    def check(self, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any) -> None:
+        """Refuse the settings that ``generate`` would refuse for any prompt; nothing is drawn."""
+        settings = Settings(self.model, self._without_padding_arguments(generation_kwargs))
+        check_settings(settings, self.model)
+        self._plan(settings, 1)
+        _check_sampler(length_sampler)
+
+    def _without_padding_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The old trainer's ``remove_padding`` and ``pad_to_multiple_of``, which ask for nothing here, taken out."""
+        given = dict(given)
+        if (removed := given.pop("remove_padding", True)) is not True:
+            raise ValueError(
+                f"remove_padding is {removed!r}, expected True or to be left out: responses come without padding; for "
+                "one tensor pad them with torch.nn.utils.rnn.pad_sequence(responses, batch_first=True)"
+            )
+        if given.pop("pad_to_multiple_of", None) is not None:
+            self._say_once("pad_to_multiple_of", "pad_to_multiple_of is ignored: prompts are padded to the longest one")
+        return given
+
+    def _batch_size(self, queries: list[Tensor], batch_size: int) -> int:
+        """Queries generated together: one where padding would be read."""
+        static = self.config.pad_max_input_len if self.config.pad_for_acceleration else 0
+        ragged = batch_size > 1 and len({len(query) for query in queries}) > 1
+        if has_encoder(self.model) or not (ragged or static) or not self._reads_padding:
+            return batch_size
+        name = type(transformers_model(self.model)).__name__
+        if static:
+            raise ValueError(
+                f"pad_for_acceleration is True, expected False: {name} reads the padding before a prompt, and would "
+                "answer another one"
+            )
+        self._say_once(
+            "reads_padding",
+            "%s reads the padding before a prompt: queries of different lengths are answered one by one",
+            name,
+        )
+        return 1
+
+    @cached_property
+    def _reads_padding(self) -> bool:
+        return reads_padding(self.model)
+
+    def _plan(self, settings: Settings, batch_size: int) -> Plan:
+        """Padding and what ends a row, checked."""
+        vocabulary = self.model.config.vocab_size
+        pad = settings.asked("pad_token_id")
+        pad = whole(
+            "pad_token_id",
+            self.pad_token_id if pad is None else pad,
+            COUNT._replace(fits=lambda token: 0 <= token < vocabulary, expected=f"a token id in [0, {vocabulary})"),
+        )
+        eos = settings["eos_token_id"]
+        if eos is None and "eos_token_id" not in settings.keywords:
+            eos = self.eos_token_ids
+        ends = token_ids("eos_token_id", eos)
+        if beyond := [token for token in ends if not 0 <= token < vocabulary]:
+            self._say_once(
+                "eos_token_id",
+                "eos_token_id is %s, but the vocabulary has %d tokens: no response ends with it",
+                ", ".join(map(str, beyond)),
+                vocabulary,
+            )
+        start = decoder_start(self.model) if has_encoder(self.model) else None
+        if start is not None and (asked := settings.asked("decoder_start_token_id")) not in (None, start):
+            raise ValueError(
+                f"decoder_start_token_id is {asked!r}, expected {start} like that of the model, behind which the step "
+                "scores; set it in the model's generation_config"
+            )
+        return Plan(
+            batch_size=batch_size,
+            pad_token_id=pad,
+            eos_token_ids=sorted(set(ends) - set(beyond)),
+            criteria=criteria_of(
+                settings["stopping_criteria"],
+                settings["stop_strings"],
+                settings["tokenizer"] or self.tokenizer,
+            ),
+            decoder_start_token_id=start,
+            prompt_width=self.config.pad_max_input_len if self.config.pad_for_acceleration else 0,
+        )
+
+    def _new_tokens(
+        self, queries: list[Tensor], settings: Settings, plan: Plan, length_sampler: Callable[[], int] | None
+    ) -> list[int]:
+        """Most tokens of each batch's responses, where there is room for them."""
+        _check_sampler(length_sampler)
+        found: list[int] = []
+        for start in range(0, len(queries), plan.batch_size):
+            batch = queries[start : start + plan.batch_size]
+            width = 1 if has_encoder(self.model) else max(plan.prompt_width, *map(len, batch))
+            most, what = 1, "a token"
+            if length_sampler is not None:
+                most, what = whole("what length_sampler gives", length_sampler(), COUNT), "length_sampler's length"
+            elif settings["max_new_tokens"] is not None:
+                most, what = settings["max_new_tokens"], "max_new_tokens"
+            elif settings["max_length"] is not None:
+                most, what = settings["max_length"] - width, "the rest of max_length"
+                if most < 1:
+                    raise ValueError(
+                        f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
+                        "which it counts too; pass max_new_tokens instead"
+                    )
+            Context.of(self.model).check(
+                [len(query) for query in batch],
+                [most] * len(batch),
+                names=("query_tensor", "query_tensor"),
+                response=what,
+                first=start,
+            )
+            found.append(most)
+        return found
+
+    def _warn_of_sampling(self, settings: Settings) -> None:
+        found = {name: text for name, text in departures(settings).items() if name not in self._said}
+        if found:
+            neutral = ", ".join(f"{name}={NEUTRAL[name]}" for name in found if name in NEUTRAL)
+            advice = (
+                [f"with {neutral} (ppo_runtime.rollout.sampling.plain() gives all such settings)"] if neutral else []
+            )
+            advice += [f"without {name}" for name in found if name not in NEUTRAL]  # plain() leaves what is passed
+            logger.warning(
+                "responses are sampled with %s, but PPO trains the plain distribution: the KL can then turn negative; "
+                "sample %s",
+                ", ".join(found.values()),
+                " and ".join(advice),
+            )
+        self._said |= found.keys()
+
+    def warn_of_greedy_responses(self, responses: Sequence[Tensor]) -> None:
+        """Said when they are trained on: to look at a policy, greedy responses are as good as others."""
+        if self.drawn.greedy(responses):
+            self._say_once(
+                "do_sample",
+                "the responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
+                "the policy's distribution: pass do_sample=True for responses that are trained on",
+            )
+
+    def without_start_token(
+        self, responses: list[Tensor], masks: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """An encoder-decoder's responses without the decoder's start token, and their masks likewise."""
+        if not has_encoder(self.model):
+            return responses, masks
+        start = decoder_start(self.model)
+        started, guessed = inputs.started_rows(responses, start, self.drawn.returned)
+        if guessed:
+            self._say_once(
+                "start_token",
+                "the responses begin with the decoder's start token %d, which a model's own generate puts there, and "
+                "so are trained on without it: trainer.generate returns them without it. If the policy drew these "
+                "tokens itself, put another one in front of each",
+                start,
+            )
+        return inputs.without_first_where(started, responses, masks)
+
+    def _say_once(self, topic: str, message: str, *values: Any) -> None:
+        if topic not in self._said:
+            logger.warning(message, *values)
+        self._said |= {topic}
+
+
+def _check_sampler(length_sampler: Any) -> None:
+    if length_sampler is not None and not callable(length_sampler):
+        raise ValueError(
+            f"length_sampler is {length_sampler!r}, expected a function that gives a length, such as "
+            "LengthSampler(4, 17)"
+        )

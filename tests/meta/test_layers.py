@@ -1,0 +1,123 @@
+"""Imports point one way: from what stands higher to what stands lower, and nothing goes round in a circle.
+
+``python -m tests.meta.test_layers`` prints the picture, and the files that are longer than they should be.
+"""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "ppo_runtime"
+# From bottom to top. A line holds rooms, and modules beside them, that know nothing of each other.
+LAYERS = (
+    ("common",),
+    ("config",),
+    ("ranks",),
+    ("models",),
+    ("accel",),
+    ("rollout",),
+    ("learning",),
+    ("reporting",),
+    ("assembly",),
+    ("trainer",),
+    ("resuming",),
+    ("checkpoint",),
+    ("arguments",),
+    ("loop",),
+    ("compat", "demo"),
+    ("doctor",),
+    ("cli",),
+    ("__main__",),
+)
+# The names one imports are loaded on first use, from wherever they are.
+ROOT = "__init__"
+LENGTH = 250
+
+
+def modules():
+    """Every module by its dotted name below the package, and its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts), path
+
+
+NAMES = dict(modules())
+
+
+def imported(path):
+    """What a file imports of the package, anywhere in it, as names of :data:`NAMES`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            top, _, rest = target.partition(".")
+            if top == PACKAGE.name:
+                yield next((name for name in (rest, rest.rpartition(".")[0]) if name in NAMES), ROOT)
+
+
+GRAPH = {name: set(imported(path)) - {name} for name, path in NAMES.items()}
+
+
+def layer(name):
+    """The number of the line that a module stands in; what ``python -m`` starts stands above everything."""
+    if name.endswith("__main__"):
+        return len(LAYERS)
+    return next(number for number, rooms in enumerate(LAYERS) if name.split(".")[0] in rooms)
+
+
+def test_every_module_has_its_layer():
+    """And every layer a module."""
+    present = {name.split(".")[0] for name in NAMES} - {ROOT}
+    assert present == {room for rooms in LAYERS for room in rooms}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {ROOT}))
+def test_no_import_points_up(name):
+    """A module imports what is below it, or in its own room."""
+    up = [
+        other
+        for other in GRAPH[name] - {ROOT}
+        if other.split(".")[0] != name.split(".")[0] and layer(other) >= layer(name)
+    ]
+    assert not up
+
+
+def test_there_is_no_circle():
+    """Within a room either."""
+    TopologicalSorter({name: others - {ROOT} for name, others in GRAPH.items()}).prepare()
+
+
+def test_rooms_hold_no_code_of_their_own():
+    """A room's ``__init__`` says what is in it. The two that users import from hold names as well."""
+    for name, path in NAMES.items():
+        if path.name == "__init__.py" and name not in (ROOT, "compat"):
+            assert len(ast.parse(path.read_text()).body) == 1, name
+
+
+def picture():
+    """The layers from top to bottom, with how many modules and lines each has."""
+    lines = []
+    for rooms in reversed(LAYERS):
+        counted = []
+        for room in rooms:
+            files = [path for name, path in NAMES.items() if name.split(".")[0] == room]
+            length = sum(len(path.read_text().splitlines()) for path in files)
+            what = f"{len(files) - 1} modules, " if len(files) > 1 else ""
+            counted.append(f"{room} ({what}{length} lines)")
+        lines.append("  ".join(counted))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(picture())
+    arrows = sum(map(len, GRAPH.values()))
+    print(f"\n{len(NAMES)} modules, {arrows} imports between them, none upwards, no circle\n")
+    for name, path in sorted(NAMES.items(), key=lambda pair: -len(pair[1].read_text().splitlines())):
+        if (length := len(path.read_text().splitlines())) > LENGTH:
+            print(f"{length:5} {name}")
