@@ -24,7 +24,7 @@ from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.learning import forward
 from ppo_runtime.models.heads import LMHead, logits_at
 from tests.operations import Operations
-from tests.runtime.tiny import tiny_tokenizer
+from tests.runtime.support.tiny import tiny_tokenizer
 
 
 def peak_mib() -> float:

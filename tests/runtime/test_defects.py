@@ -44,12 +44,9 @@ from ppo_runtime.ranks.gather import World
 from ppo_runtime.reporting.publishing import BestPolicyKeeper
 from ppo_runtime.rollout import engine, generating
 from tests.operations import Operations
-from tests.runtime import test_checkpoint as resuming
-from tests.runtime.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
-from tests.runtime.trainers import SETTINGS, make_batch, make_trainer
-
-# peft still reads a property that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+from tests.runtime.support.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
+from tests.runtime.support.trainers import SETTINGS, make_batch, make_trainer
+from tests.runtime.training import test_checkpoint as resuming
 
 ALONE = World(rank=0, size=1)
 

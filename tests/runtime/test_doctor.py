@@ -18,7 +18,7 @@ from ppo_runtime import doctor
 from ppo_runtime.accel import backends as accel
 from ppo_runtime.accel.backends import choose
 from ppo_runtime.doctor import Finding, memory, pins, report, versions
-from tests.runtime.fake_extension import FITTING, pretend
+from tests.runtime.support.fake_extension import FITTING, pretend
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,139 @@
+"""Rows come from any device, models stay where they are: tested without a second one.
+
+The meta device is one for what is refused by name; for what has to work, a tensor that refuses to meet others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ppo_core.averages import Average
+from ppo_core.moments import Moments
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.compat.stats import TOKENS, gather_stats
+from ppo_runtime.ranks import gather as distributed
+from ppo_runtime.ranks.gather import Maximum, World, gather_averages, merge_moments
+from tests.runtime.learning.test_guards import snapshot
+from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
+from tests.runtime.support.trainers import make_batch, make_trainer, untimed
+
+
+class Elsewhere(Tensor):
+    """Behaves like a tensor on a GPU: it meets no other before it has been moved, but can be copied into one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.cpu or (func is Tensor.to and "cpu" in map(str, args[1:])):
+                return args[0].as_subclass(Tensor)
+            flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+            kinds = {isinstance(x, cls) for x in flat if isinstance(x, Tensor) and x.ndim}
+        if len(kinds) > 1 and func is not Tensor.__setitem__:
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class WithoutFloat64(Elsewhere):
+    """On a device that has no float64, such as MPS: it is moved first and widened then."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            into = func is Tensor.__setitem__ and args[0].dtype is torch.float64
+        if into or func is Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
+            raise TypeError(f"{func}: this device has no float64")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def elsewhere(rows: list[Tensor]) -> list[Tensor]:
+    return [row.as_subclass(Elsewhere) for row in rows]
+
+
+def test_the_stand_in_refuses_to_meet_others() -> None:
+    there, here = torch.ones(2).as_subclass(Elsewhere), torch.ones(2)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.cat((here, there))
+    with pytest.raises(RuntimeError, match="same device"):
+        here + there
+    assert (here + there.cpu()).tolist() == [2.0, 2.0]
+    assert type(there + there) is Elsewhere
+
+
+@pytest.mark.parametrize("moved", ["queries", "responses", "scores", "response_masks", "all"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_rows_of_a_step_may_be_on_any_device(family: str, moved: str) -> None:
+    queries, responses, scores = make_batch()
+    masks = [torch.ones(len(response)) for response in responses]
+    batch = {"queries": queries, "responses": responses, "scores": scores, "response_masks": masks}
+    expected = make_trainer(family, ppo_epochs=1).step(**batch)
+    trainer = make_trainer(family, ppo_epochs=1)
+    found = trainer.step(**{name: elsewhere(x) if moved in (name, "all") else x for name, x in batch.items()})
+    torch.testing.assert_close(untimed(found), untimed(expected), rtol=0, atol=0)
+    assert all(type(x) is not Elsewhere for x in snapshot(trainer)["optimizer"])
+
+
+@pytest.mark.parametrize("moved", ["queries", "responses"])
+def test_rows_of_the_pieces_may_be_on_any_device(moved: str) -> None:
+    trainer = make_trainer()
+    queries, responses, _ = make_batch()
+    rows = {"queries": queries, "responses": responses}
+    rows[moved] = elsewhere(rows[moved])
+    found = trainer.prepare_model_inputs(**rows)
+    torch.testing.assert_close(found, trainer.prepare_model_inputs(queries, responses))
+    trainer.batched_forward_pass(trainer.model, rows["queries"], rows["responses"], found)
+
+
+GATHERED: dict[str, Callable[[Callable[[float], Tensor]], Any]] = {
+    "averages": lambda at: gather_averages({"a": Average(at(6.0), at(3.0)), "b": Maximum(at(2.0))}, World(0, 2)),
+    "moments": lambda at: merge_moments(Moments(at(3.0), at(1.0), at(2.0)), World(0, 2)),
+    "statistics": lambda at: gather_stats({"a": at(2.0), TOKENS: at(3.0)}, World(0, 2)),
+}
+
+
+@pytest.mark.parametrize("what", GATHERED)
+def test_numbers_are_widened_where_there_is_float64(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_gather", lambda vector, world: torch.stack([vector] * world.size))
+    expected = GATHERED[what](torch.tensor)
+    found = GATHERED[what](lambda number: torch.tensor(number).as_subclass(WithoutFloat64))
+    for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert float(ours) == float(theirs)
+
+
+def test_a_model_elsewhere_than_the_other_or_than_itself_is_named() -> None:
+    def trainer(model: Any, ref_model: Any) -> PPOTrainer:
+        config = PPOConfig(batch_size=6, mini_batch_size=2, accel="eager")
+        return PPOTrainer(config, model, ref_model, tiny_tokenizer())
+
+    def policy() -> Any:
+        return AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+
+    with pytest.raises(ValueError, match="ref_model has parameters on the meta device"):
+        trainer(policy(), tiny_model("llama", seed=1).to("meta"))
+    half_there = policy()
+    half_there.v_head.to("meta")
+    with pytest.raises(ValueError, match="model has parameters on the meta device"):
+        trainer(half_there, None)
+
+
+def test_several_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between devices that this machine may not have, by their names alone."""
+    from ppo_runtime.models import devices
+
+    model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    places = {id(model): ["cuda:0"], id(reference): ["cpu"]}
+    monkeypatch.setattr(devices, "_devices", lambda one: places[id(one)])
+    with pytest.raises(ValueError, match=r"ref_model is on cpu, expected cuda:0 like model.*ref_model\.to\('cuda:0'\)"):
+        devices.check_devices(model, reference)
+    places[id(reference)] = ["cuda:0"]
+    devices.check_devices(model, reference)
+    places[id(model)] = ["cpu", "cuda:0"]
+    with pytest.raises(ValueError, match="model has parameters on cpu and cuda:0, expected one device"):
+        devices.check_devices(model, None)
+    model.hf_device_map = {"model": "cpu", "lm_head": 0}
+    devices.check_devices(model, reference)

@@ -1,0 +1,151 @@
+"""The training loop: metrics on disk, a clean stop, and learning something real."""
+
+import io
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from ppo_runtime.loop import train
+from ppo_runtime.reporting.tracking import read_jsonl
+from tests.runtime.support.trainers import make_trainer
+
+PROMPTS = ["abc", "the", "to be", "x", "hello", "no", "yes", "go"]
+
+
+def _trainer(tmp_path: Path, **settings: Any) -> Any:
+    from tests.runtime.support.tiny import tiny_tokenizer
+
+    ids = [tiny_tokenizer().encode(prompt, add_special_tokens=False) for prompt in PROMPTS]
+    dataset = Dataset.from_dict({"query": PROMPTS, "input_ids": ids, "unused": [0] * len(PROMPTS)})
+    return make_trainer(
+        dataset=dataset, batch_size=8, mini_batch_size=4, project_kwargs={"logging_dir": str(tmp_path)}, **settings
+    )
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def _vowels(_: list[str], responses: list[str]) -> list[float]:
+    return [sum(letter in "aeiou" for letter in text) / 8 for text in responses]
+
+
+def test_every_step_is_a_line_of_metrics(tmp_path: Path) -> None:
+    result = train(
+        _trainer(tmp_path),
+        _vowels,
+        steps=3,
+        generation_kwargs={"max_new_tokens": 8},
+        output_dir=tmp_path,
+        console=_quiet(),
+    )
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert len(lines) == len(result.history) == 3
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line, stats in zip(lines, result.history, strict=True):
+        assert line["env/reward_mean"] == pytest.approx(stats["env/reward_mean"], abs=1e-6)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["steps_done"] == 3
+    assert run["acceleration"]["backend"] == "eager"
+
+
+def test_ctrl_c_leaves_metrics_and_model(tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupting(queries: list[str], responses: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return _vowels(queries, responses)
+
+    result = train(
+        _trainer(tmp_path),
+        interrupting,
+        steps=10,
+        generation_kwargs={"max_new_tokens": 4},
+        output_dir=tmp_path,
+        console=_quiet(),
+    )
+    assert result.interrupted
+    assert len(result.history) == len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_bad_score_saves_what_was_done_and_says_which(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
+    def failing(queries: list[str], responses: list[str]) -> list[float]:
+        return [0.5 if trainer.current_step == 0 else float("nan")] * len(responses)
+
+    with pytest.raises(ValueError, match=r"scores\[0\] is nan"):
+        train(trainer, failing, steps=2, output_dir=tmp_path, console=_quiet())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_trainer_without_dataset_is_told_so() -> None:
+    with pytest.raises(ValueError, match="has no dataset"):
+        train(make_trainer(), _vowels, steps=1, console=_quiet())
+
+
+def test_a_dataloader_without_batches_is_an_error_and_not_an_endless_loop() -> None:
+    trainer = make_trainer()
+    trainer.dataloader = []
+    with pytest.raises(ValueError, match="gave no batch"):
+        train(trainer, _vowels, steps=1, console=_quiet())
+
+
+def test_the_score_climbs(tmp_path: Path) -> None:
+    """Forty steps on a random model teach it a letter: a whole-path check that no unit test replaces."""
+    trainer = _trainer(tmp_path, learning_rate=1e-2, init_kl_coef=0.01, seed=1)
+    result = trainer.train(
+        lambda _, texts: [text.count("e") / 8 for text in texts],
+        steps=40,
+        generation_kwargs={"max_new_tokens": 8},
+        console=_quiet(),
+    )
+    scores = torch.tensor([stats["env/reward_mean"] for stats in result.history])
+    assert scores[-5:].mean() > scores[:5].mean() + 0.3
+
+
+def test_a_first_ctrl_c_finishes_the_step_and_the_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, *, interrupt_in: int | None = None, resume: bool = False) -> Any:
+        trainer = _trainer(tmp_path / name)
+        calls = 0
+
+        def score(queries: list[str], responses: list[str]) -> list[float]:
+            nonlocal calls
+            calls += 1
+            if calls == interrupt_in:
+                signal.raise_signal(signal.SIGINT)
+            return _vowels(queries, responses)
+
+        result = train(
+            trainer,
+            score,
+            steps=4,
+            generation_kwargs={"max_new_tokens": 4},
+            output_dir=tmp_path / name,
+            resume=resume,
+            console=_quiet(),
+        )
+        return trainer, result
+
+    straight, _ = run("straight")
+    first, stopped = run("stopped", interrupt_in=2)
+    assert stopped.interrupted
+    assert first.current_step == 2
+    resumed, finished = run("stopped", resume=True)
+    assert not finished.interrupted
+    assert [line["step"] for line in read_jsonl(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2, 3, 4]
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in straight.model.state_dict().items())

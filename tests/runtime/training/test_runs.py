@@ -1,0 +1,595 @@
+"""A run's files are the run's: ended, broken off, resumed, or begun where another one was."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.loop import train
+from ppo_runtime.ranks.gather import World
+from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.reporting.tracking import JsonlTracker, make_trackers, read_jsonl
+from ppo_runtime.rollout.data import PromptBatches, prompt_digest
+from tests.runtime.support.trainers import make_batch, make_trainer
+
+EARLIER, FILE = "metrics-1.jsonl", "metrics.jsonl"
+
+
+def _rows(count: int = 8, *, first: int = 5) -> Dataset:
+    return Dataset.from_dict({"query": ["q"] * count, "input_ids": [[first + row] for row in range(count)]})
+
+
+def _trainer(home: Path, dataset: Any = None, **settings: Any) -> Any:
+    options = {"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 1, "horizon": 20}
+    return make_trainer(dataset=dataset or _rows(), project_kwargs={"logging_dir": str(home)}, **(options | settings))
+
+
+def _train(trainer: Any, home: Path | None, *, steps: int = 2, score: Any = None, **options: Any) -> Any:
+    return train(
+        trainer,
+        score or (lambda _, texts: [len(set(text)) / 4 for text in texts]),
+        steps=steps,
+        generation_kwargs={"max_new_tokens": 3},
+        output_dir=home,
+        console=Console(file=io.StringIO()),
+        **options,
+    )
+
+
+def _steps(path: Path) -> list[int]:
+    return [line["step"] for line in read_jsonl(path)]
+
+
+def _weights(trainer: Any) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_has_a_file_of_its_own(tmp_path: Path) -> None:
+    for run, steps in enumerate((1, 2, 3), start=1):
+        _train(_trainer(tmp_path), None, steps=steps)
+        assert _steps(tmp_path / FILE) == [*range(1, steps + 1)]
+        assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == sorted(
+            [FILE, *(f"metrics-{number}.jsonl" for number in range(1, run))]
+        )
+    assert _steps(tmp_path / EARLIER) == [1]
+
+
+def test_a_loop_of_ones_own_begins_a_file_as_well(tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer = _trainer(tmp_path)
+        queries, responses, scores = make_batch(4)
+        trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+        trainer.close()
+        trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+        trainer.close()
+        assert _steps(tmp_path / FILE) == [1, 2], "a trainer that was closed goes on with its file"
+    assert _steps(tmp_path / EARLIER) == [1, 2]
+
+
+def test_a_step_that_was_refused_makes_no_resumed_run_of_a_fresh_one(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), None, steps=2)
+    trainer = _trainer(tmp_path)
+    queries, responses, scores = make_batch(4)
+    with pytest.raises(ValueError, match="scores"):
+        trainer.step(queries, responses, scores[1:])
+    trainer.log_stats(trainer.step(queries, responses, scores), {}, scores)
+    trainer.close()
+    assert _steps(tmp_path / EARLIER) == [1, 2]
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_steps_beyond_the_checkpoint_are_not_doubled(tmp_path: Path, own_loop: bool) -> None:
+    """Killed after step 3 with a checkpoint of step 2, while an earlier run's file lies beside it."""
+    (tmp_path / EARLIER).write_text('{"step": 1}\n')
+
+    def die(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.current_step == 3:
+            raise RuntimeError("killed")
+        return [0.5] * len(texts)
+
+    trainer = _trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        _train(trainer, tmp_path, steps=6, score=die, checkpoint_every=2)
+    assert _steps(tmp_path / FILE) == [1, 2, 3]
+    again = _trainer(tmp_path)
+    if own_loop:
+        load_checkpoint(again, tmp_path / "checkpoint")
+        queries, responses, scores = make_batch(4)
+        again.log_stats(again.step(queries, responses, scores), {}, scores)
+        again.close()
+        assert _steps(tmp_path / FILE) == [1, 2, 3]
+    else:
+        _train(again, tmp_path, steps=4, resume=True)
+        assert _steps(tmp_path / FILE) == [1, 2, 3, 4]
+    assert _steps(tmp_path / EARLIER) == [1]
+
+
+def test_what_is_taken_out_is_only_what_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    path.write_text('{"step": 1}\nno json\n{"step": 3}\n{"step": 2}\n[4]\n{"st')
+    for tracker in make_trackers(None, tmp_path, {}, "p", {}, goes_on_after=2):
+        tracker.log(3, {}, {})
+        tracker.close()
+    assert path.read_text() == '{"step": 1}\nno json\n{"step": 2}\n[4]\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("left", ["", '{"st'])
+def test_a_file_without_a_line_is_nobodys_run(tmp_path: Path, left: str) -> None:
+    (tmp_path / FILE).write_text(left)
+    make_trackers(None, tmp_path, {}, "p", {})[0].close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_bare_tracker_goes_on_as_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tracker = JsonlTracker(tmp_path / FILE)
+        tracker.log(step, {}, {})
+        tracker.close()
+    assert _steps(tmp_path / FILE) == [1, 2]
+
+
+def test_tensorboard_forgets_the_steps_that_are_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for goes_on_after, steps, value in ((None, (1, 2, 3), 0.0), (1, (2, 3), 1.0)):
+        # Event files are read in the order of their names, which begin with the second they were made in.
+        made = {"filename_suffix": f".{goes_on_after}"}
+        for tracker in make_trackers("tensorboard", tmp_path, made, "p", {}, goes_on_after=goes_on_after):
+            for step in steps:
+                tracker.log(step, {"a": value}, {})
+            tracker.close()
+    first, second = sorted(tmp_path.glob("events.*"), key=lambda path: path.suffix == ".1")
+    second.rename(tmp_path / first.name.replace("events.out.tfevents.", "events.out.tfevents.9"))
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("a")] == [(1, 0.0), (2, 1.0), (3, 1.0)]
+
+
+def test_a_resumed_run_takes_no_line_of_another_one(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path / "one", steps=1)
+    _train(_trainer(tmp_path), tmp_path / "two", steps=4)
+    other = (tmp_path / FILE).read_bytes()
+    _train(_trainer(tmp_path), tmp_path / "one", steps=2, resume=True)
+    assert other in [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")]
+    assert _steps(tmp_path / FILE) == [2]
+
+
+@pytest.mark.parametrize("kind", ["straight on", "resumed"])
+def test_branches_of_one_run_lose_no_line(tmp_path: Path, kind: str) -> None:
+    """A copied checkpoint goes on while the run that it was copied from has gone on as well; then that one again."""
+    branches = [tmp_path / "one", tmp_path / "two"]
+    if kind == "resumed":
+        _train(_trainer(tmp_path), branches[0], steps=1)
+    trainer = _trainer(tmp_path)
+    _train(trainer, branches[0], steps=2, resume=kind == "resumed")
+    shutil.copytree(branches[0], branches[1])
+    _train(trainer, branches[0], steps=4)
+    made = [line for line in (tmp_path / FILE).read_text().splitlines() if json.loads(line)["step"] > 2]
+    _train(_trainer(tmp_path), branches[1], steps=5, resume=True)
+    assert _steps(tmp_path / FILE) == [1, 2, 3, 4, 5]
+    other = (tmp_path / FILE).read_bytes()
+    files = [path.read_text().splitlines() for path in tmp_path.glob("metrics-*.jsonl")]
+    assert made in files, "the first branch's steps"
+    _train(_trainer(tmp_path), branches[0], steps=5, resume=True)
+    assert other in [path.read_bytes() for path in tmp_path.glob("metrics-*.jsonl")], "the second branch's, whole"
+    assert _steps(tmp_path / FILE) == [5]
+
+
+@pytest.mark.parametrize("order", ["log first", "checkpoint first", "without a log"])
+def test_a_loop_of_ones_own_goes_on_with_its_file(tmp_path: Path, order: str) -> None:
+    """Whatever it does first after a step, and in three sittings."""
+    for sitting in range(3):
+        trainer = _trainer(tmp_path)
+        if sitting:
+            load_checkpoint(trainer, tmp_path / "checkpoint")
+        queries, responses, scores = make_batch(4)
+        if order == "without a log" and sitting == 1:
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+            continue
+        stats = trainer.step(queries, responses, scores)
+        if order == "checkpoint first":
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+        trainer.log_stats(stats, {}, scores)
+        trainer.close()
+        if order != "checkpoint first":
+            save_checkpoint(trainer, tmp_path / "checkpoint")
+    assert _steps(tmp_path / FILE) == ([1, 2] if order == "without a log" else [1, 2, 3])
+    assert [path.name for path in tmp_path.glob("metrics*")] == [FILE]
+
+
+def test_a_lone_surrogate_is_logged(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / FILE)
+    tracker.log(1, {}, {"t": [{"text": "\ud800"}]})
+    tracker.close()
+    assert _steps(tmp_path / FILE) == [1]
+
+
+def test_settings_of_another_tracker_are_left_to_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    for tracker in make_trackers("tensorboard", tmp_path, {"wandb": {"entity": "us"}}, "p", {}):
+        tracker.close()
+
+
+# --- the end of a run --------------------------------------------------------------------------------------------
+
+
+def test_every_run_ends_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
+    straight = _trainer(tmp_path / "straight")
+    _train(straight, tmp_path / "straight", steps=4)
+    _train(_trainer(tmp_path / "cut"), tmp_path / "cut", steps=2)
+    assert steps_done(tmp_path / "cut" / "checkpoint") == 2
+    longer = _trainer(tmp_path / "cut")
+    _train(longer, tmp_path / "cut", steps=4, resume=True)
+    assert _same(_weights(straight), _weights(longer))
+    assert _steps(tmp_path / "cut" / FILE) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_finished_run_is_not_run_again(tmp_path: Path, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    lines = (tmp_path / FILE).read_bytes()
+    trainer = _trainer(tmp_path)
+    trainer.generate = None  # it would not be able to
+    assert _train(trainer, tmp_path, steps=steps, resume=True).history == []
+    assert f"nothing is left to train after step 2, since steps is {steps}; ask for more steps" in caplog.text
+    assert (tmp_path / FILE).read_bytes() == lines
+    assert steps_done(tmp_path / "checkpoint") == 2
+
+
+def test_resuming_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(_train(_trainer(tmp_path), tmp_path, steps=1, resume=True).history) == 1
+    assert "there is no checkpoint in" in caplog.text
+
+
+def test_a_checkpoint_that_was_being_replaced_is_resumed(tmp_path: Path) -> None:
+    """A crash between the two renames leaves the old checkpoint under its waiting name."""
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.previous")
+    assert steps_done(tmp_path / "checkpoint") == 2
+    assert len(_train(_trainer(tmp_path), tmp_path, steps=3, resume=True).history) == 1
+
+
+@pytest.mark.parametrize("fails", ["close", "both"])
+def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) -> None:
+    class Broken:
+        def log(self, *_: Any) -> None: ...
+
+        def close(self, **_: Any) -> None:
+            closed.append(self)
+            raise RuntimeError("no network")
+
+    closed: list[Any] = []
+    trainer = _trainer(tmp_path)
+    trainer.log._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
+    with pytest.raises(RuntimeError, match="no network"):
+        _train(trainer, tmp_path, steps=1)
+    assert (tmp_path / "model" / "config.json").exists()
+    assert len(closed) == (2 if fails == "both" else 1)
+    assert fails == "both" or _steps(tmp_path / FILE) == [1]
+
+
+# --- another run's checkpoint ------------------------------------------------------------------------------------
+
+
+def test_data_of_another_length_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    trainer = _trainer(tmp_path, _rows(9))
+    before = _weights(trainer)
+    with pytest.raises(ValueError, match="was made with a dataset of 8 rows, and this one has 9; pass the dataset of"):
+        _train(trainer, tmp_path, steps=4, resume=True)
+    assert _same(before, _weights(trainer))
+    assert trainer.current_step == 0
+    assert not trainer.optimizer.state
+    assert _steps(tmp_path / FILE) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["other prompts", "a list", "the same"])
+def test_other_prompts_are_said(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    rows = _rows(first=6) if kind == "other prompts" else _rows().to_list() if kind == "a list" else _rows()
+    _train(_trainer(tmp_path, rows), tmp_path, steps=3, resume=True)
+    assert ("other prompts than the checkpoint's" in caplog.text) == (kind == "other prompts")
+
+
+def test_data_without_a_place_begin_again_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path, _rows().to_iterable_dataset()), tmp_path)
+    _train(_trainer(tmp_path, _rows().to_iterable_dataset()), tmp_path, steps=3, resume=True)
+    assert "the data begins again" in caplog.text
+
+
+def test_looking_at_prompts_draws_nothing() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            raise AssertionError
+
+    assert prompt_digest(Rows()) is None
+    assert prompt_digest(_rows()) == prompt_digest(_rows().to_list()) != prompt_digest(_rows(first=6))
+    assert prompt_digest(_rows().with_format("torch")) == prompt_digest(_rows())
+
+
+def test_another_batch_size_is_said_and_no_prompt_comes_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = _trainer(tmp_path, _rows(12), batch_size=2, horizon=50)
+    seen: list[int] = []
+    _train(trainer, tmp_path, steps=3)
+    order = list(PromptBatches(12, 2, drop_last=True, seed=0, world=World(rank=0, size=1)))
+    seen = [row for batch in order[:3] for row in batch]
+    wider = _trainer(tmp_path, _rows(12), batch_size=4)
+    load_checkpoint(wider, tmp_path / "checkpoint")
+    assert "batch_size was 2 and is 4" in caplog.text
+    rest = [int(ids[0]) - 5 for batch in wider.dataloader for ids in batch["input_ids"]]
+    assert len(rest) == 4, "two rows of a batch that was begun are left out"
+    assert not set(rest) & set(seen)
+
+
+@pytest.mark.parametrize("kind", ["tuples", "lists", "tensors", "arrays"])
+def test_a_checkpoint_is_made_whatever_the_rows_are(tmp_path: Path, kind: str) -> None:
+    ids = torch.tensor([5, 6])
+    row: Any = {"tuples": (ids, ids), "lists": [5, 6], "tensors": ids, "arrays": ids.numpy()}[kind]
+    assert (prompt_digest([row] * 8) is None) == (kind == "tuples")
+    save_checkpoint(_trainer(tmp_path, [row] * 8), tmp_path / "checkpoint")
+    assert steps_done(tmp_path / "checkpoint") == 0
+
+
+def test_a_digest_runs_no_transform() -> None:
+    def fail(_: Any) -> Any:
+        raise AssertionError
+
+    assert prompt_digest(_rows().with_transform(fail)) is None
+
+
+# --- a run that lies there ---------------------------------------------------------------------------------------
+
+
+def _files(home: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": -1}, {"top_kk": 3}, {"num_return_sequences": 2}, {"pad_token_id": -1}, {"length_sampler": 3}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_a_start_that_is_refused_touches_no_earlier_run(tmp_path: Path, asked: dict[str, Any], resume: bool) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    before = _files(tmp_path)
+    trainer = _trainer(tmp_path)
+    trainer.current_step = 0 if resume else 1
+    with pytest.raises((ValueError, TypeError), match=next(iter(asked))):
+        train(trainer, lambda _, texts: [0.5], steps=4, generation_kwargs=asked, output_dir=tmp_path, resume=resume)
+    assert _files(tmp_path) == before
+
+
+def test_a_start_that_fails_before_its_first_step_saves_nothing(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    (tmp_path / "checkpoint").rename(tmp_path / "kept")
+    before = _files(tmp_path / "model") | {tmp_path / "run.json": (tmp_path / "run.json").read_bytes()}
+    with pytest.raises(ZeroDivisionError):
+        _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0)
+    assert before.items() <= _files(tmp_path).items()
+
+
+def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    before = _files(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a run after step 2.*resume=True.*another output"):
+        _train(_trainer(tmp_path), tmp_path, steps=3)
+    assert _files(tmp_path) == before
+
+
+def test_ctrl_c_in_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.current_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return [0.5] * len(texts)
+
+    trainer = _trainer(tmp_path)
+    assert not _train(trainer, tmp_path, steps=2, score=score).interrupted
+    assert steps_done(tmp_path / "checkpoint") == 2
+
+
+def test_the_record_of_a_run_is_not_shortened(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["steps"], run["steps_done"], run["broken_off"]) == (2, 2, None)
+
+
+@pytest.mark.parametrize("file", ["run.json", "model/config.json", "model/model.safetensors", "model/README.md"])
+def test_a_save_that_is_cut_short_leaves_the_files_of_before(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is writing when the disk is full: no file is half of one, and the model is of one step."""
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    record = (tmp_path / "run.json").read_bytes()
+    save = trainer.save_pretrained
+
+    def full(text: str | None = None) -> None:
+        raise OSError("no space left")
+
+    if file == "run.json":
+        replaced = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: full() if Path(b).name == "run.json" else replaced(a, b))
+    else:
+
+        def cut_short(directory: Any) -> None:
+            save(directory)
+            (Path(directory) / Path(file).name).write_bytes(b"ha")
+            full()
+
+        trainer.save_pretrained = cut_short
+    with pytest.raises(OSError, match="no space left"):
+        _train(trainer, tmp_path, steps=2)
+    if file != "run.json":
+        assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert (tmp_path / "run.json").read_bytes() == record
+    monkeypatch.undo()
+    trainer.save_pretrained = save
+    _train(trainer, tmp_path, steps=3)
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 3
+    assert not [path.name for path in tmp_path.rglob("*") if path.name[0] == "."]
+
+
+def test_a_first_save_that_is_cut_short_leaves_no_model(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
+    def full(directory: Any) -> None:
+        (Path(directory) / "config.json").write_text("ha")
+        raise OSError("no space left")
+
+    trainer.save_pretrained = full
+    with pytest.raises(OSError, match="no space left"):
+        _train(trainer, tmp_path, steps=1)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_on_another_disk_is_saved_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file crosses from one disk to another, where it could not be moved in one go."""
+    (tmp_path / "disk" / "large").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "disk" / "large")
+    replaced, moved = os.replace, []
+
+    def same_disk(one: Path, other: Path) -> None:
+        disks = {Path(place).resolve().is_relative_to(tmp_path / "disk" / "large") for place in (one, other)}
+        assert len(disks) == 1
+        moved.append(other)
+        replaced(one, other)
+
+    monkeypatch.setattr(os, "replace", same_disk)
+    _train(_trainer(tmp_path), tmp_path / "run", steps=1)
+    assert tmp_path / "run" / "model" / "model.safetensors" in moved
+    assert (tmp_path / "disk" / "large" / "model.safetensors").is_file()
+    assert "# model" in (tmp_path / "disk" / "large" / "README.md").read_text()
+
+
+def test_a_users_files_beside_the_model_stay(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / "model" / name).write_text("mine")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    _train(trainer, tmp_path, steps=2)
+    for name in ("README.md", "notes.txt"):
+        assert (tmp_path / "model" / name).read_text() == "mine"
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != weights
+
+
+def test_frozen_weights_in_eight_bits_are_saved(tmp_path: Path) -> None:
+    """What cannot be asked for infinities, and does not change, is not asked."""
+    trainer = _trainer(tmp_path)
+    frozen = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+    trainer.save_pretrained = lambda *_: trainer.model.register_parameter("frozen_in_eight_bits", frozen)
+    _train(trainer, tmp_path, steps=1)
+
+
+# --- broken off --------------------------------------------------------------------------------------------------
+
+
+def _broken_in(trainer: Any, place: str, error: BaseException) -> None:
+    """Raise in the next step: before its first update, after it, or in the statistics."""
+    if place == "before":
+
+        class Broken(BestPolicyKeeper):
+            def __call__(self, *_: Any) -> None:
+                raise error
+
+        trainer.keeper = Broken(trainer.config, trainer.world)
+    else:
+        calls = 0
+
+        def after(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise error
+
+        trainer.optimizer.register_step_post_hook(after)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_weights_of_half_an_update_never_pass_for_a_model(
+    tmp_path: Path, place: str, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    before = _weights(trainer)
+    model = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    _broken_in(trainer, place, error)
+    if isinstance(error, KeyboardInterrupt):
+        assert _train(trainer, tmp_path, steps=3).interrupted
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            _train(trainer, tmp_path, steps=3)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["steps_done"] == 1
+    moved = place == "within"
+    assert bool(run["broken_off"]) == moved == (not _same(before, _weights(trainer)))
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == model
+    assert (tmp_path / "model-broken-off").exists() == moved
+    assert ("weights between two steps are in" in caplog.text) == moved
+    assert steps_done(tmp_path / "checkpoint") == 1
+    assert "a part of another" not in (tmp_path / "model" / "README.md").read_text()
+    if moved:
+        assert (
+            "and a part of another: step 2 was broken off by" in (tmp_path / "model-broken-off/README.md").read_text()
+        )
+        trainer.save_pretrained(tmp_path / "by-hand")
+        assert "a part of another" in (tmp_path / "by-hand" / "README.md").read_text()
+        again = _trainer(tmp_path)
+        _train(again, tmp_path, steps=2, resume=True)
+        assert not again.broken_off
+        assert json.loads((tmp_path / "run.json").read_text())["broken_off"] is None
+
+
+def test_ctrl_c_in_the_log_after_an_update_breaks_nothing_off(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer.log_stats = interrupted
+    assert _train(trainer, tmp_path, steps=3).interrupted
+    assert json.loads((tmp_path / "run.json").read_text())["broken_off"] is None
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    name, weight = next(iter(trainer.model.pretrained_model.state_dict().items()))
+    assert torch.equal(saved[name], weight)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, None], ids=["ignored", "not from Python"])
+def test_a_ctrl_c_that_is_not_ours_is_left_alone(tmp_path: Path, before: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job in the background ignores Ctrl-C; a program around Python may handle it itself."""
+    set_to: list[Any] = []
+    monkeypatch.setattr(signal, "getsignal", lambda _: before)
+    monkeypatch.setattr(signal, "signal", lambda _, handler: set_to.append(handler))
+    assert len(_train(_trainer(tmp_path), None, steps=1).history) == 1
+    assert set_to == []
+
+
+def test_a_resumed_run_says_where_it_stands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = _trainer(tmp_path)
+    save_checkpoint(trainer, tmp_path / "checkpoint")
+    _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+    assert "resumed after step 0 of 1" in caplog.text
