@@ -6,7 +6,7 @@ position is deleted. Needs torch, attrs and jaxtyping only.
 """
 
 from ppo_core.advantages import Advantages, gae, grpo, rloo
-from ppo_core.averages import Average
+from ppo_core.averages import Average, mean_of
 from ppo_core.controllers import KLControllerState, adaptive_kl_update, fixed_kl_update
 from ppo_core.fused_head import HeadOutput, fused_logprobs
 from ppo_core.logprobs import restrict_to_support, token_entropy, token_logprobs
@@ -51,6 +51,7 @@ __all__ = [
     "masked_mean",
     "masked_moments",
     "masked_sum",
+    "mean_of",
     "n_step_returns",
     "restrict_to_support",
     "reward_to_go",

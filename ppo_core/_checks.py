@@ -1,4 +1,4 @@
-"""Static checks at the door of every public function: shape, dtype and device, never values.
+"""Static checks of the arguments of every public function: shape, dtype and device, never values.
 
 A check reads only what is known without looking at numbers, so it costs nothing inside a compiled graph and works
 under ``torch.func.vmap``. Every message names the argument, what it is, what was expected and what to do.

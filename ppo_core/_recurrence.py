@@ -1,4 +1,4 @@
-"""The parallel form of y_t = x_t + c_t y_{t+1}, its derivatives, and what a compiler is shown of it."""
+"""The parallel form of y_t = x_t + c_t y_{t+1}, its derivatives, and a form of it for torch.compile."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def _scan(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
 
 
 def _traced(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
-    """The same for the compiler, without writing in place. The time is a power of two."""
+    """The same for torch.compile, without writing in place. The length of the time axis is a power of two."""
     time = x.shape[-1]
     group = min(time, _GROUP)
     xs, cs = _steps(x, group), _steps(coef, group)
@@ -63,7 +63,7 @@ def _traced(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:
 
 
 def _composed(xs: tuple[Tensor, ...], cs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The steps of every group as one step of the same form."""
+    """Compose the steps of every group into one step of the same form."""
     total, product = xs[-1], cs[-1]
     for t in range(len(xs) - 2, -1, -1):
         total, product = torch.addcmul(xs[t], cs[t], total), cs[t] * product
@@ -71,7 +71,7 @@ def _composed(xs: tuple[Tensor, ...], cs: tuple[Tensor, ...]) -> tuple[Tensor, T
 
 
 def _padded(x: Tensor, coef: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """With steps behind the end that hand on what follows."""
+    """Append steps that pass on what follows (x = 0, coef = 1)."""
     return (pad(x, (0, steps)), pad(coef, (0, steps), value=1.0)) if steps else (x, coef)
 
 
@@ -81,7 +81,7 @@ def _steps(x: Tensor, group: int) -> tuple[Tensor, ...]:
 
 
 class _LookAhead(torch.autograd.Function):
-    """The same with its derivatives: written in place, and nothing kept but the coefficients and the result."""
+    """:func:`look_ahead` with its derivatives, written in place; keeps the coefficients and the result only."""
 
     @staticmethod
     def forward(x: Tensor, coef: Tensor, after: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the temporal functions share: at the door, check, widen, and forget whatever a masked position holds."""
+"""What the temporal functions share: arguments are checked, widened, and set to 0 where the mask is False."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ PerStep = float | Float[Tensor, "*batch time"]
 
 
 class Observed(NamedTuple):
-    """Checked, widened, and 0 wherever the mask is False."""
+    """The arguments of a temporal function: checked, widened, and 0 wherever the mask is False."""
 
     rewards: Tensor
     values: Tensor
@@ -55,7 +55,7 @@ def observe(
 
 
 def what_follows(like_name: str, like: Tensor, **after: Tensor | None) -> Tensor:
-    """What stands behind the last step, checked: one number for each sequence of ``like``, 0 when None."""
+    """The checked value behind the last step: one number for each sequence of ``like``, 0 when None."""
     ((name, given),) = after.items()
     if given is None:
         return like.new_zeros(like.shape[:-1])
@@ -75,8 +75,8 @@ def _per_step(name: str, x: PerStep, kept: Tensor) -> float | Tensor:
 
 def chain(seen: Observed, coef: float | Tensor) -> Tensor:
     """The coefficients of a recurrence over kept tokens only: 1 on masked ones."""
-    # where(kept, coef, 1) without a branch per entry. 1 is added to what 1 was taken from, so that a kept entry is off
-    # by at most one rounding of 1, and not at all from 0.5 to 2.
+    # where(kept, coef, 1) without a branch per entry. Subtracting 1 and adding it again changes a kept entry by at most
+    # one rounding of 1, and not at all from 0.5 to 2.
     return ((coef - 1) * seen.kept).add_(1)
 
 

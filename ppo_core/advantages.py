@@ -98,7 +98,7 @@ def grpo(
 
     Returns:
         Same shape, float32 or wider; dimensionless, or in the unit of the scores. A group of one, or of equal scores,
-        gives 0 (by system elsewhere: the raw score, 0 or NaN).
+        gives 0 (other systems give the raw score, 0 or NaN).
 
     Raises:
         TypeError: ``scores`` is not floating point.

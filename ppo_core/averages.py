@@ -1,4 +1,4 @@
-"""An average that has not been divided yet: (total, weight), a commutative monoid.
+"""Averages as pairs (total, weight) that are merged exactly and divided once, at the end.
 
 A mean of means is wrong as soon as the parts differ in size. Losses and metrics therefore travel as the pair and are
 divided once, at the end: gradient accumulation, ragged last batches and ranks become one code path, and no result

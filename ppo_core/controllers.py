@@ -11,7 +11,7 @@ import attrs
 
 @attrs.frozen
 class KLControllerState:
-    """All there is to know between two updates."""
+    """A KL controller's state between two updates."""
 
     coef: float
     """Score units per nat."""

@@ -210,7 +210,7 @@ def _locate(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
-    """Run in the dtype of the arguments: autocast, where there is such a thing, would round the logits."""
+    """Apply the function with autocast off, which would round the logits."""
     device = args[0].device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         return function.apply(*args)  # pyright: ignore  (torch leaves apply untyped)
@@ -219,7 +219,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ..
 def _one_after_the_other(
     function: type[torch.autograd.Function], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """A vmap rule: side by side, the entries of the batch would need the memory that the tiles save."""
+    """A vmap rule that takes entries one by one: side by side, they would need the memory that the tiles save."""
     entries: list[tuple[Tensor | None, ...]] = []
     for i in range(info.batch_size):
         here = (a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))

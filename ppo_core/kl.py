@@ -67,8 +67,8 @@ def full(
     """sum_v pi_v (log pi_v - log ref_v) over the whole vocabulary (``kl_penalty='full'``).
 
     Both arguments are normalised log-probabilities of every token. A token the policy rules out (-inf) adds 0; one
-    that only the reference rules out makes the divergence infinite, as it is. The reference's function of this kind
-    passes (ref, policy) to ``kl_div`` in an order that is easily reversed: here the expectation is under the policy.
+    that only the reference rules out makes the divergence infinite, as it is. TRL passes (ref, policy) to ``kl_div``,
+    an order that is easily reversed: here the expectation is under the policy.
 
     Raises:
         TypeError: a distribution is not floating point or ``mask`` is not boolean.

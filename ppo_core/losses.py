@@ -1,8 +1,8 @@
 """PPO's two clipped objectives, as (total, weight) over tokens.
 
 Whatever plays the part of a target (old log-probabilities, advantages, old values, returns) is detached here, so that
-no caller can leak a gradient through it. Divide once, at the end: ``mean_of(loss)``, or ``loss.total / global_weight``
-under accumulation and across ranks.
+no caller can leak a gradient through it. Divide once, at the end: :func:`ppo_core.mean_of`, or
+``loss.total / global_weight`` under accumulation and across ranks.
 """
 
 from typing import NamedTuple

@@ -47,7 +47,7 @@ def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, 
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both parts together: associative, commutative, exact for an empty side.
+    """Moments of both parts together. Associative, commutative, exact for an empty side.
 
     Raises:
         TypeError, ValueError: the fields are not floating-point tensors of one shape on one device.
@@ -62,7 +62,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 def variance(m: Moments, *, correction: int) -> Float[Tensor, "*shape"]:
     """m2 / (n - correction): 1 is Bessel's unbiased estimate, 0 the biased one.
 
-    Defined as 0 where ``n <= correction``: one sample shows no spread (TRL: NaN; the reference raised). Raises as
+    Defined as 0 where ``n <= correction``: one sample shows no spread (TRL: NaN or an error). Raises as
     :func:`merge`.
     """
     check_bundles(m=m)

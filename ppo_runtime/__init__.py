@@ -81,11 +81,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        # A module of the reference's, a name that has stayed there, or nothing.
+        # A module of TRL's, a name that has stayed there, or nothing.
         if name.startswith("_") or not name.isidentifier() or find_spec(f"{__name__}.{name}") is not None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.compat"), name)
-    # What is not at home elsewhere is one of the reference's array helpers.
+    # What is not at home elsewhere is one of TRL's array helpers.
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'compat')}"), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""Every setting of the trainer and the only home of its defaults."""
+"""The trainer's settings, and the only place of their defaults."""
 
 import difflib
 import functools
@@ -189,7 +189,7 @@ def _understood(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taking_former_names(cls: ConfigT) -> ConfigT:
-    """Let the constructor take what earlier releases of the reference called otherwise, from subclasses' as well."""
+    """Let the constructor take what earlier releases of TRL called otherwise, from subclasses' as well."""
     generated = cls.__init__
 
     @functools.wraps(generated)
@@ -251,7 +251,7 @@ class _Standing(metaclass=_Checked):
 @with_dataclass_fields
 @attrs.define(kw_only=True, slots=False, on_setattr=attrs.setters.NO_OP)
 class PPOConfig(_Standing):
-    """Settings of a :class:`ppo_runtime.PPOTrainer`, named and defaulted as in the reference.
+    """Settings of a :class:`ppo_runtime.PPOTrainer`, named and defaulted as in TRL.
 
     A value out of range is a ValueError here, with its name and what was expected, and not an odd curve later. That
     holds for an assignment as well, which then changes nothing; to change several settings that must fit together,
@@ -369,7 +369,7 @@ class PPOConfig(_Standing):
         self._check_together()
 
     def __post_init__(self) -> None:
-        """Check everything; here for the ``super().__post_init__()`` of dataclasses, as the reference has it."""
+        """Check everything; here for the ``super().__post_init__()`` of dataclasses, as TRL has it."""
         self._check()
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -6,5 +6,5 @@ wording          words for numbers
 inputs           checks of rows, scores and masks
 trees            plain values as JSON, exactly, and back
 dataclass_view   what HfArgumentParser and tyro need to see in it
-former_settings  settings by the names of the reference's releases
+former_settings  settings by the names of TRL's earlier releases
 """

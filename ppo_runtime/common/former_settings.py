@@ -1,4 +1,4 @@
-"""Settings by the names and values of the reference's releases: accepted, with a warning that says what holds now."""
+"""Settings by the names and values of TRL's earlier releases: accepted, with a warning that says what holds now."""
 
 import warnings
 from collections.abc import Container, Mapping

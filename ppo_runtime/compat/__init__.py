@@ -1,7 +1,7 @@
-"""Room for what users of the reference import beside the trainer: array helpers, samplers, piecewise methods.
+"""Room for what users of TRL import beside the trainer: array helpers, samplers, piecewise methods.
 
 Thin layers with the customary names and signatures; the arithmetic is ppo_core's. New code is better off with ppo_core
-itself. What changed for users of the reference is in this directory's README.md.
+itself. What changed for users of TRL is in this directory's README.md.
 
 The package can stand for TRL: ``import ppo_runtime.compat as trl``. What it does not hold says where it is.
 

@@ -1,4 +1,4 @@
-"""The reference's ``trainer.accelerator`` and other attributes, without accelerate."""
+"""TRL's ``trainer.accelerator`` and other attributes, without accelerate."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

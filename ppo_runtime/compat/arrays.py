@@ -1,4 +1,4 @@
-"""The reference's array helpers on top of ppo_core. Masks may be boolean or hold 0 and 1."""
+"""TRL's array helpers on top of ppo_core. Masks may be boolean or hold 0 and 1."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,12 +30,12 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of the kept entries; 0 where none is kept. The reference divides by 0 or adds 1e-8 there."""
+    """Mean of the kept entries; 0 where none is kept. TRL divides by 0 or adds 1e-8 there."""
     return masking.masked_mean(_floating(values), mask.bool(), dim=axis)
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance of the kept entries; 0 where there are too few to have one. The reference raises there."""
+    """Variance of the kept entries; 0 where there are too few to have one. TRL raises there."""
     return variance(masked_moments(_floating(values), mask.bool()), correction=int(unbiased))
 
 
@@ -78,7 +78,7 @@ def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
 def stack_dicts(stats_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """One tensor [dictionaries, entries] per key; what is shorter is filled with NaN.
 
-    The reference fills with -1, which a mean then takes for data; use ``nanmean``.
+    TRL fills with -1, which a mean then takes for data; use ``nanmean``.
 
     Raises:
         ValueError: the dictionaries have different keys, or there is none.

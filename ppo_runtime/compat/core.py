@@ -1,4 +1,4 @@
-"""The reference's ``core``: array helpers, samplers and the seed."""
+"""TRL's ``core``: array helpers, samplers and the seed."""
 
 from ppo_runtime import compat
 from ppo_runtime.compat import *  # noqa: F403  its list is the only one

@@ -1,4 +1,4 @@
-"""Where the reference's names are that are not here; asking for one is an error that tells it."""
+"""Where TRL's names are that this package does not have; asking for one raises an error that says so."""
 
 import dis
 import sys

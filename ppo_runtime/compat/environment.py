@@ -1,4 +1,4 @@
-"""The reference's ``environment``, of which nothing is here; a name says what to do instead."""
+"""TRL's ``environment``, of which nothing is here; a name says what to do instead."""
 
 from ppo_runtime.compat.elsewhere import attributes_of
 

@@ -1,4 +1,4 @@
-"""The reference's ``import_utils``: what is installed, and which devices there are."""
+"""TRL's ``import_utils``: what is installed, and which devices there are."""
 
 from importlib.util import find_spec
 

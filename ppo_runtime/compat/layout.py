@@ -1,4 +1,4 @@
-"""The reference's ``model_inputs``: a padded batch as a dictionary, and where the responses lie in it."""
+"""TRL's ``model_inputs``: a padded batch as a dictionary, and where the responses lie in it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

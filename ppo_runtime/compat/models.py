@@ -1,4 +1,4 @@
-"""The reference's ``models``, its submodules included."""
+"""TRL's ``models``, its submodules included."""
 
 import sys
 

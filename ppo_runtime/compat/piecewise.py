@@ -1,7 +1,7 @@
-"""The reference's methods that `step` is made of there, for those who call them one by one.
+"""The methods that TRL's `step` is made of, for scripts that call them one by one.
 
 `step` does not call them: it never holds logits of a whole batch. Both use the same functions of ppo_core and of this
-package, so that their numbers are the same. Masks may be integers here, as they are in the reference.
+package, so that their numbers are the same. Masks may be integers here, as they are in TRL.
 """
 
 from collections import Counter
@@ -282,7 +282,7 @@ class Piecewise(Trainer):
         return gather_stats(stats, self.world)
 
     def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-        """The reference's name for the estimate of ``kl_penalty`` at every token; "full" takes whole distributions."""
+        """TRL's name for the estimate of ``kl_penalty`` at every token; "full" takes whole distributions."""
         full = self.config.kl_penalty == "full"
         mask = torch.ones(logprob.shape[: logprob.ndim - full], dtype=torch.bool, device=logprob.device)
         return (kl_estimators.full if full else KL_ESTIMATORS[self.config.kl_penalty])(logprob, ref_logprob, mask)
@@ -290,7 +290,7 @@ class Piecewise(Trainer):
     def _step_safety_checker(
         self, batch_size: int, queries: Any, responses: Any, scores: Any, masks: Any = None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
-        """The reference's name for the checks at the door of ``step``."""
+        """TRL's name for the checks of what ``step`` is given."""
         doors.counted("queries", queries, batch_size=batch_size)
         queries, responses, scores, masks = self._check_step(queries, responses, scores, masks)
         return queries, responses, list(scores), masks

@@ -1,4 +1,4 @@
-"""The reference's small samplers."""
+"""TRL's small samplers."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""Statistics as the reference passes them around: flat dictionaries of tensors, gathered over ranks."""
+"""Statistics as TRL passes them around: flat dictionaries of tensors, gathered over ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def get_global_statistics(
     """Mean, variance (divided by the count) and count of the kept entries over all ranks, on ``device``.
 
     Called as ``get_global_statistics(accelerator, xs, mask)`` or without the accelerator, which is not used. Entries
-    are summed under the mask; the reference sums all of them and divides by the number of kept ones.
+    are summed under the mask; TRL sums all of them and divides by the number of kept ones.
     """
     if isinstance(accelerator, Tensor):
         xs, mask = accelerator, xs if mask is None else mask

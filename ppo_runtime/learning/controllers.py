@@ -1,4 +1,4 @@
-"""The reference's stateful KL controllers: an object around the core's state -> state functions."""
+"""TRL's stateful KL controllers: objects around the core's state -> state functions."""
 
 import math
 from typing import Any

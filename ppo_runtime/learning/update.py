@@ -118,7 +118,7 @@ def optimise(
     the gradient does not depend on how the batch was split. Dropout is off while gradient checkpointing stays on.
     An update that is left out counts as skipped; where what it says is not finite, no statistic and no decision to stop
     early sees it. No gradient is left behind, exceptions included; ``progress`` then says whether weights have moved.
-    After a step on a CPU there are zeros in its place, as the reference leaves them; a GPU has better use for the room.
+    After a step on a CPU there are zeros in its place, as TRL leaves them; a GPU has better use for the room.
     """
     weights = tokens.view(len(plan), -1).tolist()
     averages: dict[str, Average] = {}

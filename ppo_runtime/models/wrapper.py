@@ -355,7 +355,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     @property
     def current_device(self) -> torch.device:
-        """The reference's name for it."""
+        """The device, by TRL's name."""
         return self.device
 
 

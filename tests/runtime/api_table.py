@@ -1,6 +1,6 @@
-"""The reference's public names and parameters, copied as facts from its API document, and where they are here.
+"""TRL's public names and parameters, copied as facts from its API document, and where they are here.
 
-``python -m tests.runtime.api_table`` prints the table. With the path of the reference's API document (in Sphinx's
+``python -m tests.runtime.api_table`` prints the table. With the path of TRL's API document (in Sphinx's
 ``.rst``) as argument, the copied facts are compared with the document first.
 """
 
@@ -83,7 +83,7 @@ TRAINER_API: dict[str, Parameters] = {
     "FixedKLController": (("kl_coef", REQUIRED),),
     "get_global_statistics": (("accelerator", REQUIRED), ("xs", REQUIRED), ("mask", None), ("device", "cpu")),
 }
-"""Everything that the reference's document of the trainer's module names."""
+"""Everything that TRL's document of the trainer's module names."""
 
 BESIDE: dict[str, Parameters] = {
     "PPOTrainer.prepare_model_inputs": (("queries", REQUIRED), ("responses", REQUIRED)),
@@ -135,7 +135,7 @@ BESIDE: dict[str, Parameters] = {
         }.items()
     },
 }
-"""What users of the reference import or call beside it, with the parameters customary there."""
+"""What users of TRL import or call beside it, with the parameters customary there."""
 
 CONFIG: dict[str, Any] = {
     "exp_name": ...,  # the script's name
@@ -252,7 +252,7 @@ def resolve(name: str) -> Any:
 
 
 def parameters_of(name: str) -> Parameters:
-    """The parameters that a caller of the reference can use: positional ones and catch-alls, in order."""
+    """The parameters that a caller of TRL's can use: positional ones and catch-alls, in order."""
     marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return tuple(
         (marks.get(parameter.kind, "") + parameter.name, _default(parameter))

@@ -1,4 +1,4 @@
-"""The reference's 22 defects. Each check passes on what we do and fails on its foil, the old behaviour in a few lines.
+"""The old trainer's 22 defects. Each check passes on what we do and fails on its foil, the old behaviour.
 
 ``fails(check, foil)`` runs the very check that ours has just passed, and expects an AssertionError.
 """

@@ -1,4 +1,4 @@
-"""Everything the reference's document names is there, with its parameters in their order; see ``api_table``."""
+"""Everything TRL's document names is there, with its parameters in their order; see ``api_table``."""
 
 from pathlib import Path
 from typing import Any

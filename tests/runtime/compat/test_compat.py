@@ -1,4 +1,4 @@
-"""The reference's piecewise methods and array helpers, and encoder-decoders from end to end."""
+"""TRL's piecewise methods and array helpers, and encoder-decoders from end to end."""
 
 import copy
 import random
@@ -40,7 +40,7 @@ def assert_same_weights(one: Any, other: Any, **tolerance: float) -> None:
 
 
 def step_in_pieces(trainer: Any, queries: Any, responses: Any, scores: Any, masks: Any = None) -> dict[str, Any]:
-    """What the reference's `step` does with its own methods."""
+    """What TRL's `step` does with its own methods."""
     size = trainer.config.mini_batch_size
     full = trainer.config.kl_penalty == "full"
     inputs = trainer.prepare_model_inputs(queries, responses)
@@ -105,7 +105,7 @@ def step_in_pieces(trainer: Any, queries: Any, responses: Any, scores: Any, mask
     ],
 )
 def test_the_pieces_make_a_step(family: str, settings: dict[str, Any]) -> None:
-    """One update by the reference's methods is one by `step`: weights, and every statistic that both report."""
+    """One update by TRL's methods is one by `step`: weights, and every statistic that both report."""
     settings = {"mini_batch_size": 6, "ppo_epochs": 1, "learning_rate": 1e-2} | settings
     reference = tiny_model(family, seed=1)
     whole, parts = (make_trainer(family, ref_model=copy.deepcopy(reference), **settings) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Attributes of a trainer that scripts of the reference ask for, without accelerate."""
+"""Attributes of a trainer that scripts for TRL ask for, without accelerate."""
 
 import sys
 from pathlib import Path

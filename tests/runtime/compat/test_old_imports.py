@@ -1,4 +1,4 @@
-"""The reference's import lines, with its name replaced by ours."""
+"""TRL's import lines, with its name replaced by ours."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""PPOConfig: defaults of the reference, derived sizes, and refusals that name the field."""
+"""PPOConfig: TRL's defaults, derived sizes, and refusals that name the field."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from ppo_runtime.config import PPOConfig
 
 
-def test_defaults_are_the_reference_ones() -> None:
+def test_defaults_are_those_of_trl() -> None:
     config = PPOConfig()
     assert (config.learning_rate, config.batch_size, config.mini_batch_size, config.ppo_epochs) == (1e-5, 256, 1, 4)
     assert (config.init_kl_coef, config.target, config.horizon, config.kl_penalty) == (0.2, 6.0, 10000.0, "kl")

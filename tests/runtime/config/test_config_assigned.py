@@ -1,4 +1,4 @@
-"""PPOConfig assigned to, read by tools for dataclasses, and given in the words of earlier releases of the reference."""
+"""PPOConfig assigned to, read by tools for dataclasses, and given in the words of earlier releases of TRL."""
 
 import copy
 import dataclasses

@@ -457,7 +457,7 @@ def test_static_padding_of_prompts_in_generation(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_row_longer_than_the_static_width_is_refused_by_the_settings_name(family: str) -> None:
-    """The reference pads by a negative amount there, which crops tokens."""
+    """TRL pads by a negative amount there, which crops tokens."""
     trainer = make_trainer(family, pad_for_acceleration=True, pad_max_len=5, pad_max_input_len=4)
     queries, responses, scores = make_batch()
     queries = [query[:4] for query in queries]

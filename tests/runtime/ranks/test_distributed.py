@@ -189,7 +189,7 @@ def test_merged_moments_are_those_of_the_union(ranks: list[dict]) -> None:
 
 
 def test_a_masked_mean_is_over_kept_values_of_all_ranks(ranks: list[dict]) -> None:
-    # The reference summed masked values too (defect 3) and averaged the ranks' averages (defects 4 and 5).
+    # TRL summed masked values too (defect 3) and averaged the ranks' averages (defects 4 and 5).
     x, mask = data()
     torch.testing.assert_close(ranks[0]["masked mean"][0], x[mask].mean(), rtol=1e-12, atol=0)
 

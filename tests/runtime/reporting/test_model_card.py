@@ -13,7 +13,7 @@ from tests.runtime.support.trainers import make_batch, make_trainer
 
 
 def test_saving_writes_a_card_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference asks the hub for a template, and goes on in silence when it cannot."""
+    """TRL asks the hub for a template, and goes on in silence when it cannot."""
     import socket
 
     def refuse(*_: Any) -> None:
