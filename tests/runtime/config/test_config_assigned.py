@@ -243,7 +243,7 @@ def test_what_is_no_json_is_refused_by_the_options_name(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse("--tracker_kwargs", "[1]")
     assert "tracker_kwargs" in capsys.readouterr().err
-    for value in (3, "[1]", "{"):
+    for value in (3, "[1]", "{", '["ab"]', '[["a", 1]]'):
         with pytest.raises(ValueError, match=r"tracker_kwargs is a (int|str), expected a dictionary, or JSON for one"):
             PPOConfig(tracker_kwargs=value)
     assert PPOConfig(tracker_kwargs=None).tracker_kwargs == {}

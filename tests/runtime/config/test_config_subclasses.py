@@ -257,6 +257,7 @@ with open(sys.argv[1], "rb") as file:
                 raise SystemExit(f"{type(config).__name__}: {name} was assigned {value}")
         config.own = 4
         config.batch_size = 16
+        assert config.in_use().own == 4, type(config)
         assert (config.own, config.batch_size, type(config)(batch_size=2).batch_size) == (4, 16, 2)
 """
     command = [sys.executable, "-c", script, str(tmp_path / "configs"), str(len(configs))]
@@ -283,6 +284,14 @@ def test_converters_and_validators_of_its_own_run_once_a_value(slots: bool) -> N
     with pytest.raises(ValueError, match="own"):
         config.own = 50
     assert config.own == 10
+
+    @attrs.define(slots=slots)
+    class Child(Doubling):
+        """Attrs gives back a plain object's assignment to whom it takes for having inherited its own."""
+
+    child: Any = Child()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        child.batch_size = 0
 
 
 @pytest.mark.parametrize("decorator", [dataclasses.dataclass, attrs.define])
