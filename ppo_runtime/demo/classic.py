@@ -7,25 +7,22 @@ SmolLM2-135M; ``--reward-model`` a sequence classifier, whose logit for ``--labe
 Without one, VADER's sentiment of the response is (``pip install 'ppo-core[demo]'``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import attrs
 import torch
 import typer
-from datasets import Dataset
-from transformers import AutoTokenizer, pipeline
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer, set_seed
+from ppo_runtime import LengthSampler, PPOConfig, PPOTrainer, set_seed
 from ppo_runtime.arguments import make_writable
 from ppo_runtime.demo.run import load_prompts, sentiment
 from ppo_runtime.loop import closing
 from ppo_runtime.models.inner import import_peft
+from ppo_runtime.recipe import Scores, classifier_scores, load_policy, read_prompts, tokenized
 from ppo_runtime.rollout.prompts import check_dataset
 from ppo_runtime.rollout.room import prompt_room
-
-Scores = Callable[[list[str], list[str]], list[float]]
 
 
 @attrs.frozen(kw_only=True)
@@ -56,16 +53,12 @@ class ClassicOptions:
 def run(options: ClassicOptions) -> list[dict[str, Any]]:
     """Train, write metrics.jsonl and step-<n>/ to the output directory, and return the statistics of every step."""
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    queries = _prompts(options.prompts) if options.prompts else load_prompts()["train"]
-    dataset = Dataset.from_dict({"query": queries, "input_ids": [tokenizer(query)["input_ids"] for query in queries]})
-
+    queries = read_prompts(options.prompts) if options.prompts else load_prompts()["train"]
     adapter = None
     if options.rank:
         adapter = import_peft().LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype), peft_config=adapter
-    )
+    model, tokenizer = load_policy(options.model, dtype=getattr(torch, options.dtype), peft_config=adapter)
+    dataset = tokenized(queries, tokenizer, add_special_tokens=True)
     config = PPOConfig(
         exp_name="classic",
         seed=options.seed,
@@ -116,52 +109,12 @@ def run(options: ClassicOptions) -> list[dict[str, Any]]:
     return history
 
 
-def _prompts(path: Path) -> list[str]:
-    """The lines of a file but for blank ones."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}), expected one prompt a line") from error
-    # Not splitlines, which takes a vertical tab and other characters of a prompt for its end.
-    if not (lines := [line for line in text.split("\n") if line.strip()]):
-        raise ValueError(f"{path} holds no prompt, expected one a line")
-    return lines
-
-
 def _scores(options: ClassicOptions) -> Scores:
     """The reward: a classifier's logit for one label, or VADER's sentiment."""
-    if options.reward_model is None:
-        analyse = sentiment()
-        return lambda _, responses: analyse(responses)
-    classifier: Any = pipeline("text-classification", model=str(options.reward_model), device=-1)
-    size = _padding_of_its_own(classifier)
-    # A longer text loses its beginning: its end is the response, which is what is scored.
-    classifier.tokenizer.truncation_side = "left"
-    limits = classifier.tokenizer.model_max_length, getattr(classifier.model.config, "max_position_embeddings", None)
-    known = [limit for limit in limits if limit and limit < 10**6]  # a tokenizer without one says 10**30
-    cut = {"truncation": True, "max_length": min(known)} if known else {}
-    labels = classifier.model.config.id2label
-    label = labels[max(labels)] if options.label is None else options.label
-    if label not in labels.values():
-        raise ValueError(f"label is {label!r}, expected one of the reward model's: {', '.join(labels.values())}")
-
-    def score(queries: list[str], responses: list[str]) -> list[float]:
-        texts = [query + response for query, response in zip(queries, responses, strict=True)]
-        outputs = classifier(texts, top_k=None, function_to_apply="none", batch_size=size or len(texts), **cut)
-        return [next(entry["score"] for entry in output if entry["label"] == label) for output in outputs]
-
-    return score
-
-
-def _padding_of_its_own(classifier: Any) -> int | None:
-    """Give a reward model without padding token (GPT-2's kin) its EOS for one; 1, the batch size, if it has none."""
-    tokenizer, config = classifier.tokenizer, classifier.model.config
-    if tokenizer.pad_token_id is None:
-        # On the right, where a decoder that counts positions does not see it.
-        tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id  # where such a model looks for the end of a text
-    return 1 if tokenizer.pad_token_id is None else None
+    if options.reward_model is not None:
+        return classifier_scores(options.reward_model, options.label)
+    analyse = sentiment()
+    return lambda _, responses: analyse(responses)
 
 
 def _default(name: str) -> Any:

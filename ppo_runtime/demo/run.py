@@ -17,12 +17,11 @@ from typing import Any
 
 import attrs
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.checkpoint import steps_done
@@ -33,6 +32,7 @@ from ppo_runtime.demo.options import DemoOptions, remember
 from ppo_runtime.loop import train
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
 from ppo_runtime.ranks.seeding import set_seed
+from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
 from ppo_runtime.reporting.tracking import read_jsonl, require
 from ppo_runtime.trainer import Trainer
@@ -174,13 +174,7 @@ def sentiment() -> Callable[[Sequence[str]], list[float]]:
 def load(directory: Path | None) -> tuple[AutoModelForCausalLMWithValueHead, Any]:
     """The policy in float32, with a value head that starts at 0, and its tokenizer."""
     with as_file(ASSETS) as assets:
-        source = assets if directory is None else directory
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    # A head that starts random makes the first advantages noise; at 0 the critic starts from "nothing is expected".
-    torch.nn.init.zeros_(model.v_head.summary.weight)
-    torch.nn.init.zeros_(model.v_head.summary.bias)
-    return model, tokenizer
+        return load_policy(assets if directory is None else directory, zero_head=True, dtype=torch.float32)
 
 
 def load_prompts() -> dict[str, list[str]]:
@@ -188,12 +182,6 @@ def load_prompts() -> dict[str, list[str]]:
     lines = (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     return {split: [row["prompt"] for row in rows if row["split"] == split] for split in ("train", "eval")}
-
-
-def tokenized(prompts: list[str], tokenizer: Any) -> Dataset:
-    """A dataset with "query" and "input_ids"."""
-    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    return Dataset.from_dict({"query": prompts, "input_ids": ids})
 
 
 def evaluate(

@@ -26,6 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("arguments",),
     ("loop",),
+    ("recipe",),
     ("compat", "demo"),
     ("doctor",),
     ("cli",),

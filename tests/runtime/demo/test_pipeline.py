@@ -21,6 +21,7 @@ from transformers import (
 from ppo_runtime import AutoModelForCausalLMWithValueHead
 from ppo_runtime.demo import classic
 from ppo_runtime.demo.classic import ClassicOptions
+from ppo_runtime.recipe import read_prompts
 from tests.runtime.support.tiny import EOS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -148,7 +149,7 @@ def test_a_line_is_a_prompt_and_a_blank_one_is_none(between: str, tmp_path: Path
     """Whatever else of Unicode may look like the end of a line."""
     prompts = ["a\x0bb", "c\u2028d", "e\x85f \x1cg", "  h "]
     (tmp_path / "prompts.txt").write_bytes(("\ufeff" + between.join(prompts) + between).encode())
-    assert classic._prompts(tmp_path / "prompts.txt") == prompts
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_line_is_a_prompt_and_a_blank_one_is_none(between: str, tmp_path: Path
 def test_a_file_without_prompts_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"prompts\.txt {message}"):
-        classic._prompts(tmp_path / "prompts.txt")
+        read_prompts(tmp_path / "prompts.txt")
 
 
 @pytest.mark.parametrize(
