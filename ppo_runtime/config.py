@@ -140,7 +140,10 @@ def number_in_environment(name: str, meaning: str, *, least: int, default: int) 
 
 
 def processes_started() -> int:
-    """Processes that torchrun has started, 1 otherwise."""
+    """Processes that train together: those of the process group, else those that torchrun has started, else 1."""
+    dist: Any = sys.modules.get("torch.distributed")  # not imported for a number
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
     return number_in_environment("WORLD_SIZE", "the number of processes", least=1, default=1)
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_runtime.accel.probing import first_line
+from ppo_runtime.common.extras import can_be_found, installed_version
 
 CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints"
 INSTALL = "pip install 'ppo-core[demo]', in a checkout pip install -e '.[demo]'"
@@ -49,7 +49,7 @@ def diagnose() -> Iterator[Finding]:
     """Everything that is looked at, one after another."""
     machine = f"{platform.system()} {platform.machine()}"
     yield Finding("python", f"{platform.python_version()} on {machine}, {sys.executable}")
-    yield Finding("ppo-core", _version("ppo-core") or f"not installed, run from {CONSTRAINTS.parents[1]}")
+    yield Finding("ppo-core", installed_version("ppo-core") or f"not installed, run from {CONSTRAINTS.parents[1]}")
     try:
         yield from versions(*_tested())
     except Exception as error:  # of odd metadata: the parts themselves are tried below
@@ -90,9 +90,9 @@ def versions(tested: dict[str, str] | None, source: str) -> Iterator[Finding]:
     yield Finding("tested versions", source)
     required, others = _required(), []
     for name in DIRECT:
-        found, expected = _version(name), (tested or {}).get(_normal(name))
+        found, expected = installed_version(name), (tested or {}).get(_normal(name))
         told = f" (tested {expected})" if expected and expected != _public(found) else ""
-        if found is None and _can_be_found(name):  # such as a torch that was built in place
+        if found is None and can_be_found(name.replace("-", "_")):  # such as a torch that was built in place
             yield Finding(name, f"found, but not its version{told}")
         elif found is None:
             missing = _normal(name) in required
@@ -104,7 +104,7 @@ def versions(tested: dict[str, str] | None, source: str) -> Iterator[Finding]:
             others += [f"{name} {found}{told}"] if told else []
     direct = {_normal(name) for name in DIRECT}
     for name, expected in (tested or {}).items():
-        found = _version(name)
+        found = installed_version(name)
         if name not in direct and found is not None and _public(found) != expected:
             others.append(f"{name} {found} (tested {expected})")
     if others:
@@ -254,7 +254,7 @@ def _model() -> str:
 
 def _tested() -> tuple[dict[str, str] | None, str]:
     """The exact versions tested together, for this Python and machine, and where they stand."""
-    torch, extension = _version("torch") or "", _version("intel-extension-for-pytorch")
+    torch, extension = installed_version("torch") or "", installed_version("intel-extension-for-pytorch")
     file = CONSTRAINTS / ("ipex.txt" if extension or torch.startswith("2.8.") else "newest.txt")
     try:
         return pins(file.read_text(encoding="utf-8")), f"{file}; those below, unless said"
@@ -305,21 +305,6 @@ def _satisfies(version: str, specifier: str) -> bool:
         return SpecifierSet(specifier).contains(Version(version), prereleases=True)
     except InvalidVersion:
         return True
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution) or None
-    except (metadata.PackageNotFoundError, KeyError):  # not there, or left half removed
-        return None
-
-
-def _can_be_found(name: str) -> bool:
-    """Whether there is a module to import; the distributions looked at have the names of theirs."""
-    try:
-        return find_spec(name.replace("-", "_")) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _public(version: str | None) -> str | None:

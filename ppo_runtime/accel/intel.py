@@ -18,7 +18,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from ppo_runtime.accel.probing import first_line
+from ppo_runtime.common.extras import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _REPLACED_ON_IMPORT = (
 def installed() -> dict[str, str]:
     """Versions of torch and, if it is there, of the extension."""
     # A torch that was built in place has no metadata.
-    found = {"torch": _version("torch") or str(torch.__version__), EXTENSION: _version(EXTENSION)}
+    found = {"torch": installed_version("torch") or str(torch.__version__), EXTENSION: installed_version(EXTENSION)}
     return {name: version for name, version in found.items() if version}
 
 
@@ -86,8 +86,8 @@ def circumstances(versions: Mapping[str, str]) -> dict[str, str]:
         **places,
         **loader,
         "python": sys.version,
-        "numpy": _version("numpy") or "",
-        "transformers": _version("transformers") or "",
+        "numpy": installed_version("numpy") or "",
+        "transformers": installed_version("transformers") or "",
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}",
     }
 
@@ -192,13 +192,6 @@ def _stand_ins() -> Iterator[None]:
 
 def _modules() -> dict[str, ModuleType]:
     return {name: module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{PACKAGE}.")}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except (metadata.PackageNotFoundError, KeyError):  # not there, or left half removed
-        return None
 
 
 def _processor(path: str = "/proc/cpuinfo") -> str:

@@ -1,9 +1,8 @@
 """TRL's ``import_utils``: what is installed, and which devices there are."""
 
-from importlib.util import find_spec
-
 import torch
 
+from ppo_runtime.common.extras import can_be_found
 from ppo_runtime.compat.elsewhere import attributes_of
 
 __getattr__ = attributes_of(__name__)
@@ -11,37 +10,37 @@ __getattr__ = attributes_of(__name__)
 
 def is_peft_available() -> bool:
     """Whether peft is installed."""
-    return _installed("peft")
+    return can_be_found("peft")
 
 
 def is_wandb_available() -> bool:
     """Whether Weights & Biases is installed."""
-    return _installed("wandb")
+    return can_be_found("wandb")
 
 
 def is_rich_available() -> bool:
     """Whether rich is installed; it is a dependency here."""
-    return _installed("rich")
+    return can_be_found("rich")
 
 
 def is_diffusers_available() -> bool:
     """Whether diffusers is installed; nothing here uses it."""
-    return _installed("diffusers")
+    return can_be_found("diffusers")
 
 
 def is_torchvision_available() -> bool:
     """Whether torchvision is installed; nothing here uses it."""
-    return _installed("torchvision")
+    return can_be_found("torchvision")
 
 
 def is_unsloth_available() -> bool:
     """Whether unsloth is installed; nothing here uses it."""
-    return _installed("unsloth")
+    return can_be_found("unsloth")
 
 
 def is_bitsandbytes_available() -> bool:
     """Whether bitsandbytes is installed and has a GPU to work on."""
-    return _installed("bitsandbytes") and torch.cuda.is_available()
+    return can_be_found("bitsandbytes") and torch.cuda.is_available()
 
 
 def is_xpu_available() -> bool:
@@ -52,11 +51,4 @@ def is_xpu_available() -> bool:
 def is_npu_available() -> bool:
     """Whether there is an Ascend NPU that torch can use."""
     npu = getattr(torch, "npu", None)
-    return _installed("torch_npu") and npu is not None and npu.is_available()
-
-
-def _installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ValueError:  # sys.modules holds something odd under the name, None for one that was made unimportable
-        return False
+    return can_be_found("torch_npu") and npu is not None and npu.is_available()

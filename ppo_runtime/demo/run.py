@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.checkpoint import steps_done
+from ppo_runtime.common.extras import require
 from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
@@ -34,7 +35,7 @@ from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
 from ppo_runtime.ranks.seeding import set_seed
 from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
-from ppo_runtime.reporting.tracking import read_jsonl, require
+from ppo_runtime.reporting.tracking import read_jsonl
 from ppo_runtime.trainer import Trainer
 
 ASSETS = files("ppo_runtime.demo") / "assets"

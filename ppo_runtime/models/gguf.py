@@ -28,6 +28,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ppo_runtime.common.extras import require
+
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
@@ -65,16 +67,12 @@ def convert_gguf(source: Path, output: Path) -> None:
         raise FileNotFoundError(f"no such file: {source}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty directory; choose another output")
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError("reading GGUF needs the gguf package: pip install 'ppo-core[convert]'") from error
-
+    gguf = require("gguf", extra="convert", wanted_by="reading GGUF")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         model = unpack(source, Path(scratch))
         try:
-            reader = GGUFReader(model)
+            reader = gguf.GGUFReader(model)
         except Exception as error:  # the reader trusts its input: a damaged file fails in many ways
             raise ValueError(f"{source} can't be read as GGUF: {error}") from error
         complete = Path(scratch, "complete")

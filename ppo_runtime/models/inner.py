@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
+from ppo_runtime.common.extras import require
 from ppo_runtime.models.value_head import StoredHead, find_file, no_such_place, read_head
 
 _HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -25,11 +26,7 @@ _ADAPTERS_OWN = ("revision", "subfolder")
 
 def import_peft() -> ModuleType:
     """The peft package, imported only when an adapter asks for it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PEFT adapters need the peft package: pip install 'ppo-core[peft]'") from error
-    return peft
+    return require("peft", extra="peft", wanted_by="a PEFT adapter")
 
 
 def is_peft_model(model: Any) -> bool:

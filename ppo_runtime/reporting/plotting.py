@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ppo_runtime.reporting.tracking import require
+from ppo_runtime.common.extras import require
 
 _SCORE = "ppo/mean_scores"
 _BLUE, _ORANGE, _GREY = "#2a6fb0", "#d9702b", "#808080"

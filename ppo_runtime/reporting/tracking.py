@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol
 
+from ppo_runtime.common.extras import require
 from ppo_runtime.common.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -294,15 +294,3 @@ def _markdown(table: Table) -> str:
 def _markdown_cell(cell: object) -> str:
     text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
     return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-def require(package: str, *, extra: str, wanted_by: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it."""
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise ImportError(
-            f"{wanted_by} needs the package {package}, which is not installed; pip install 'ppo-core[{extra}]'"
-        ) from error

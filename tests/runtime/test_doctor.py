@@ -83,7 +83,7 @@ def test_found_tested_and_required_versions(monkeypatch: pytest.MonkeyPatch) -> 
     needs += ["vaderSentiment==3.3.2; extra == 'demo'", "tomli>=2; python_version < '3'"]
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", lambda name: needs)
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "can_be_found", lambda name: False)
     found = findings({"torch": "2.9.1", "numpy": "2.1.0", "fsspec": "1.1", "tqdm": "4.0", "absent": "1"})
     assert found["torch"] == Finding("torch", "2.9.1+cpu"), "a build for the CPU is the version tested"
     assert found["numpy"] == Finding("numpy", "2.0.0 (tested 2.1.0)")
@@ -254,7 +254,7 @@ def test_a_requirement_may_be_spelled_in_any_way(
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "can_be_found", lambda name: False)
     monkeypatch.setattr(metadata, "version", absent)
     monkeypatch.setattr(metadata, "requires", lambda _: [f"{spelled(name)}>=3; extra == 'demo'"])
     assert [finding.name for finding in findings(None).values() if finding.broken] == [name]
@@ -276,7 +276,7 @@ def test_odd_metadata_is_no_reason_to_fail(version: Any, monkeypatch: pytest.Mon
     shown = version if isinstance(version, str) and version else "found, but not its version"
     assert found["torch"] == Finding("torch", f"{shown} (tested 2.9.1)"), "it is there to be tried"
     assert not any(finding.broken for finding in found.values())
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "can_be_found", lambda name: False)
     assert findings(None)["torch"].broken == (shown != version), "what is half removed is not installed"
     assert choose("auto", strict=False).versions["torch"] == (version if shown == version else torch.__version__)
 

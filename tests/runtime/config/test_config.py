@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from ppo_runtime.config import PPOConfig
 
@@ -82,6 +83,17 @@ def test_a_world_size_that_is_none_is_named(given: str, monkeypatch: pytest.Monk
         PPOConfig()
     monkeypatch.setenv("WORLD_SIZE", "")
     assert PPOConfig().world_size == 1
+
+
+def test_the_world_is_that_of_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher has left in the environment."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert PPOConfig().world_size == 3
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert PPOConfig(batch_size=8).global_batch_size == 8
+    finally:
+        dist.destroy_process_group()
 
 
 def test_batch_size_must_be_a_multiple_of_the_backward_batch() -> None:
