@@ -15,7 +15,7 @@ from rich.text import Text
 from ppo_runtime import __version__
 from ppo_runtime.demo.options import DEFAULTS, EMBEDDED_LEARNING_RATE, LEARNING_RATE, settle
 
-# Before torch is loaded: on a busy machine threads that spin while they wait hold one another up many times over.
+# Before torch is loaded: on a busy machine, threads that spin while they wait slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="PPO for language models.")

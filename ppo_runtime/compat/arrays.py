@@ -11,8 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo_core import masking, whitening
 from ppo_core.logprobs import token_entropy, token_logprobs
 from ppo_core.moments import masked_moments, variance
-
-WHITENING_EPS = 1e-8
+from ppo_runtime.learning.advantages import WHITENING_EPS
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor | None, gather: bool = True) -> Tensor:

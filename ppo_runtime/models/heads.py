@@ -72,7 +72,6 @@ def seq2seq_hidden_states(
     input_ids: Tensor,
     attention_mask: Tensor,
     decoder_input_ids: Tensor,
-    decoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
     """What the LM head of an encoder-decoder reads, [B, L, H] with L the decoder's length.
 
@@ -86,7 +85,6 @@ def seq2seq_hidden_states(
         encoded = inner.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return inner.get_decoder()(
             input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoded,
             encoder_attention_mask=attention_mask,
             use_cache=False,

@@ -118,7 +118,7 @@ def gather_metrics(
     for slot, name in enumerate(columns, len(keys)):
         if rows[name].ndim != 1:
             raise ValueError(f"{name} has shape {tuple(rows[name].shape)}, expected one axis; gather {name}.flatten()")
-        payloads.append(_as_bytes(rows[name]))
+        payloads.append(as_bytes(rows[name]))
         fields[0, slot] = len(payloads[-1])
     table = _gather(vector, world)
     if not (table[:, 0] == table[0, 0]).all():
@@ -267,7 +267,7 @@ def broadcast_parameters(module: nn.Module, world: World) -> None:
     if world.size == 1:
         return
     for tensor in chain(module.parameters(), module.buffers()):
-        payload = _as_bytes(tensor)
+        payload = as_bytes(tensor)
         dist.broadcast(payload, src=0)
         with torch.no_grad():
             tensor.copy_(payload.view(tensor.dtype).view_as(tensor))
@@ -282,7 +282,8 @@ def _gather(vector: Tensor, world: World) -> Tensor:
     return table
 
 
-def _as_bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
+    """The bytes of a tensor of any dtype and device, [n] on the CPU."""
     return x.detach().cpu().flatten().contiguous().view(torch.uint8)
 
 

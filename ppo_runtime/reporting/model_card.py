@@ -47,7 +47,7 @@ def write_model_card(
 ) -> Path:
     """Write README.md into a directory, which is made if need be, and return its path.
 
-    ``base_model`` is named if it is a repository's name; a directory of this machine is nobody else's business.
+    ``base_model`` is named if it is a repository's name; a local directory is not, since it means nothing elsewhere.
     """
     base = base_model if base_model and not Path(base_model).exists() and base_model.count("/") <= 1 else None
     auto_class = "AutoModelForSeq2SeqLMWithValueHead" if is_encoder_decoder else "AutoModelForCausalLMWithValueHead"

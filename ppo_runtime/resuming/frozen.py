@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ppo_runtime.models.value_head import HEAD_PREFIX
+from ppo_runtime.ranks.gather import as_bytes
 from ppo_runtime.trainer import Trainer
 
 
@@ -71,5 +71,4 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    raw = tensor.detach().cpu().flatten().contiguous().view(torch.uint8)
-    digest.update(raw.numpy().data)
+    digest.update(as_bytes(tensor).numpy().data)

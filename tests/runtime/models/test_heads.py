@@ -130,10 +130,8 @@ def test_seq2seq_padding_leaves_real_tokens_alone() -> None:
         ids = torch.cat((padding, REAL[:1, :4]) if left else (REAL[:1, :4], padding), dim=1)
         mask = (ids != PAD_ID).long()
         decoder = torch.cat((REAL[1:, :3], padding), dim=1)
-        decoder_mask = torch.tensor([[1, 1, 1, 0, 0]])
-        for chosen in (None, decoder_mask):
-            hidden = seq2seq_hidden_states(model, ids, mask, decoder, chosen)
-            torch.testing.assert_close(hidden[:, :3], expected, rtol=1e-5, atol=1e-5)
+        hidden = seq2seq_hidden_states(model, ids, mask, decoder)
+        torch.testing.assert_close(hidden[:, :3], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
