@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 HEAD_FILE = "value_head.safetensors"
@@ -28,12 +29,7 @@ HEAD_PREFIX = "v_head."
 INNER_PREFIX = "pretrained_model."
 
 # In transformers' own order of preference: the first that exists is what the model is loaded from.
-_CHECKPOINTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_CHECKPOINTS = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 
 class ValueHead(nn.Module):

@@ -1,11 +1,13 @@
 """Responses from a model: batches of padded prompts in, the tokens that were chosen out."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ppo_runtime.rollout.ending import Ending, beam_lengths
 from ppo_runtime.rollout.settings import Settings
@@ -41,27 +43,15 @@ class Engine(Protocol):
         ...
 
 
-def left_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] padded on the left to ``width`` at least, and a mask made from lengths, never from token ids."""
-    return _pad(rows, pad_token_id, width, first=lambda length, row: length - len(row))
-
-
-def right_pad(rows: Sequence[Tensor], pad_token_id: int, *, width: int = 0) -> tuple[Tensor, Tensor]:
-    """The same with padding on the right."""
-    return _pad(rows, pad_token_id, width, first=lambda _length, _row: 0)
-
-
-def _pad(
-    rows: Sequence[Tensor], pad_token_id: int, width: int, *, first: Callable[[int, Tensor], int]
+def padded(
+    rows: Sequence[Tensor], pad_token_id: int, *, side: Literal["left", "right"], width: int = 0
 ) -> tuple[Tensor, Tensor]:
-    length = max(width, *(len(row) for row in rows))
-    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long, device=rows[0].device)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        start = first(length, row)
-        ids[index, start : start + len(row)] = row
-        mask[index, start : start + len(row)] = 1
-    return ids, mask
+    """Token ids [B, L] padded on one side to ``width`` at least, and a mask made from lengths, never from token ids."""
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    missing = max(width - ids.shape[1], 0)
+    more = (missing, 0) if side == "left" else (0, missing)
+    return F.pad(ids, more, value=pad_token_id), F.pad(mask, more)
 
 
 @torch.no_grad()
@@ -89,7 +79,7 @@ def generate_responses(
     responses: list[Tensor] = []
     encoder_decoder = plan.decoder_start_token_id is not None
     # Encoders count positions from the row's first entry, padding or not, and so the step reads them too.
-    pad = right_pad if encoder_decoder else left_pad
+    side: Literal["left", "right"] = "right" if encoder_decoder else "left"
     beams = (settings["num_beams"] or 1) > 1
     common: dict[str, Any] = {
         "pad_token_id": plan.pad_token_id,
@@ -101,7 +91,8 @@ def generate_responses(
         # The step scores behind this token, so no other may be in force in the policy or the reference.
         common["decoder_start_token_id"] = plan.decoder_start_token_id
     for most, start in zip(new_tokens, range(0, len(queries), plan.batch_size), strict=True):
-        ids, mask = pad(queries[start : start + plan.batch_size], plan.pad_token_id, width=plan.prompt_width)
+        prompts = queries[start : start + plan.batch_size]
+        ids, mask = padded(prompts, plan.pad_token_id, side=side, width=plan.prompt_width)
         # A decoder of its own starts from one start token; otherwise the prompt comes first.
         prompt_width = 1 if encoder_decoder else ids.shape[1]
         ending = Ending(plan.eos_token_ids, plan.criteria, prompt_width=prompt_width)

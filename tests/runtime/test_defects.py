@@ -282,7 +282,9 @@ def test_defect_09_response_masks_under_left_padding() -> None:
     # The padding token inside a response is a token like others.
     responses = [torch.tensor([20, PAD_ID, 22]), torch.tensor([30, 31, PAD_ID])]
     kept = [torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1])]
-    ids, attention = engine.left_pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)], PAD_ID)
+    ids, attention = engine.padded(
+        [torch.cat(pair) for pair in zip(queries, responses, strict=True)], PAD_ID, side="left"
+    )
     inputs = {"input_ids": ids, "attention_mask": attention}
 
     def check(masks_of: Callable[[], Tensor]) -> None:
@@ -594,7 +596,7 @@ def test_defect_21_a_shorter_last_batch_is_trained_on() -> None:
 def test_defect_22_absolute_positions_do_not_see_padding() -> None:
     model = tiny_model("gpt2")
     row = torch.tensor([5, 6, 7])
-    padded, mask = engine.left_pad([row, torch.tensor([9, 8, 7, 6, 5, 4])], PAD_ID)
+    padded, mask = engine.padded([row, torch.tensor([9, 8, 7, 6, 5, 4])], PAD_ID, side="left")
     with torch.no_grad():
         alone = hidden_states(model, row[None], torch.ones(1, 3, dtype=torch.long))[0]
 

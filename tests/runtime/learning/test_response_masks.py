@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_runtime.learning import update
 from ppo_runtime.learning.forward import evaluate, lay_out, score_rollout
-from ppo_runtime.rollout.engine import left_pad
+from ppo_runtime.rollout.engine import padded
 from tests.runtime.support.tiny import EOS_ID, PAD_ID, tiny_model
 from tests.runtime.support.trainers import make_trainer
 
@@ -134,7 +134,7 @@ def test_padding_on_either_side_gives_the_same(family: str) -> None:
     """``batched_forward_pass`` of a batch padded on the left or on the right, holes included."""
     trainer = trainer_of(family)
     texts = [torch.cat(pair) for pair in zip(QUERIES, RESPONSES, strict=True)]
-    ids, attention = left_pad(texts, PAD_ID)
+    ids, attention = padded(texts, PAD_ID, side="left")
     found: list[list[Tensor]] = []
     for inputs in (
         {"input_ids": ids, "attention_mask": attention},

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from ppo_runtime.rollout.engine import left_pad, right_pad
+from ppo_runtime.rollout.engine import padded
 from tests.runtime.support.tiny import EOS_ID, PAD_ID
 from tests.runtime.support.trainers import make_trainer
 
 
 def test_masks_come_from_lengths() -> None:
     rows = [torch.tensor([0, 5]), torch.tensor([0, 0, 7])]  # the padding id inside real prompts
-    ids, mask = left_pad(rows, pad_token_id=0)
+    ids, mask = padded(rows, pad_token_id=0, side="left")
     assert ids.tolist() == [[0, 0, 5], [0, 0, 7]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    ids, mask = right_pad(rows, pad_token_id=0, width=4)
+    ids, mask = padded(rows, pad_token_id=0, side="right", width=4)
     assert ids.tolist() == [[0, 5, 0, 0], [0, 0, 7, 0]]
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
 
