@@ -1,4 +1,4 @@
-"""Checks at the trainer's door: bad input is named and refused before anything has changed."""
+"""Checks of queries, responses, scores and masks: bad input is refused by name before anything has changed."""
 
 import math
 import numbers

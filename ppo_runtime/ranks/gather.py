@@ -105,7 +105,7 @@ def gather_metrics(
     kinds = [f"{type(metrics[key]).__name__} {key}" for key in keys]
     kinds += [f"{rows[name].dtype} {name}" for name in columns]
     if len(kinds) > CAPACITY:
-        raise ValueError(f"metrics has {len(kinds)} entries, expected at most {CAPACITY}; raise distributed.CAPACITY")
+        raise ValueError(f"metrics has {len(kinds)} entries, expected at most {CAPACITY}; raise CAPACITY in {__name__}")
     vector = torch.zeros(1 + FIELDS * CAPACITY, dtype=torch.float64)
     vector[0] = _stamp("\n".join(kinds))
     fields = vector[1:].view(FIELDS, CAPACITY)

@@ -1,4 +1,4 @@
-"""The owner of a run's trackers: opened at the first use, closed and opened again, always under the run's name."""
+"""The trackers of a run: opened at the first use, closed and opened again, always under the name of the run."""
 
 import math
 import secrets

@@ -1,4 +1,4 @@
-"""The owner of what a trainer remembers of its responses; samples them, with settings checked and warned about."""
+"""Responses to queries: settings checked and warned about, and what a trainer remembers of its latest responses."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""One PPO step: what it reports, what it leaves alone, and what it refuses at the door."""
+"""One PPO step: what it reports, what it leaves alone, and what it refuses."""
 
 import copy
 from collections.abc import Callable
