@@ -408,7 +408,7 @@ class PPOConfig(_Standing):
         return there.fset is not None if isinstance(there, property) else not callable(there)
 
     def _copy(self, **changes: Any) -> "PPOConfig":
-        """A checked copy; nothing is said again that was said of this one."""
+        """A checked copy, without repeating warnings that this one gave."""
         copy = object.__new__(type(self))
         for name, value in self._values().items():
             object.__setattr__(copy, name, value)
@@ -441,11 +441,11 @@ class PPOConfig(_Standing):
         self._check_together()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or a pickle is nobody's: whatever this one is, that one can be assigned to."""
+        """Copies and pickles belong to no trainer: they can be assigned to, also where this one cannot."""
         return _restored, (type(self), self._values())
 
     def in_use(self, **found_out: Any) -> "PPOConfig":
-        """A trainer's own copy, with what it has found out about its model."""
+        """A copy for a trainer, with the fields that it derived from its model."""
         copy = self._copy(**found_out)
         object.__setattr__(copy, "_standing", "in use")
         return copy

@@ -1,4 +1,4 @@
-"""Trainer: the order of the steps of one PPO step, and the state that changes from step to step."""
+"""Trainer: the parts of a PPO step in their order, and the state that changes from step to step."""
 
 import logging
 import time

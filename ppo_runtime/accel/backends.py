@@ -1,4 +1,4 @@
-"""What runs the models that never change, such as the reference: eager torch, or Intel's extension.
+"""Chooses what runs the models that never change, such as the reference: eager torch, or Intel's extension.
 
 :func:`choose` decides from metadata alone: versions, machine, processor. :func:`accelerate_frozen` then packs the
 linear layers of a frozen model: packed weights go stale after an optimiser step, so what trains is never packed.

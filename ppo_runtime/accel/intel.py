@@ -170,7 +170,7 @@ class _Finder(MetaPathFinder, Loader):
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Stand-ins inside; outside, none is left, and nothing at all of an import that failed."""
+    """Install the stand-ins for the block, and remove them after it, with all of an import that failed."""
     before, finder = _modules(), _Finder()
     sys.meta_path.insert(0, finder)
     try:

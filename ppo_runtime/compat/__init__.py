@@ -1,4 +1,4 @@
-"""Room for what users of TRL import beside the trainer: array helpers, samplers, piecewise methods.
+"""What users of TRL import: the trainer by its names, piecewise methods, array helpers, samplers.
 
 Thin layers with the customary names and signatures; the arithmetic is ppo_core's. New code is better off with ppo_core
 itself. What changed for users of TRL is in this directory's README.md.
@@ -7,7 +7,7 @@ The package can stand for TRL: ``import ppo_runtime.compat as trl``. What it doe
 
 trainer       PPOTrainer, settings, controllers
 piecewise     the methods that step is made of, one by one
-doors         what the piecewise methods are given, checked
+doors         checks of the piecewise methods' arguments
 layout        model_inputs, and where the responses lie in it
 stats         flat dictionaries of tensors, gathered over ranks
 arrays        masked_mean, whiten, logprobs_from_logits, ...
@@ -17,7 +17,7 @@ elsewhere     where the names are that are not here
 core          TRL's modules, by its names
 models        wrappers
 import_utils  what is installed
-extras        nothing, and where it is
+extras        empty; says where TRL's names are
 environment   likewise
 """
 

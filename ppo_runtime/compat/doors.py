@@ -1,4 +1,4 @@
-"""What the piecewise methods are given, checked under the names that it has there."""
+"""Checks of the piecewise methods' arguments, under the names that the arguments have there."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def batch(
 
 
 def language_model(model: Any) -> None:
-    """Refuse what no forward pass can be made with."""
+    """Refuse a model that has no forward pass of a language model."""
     if not isinstance(model, nn.Module) or not hasattr(pretrained_model(model), "config"):
         raise TypeError(f"model is a {type(model).__name__}, expected the policy or a reference: a language model")
 

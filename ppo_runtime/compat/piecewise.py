@@ -297,7 +297,7 @@ class Piecewise(Trainer):
 
     @contextmanager
     def _dropped_unless_whole(self) -> Iterator[None]:
-        """A backward pass that fails has added some of its gradients, and nobody knows which."""
+        """Drop all waiting gradients if the block fails: a backward pass may have added some of its own."""
         try:
             yield
         except BaseException:

@@ -1,4 +1,4 @@
-"""What is known of a batch before it is trained on: one record, made from a scored rollout."""
+"""A scored batch with its advantages and returns, as one record, made before it is trained on."""
 
 from typing import NamedTuple
 

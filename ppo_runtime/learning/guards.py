@@ -1,4 +1,4 @@
-"""Updates that would do harm are left out, on all ranks together: weights and moments never see them."""
+"""Skips updates that would do harm, on all ranks together: weights and the optimiser's moments stay as they are."""
 
 import logging
 import math

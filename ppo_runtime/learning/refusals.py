@@ -1,4 +1,4 @@
-"""A scored batch that cannot be trained on is named by sequence and token, before anything has changed."""
+"""Refuses a scored batch that cannot be trained on, by sequence and token, before anything has changed."""
 
 import math
 

@@ -34,7 +34,7 @@ def advance(scheduler: Any, optimizer: torch.optim.Optimizer) -> Exception | Non
 
 
 def no_rate(scheduler: Any, step: int, error: Exception) -> str:
-    """What is said of a scheduler without a learning rate for a step."""
+    """The message about a scheduler without a learning rate for a step."""
     return (
         f"lr_scheduler is a {type(scheduler).__name__}, which has no learning rate for step {step} "
         f"({type(error).__name__}: {error}); make it for as many steps as the run has, or set trainer.lr_scheduler = "

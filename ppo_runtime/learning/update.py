@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
     averages: dict[str, Average]
     first_ratio_deviation: Tensor
-    """max |pi / pi_old - 1| before the first update; more than rounding means that the rollout's policy was another."""
+    """max |pi / pi_old - 1| before the first update; more than rounding: other weights made the rollout."""
     skipped: Counter[Cause]
     """How many updates were left out, by cause."""
     epochs: int
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
 @attrs.define
 class Progress:
-    """How far the updates of a step have come, for whoever has to know when they are broken off."""
+    """How far the updates of a step have come, for the caller to read when they are broken off."""
 
     waiting: list[tuple[Tensor, Tensor]]
     """Parameters with the gradients that they held before; none once they are of other weights."""
@@ -82,12 +82,12 @@ class Progress:
     """Steps of the optimiser, one that was broken off included."""
 
     def begin(self) -> None:
-        """Note that weights move now."""
+        """Record that the weights are about to change."""
         self.begun += 1
         self.waiting.clear()
 
     def put_back(self) -> None:
-        """Give the parameters their gradients of before, if the weights are those of before."""
+        """Restore the gradients from before the step, if no weight has changed since."""
         for parameter, gradient in self.waiting:
             parameter.grad = gradient
 
@@ -285,7 +285,7 @@ def averages_of(losses: Losses) -> dict[str, Average]:
 
 
 def merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
-    """Add what another minibatch, update or epoch found."""
+    """Merge the metrics of another minibatch, update or epoch into ``averages``, in place."""
     for name, part in more.items():
         averages[name] = merge(averages[name], part) if name in averages else part
 
@@ -295,12 +295,12 @@ def _all_finite(averages: dict[str, Average]) -> bool:
 
 
 def _nothing_said(averages: dict[str, Average]) -> dict[str, Average]:
-    """Neutral elements under the same names, which all ranks must have."""
+    """Neutral elements under the same names: all ranks must gather the same metrics."""
     return {name: Average(*map(torch.zeros_like, part)) for name, part in averages.items()}
 
 
 def _has_moved(averages: dict[str, Average], config: PPOConfig, world: World) -> bool:
-    """Whether the policy has left the rollout's by more than 1.5 target_kl, or who knows where; all ranks decide."""
+    """Whether the KL from the rollout's policy exceeds 1.5 target_kl or is not finite, over all ranks."""
     key = "ppo/policy/policykl"
     policy_kl = float(mean_of(gather_averages({key: averages[key]}, world)[key]))
     return not policy_kl <= 1.5 * config.target_kl  # NaN compares as False

@@ -90,7 +90,7 @@ def check_apart(model: nn.Module, reference: nn.Module) -> None:
 
 
 def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
-    """What tells one parameter from another: the object, and the memory, which another object may be a view of."""
+    """Identifies a parameter by object and by memory, since another object may be a view of it."""
     memory = parameter.data_ptr() if parameter.device.type != "meta" and parameter.numel() else 0
     return {("object", id(parameter))} | ({(str(parameter.device), memory)} if memory else set())
 

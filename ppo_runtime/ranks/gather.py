@@ -1,8 +1,8 @@
 """The processes that train together, and gathers that leave the same bits on every one of them.
 
 The core gives monoids (:class:`~ppo_core.averages.Average`, :class:`~ppo_core.moments.Moments`); here they are
-gathered in one collective and folded locally in rank order. Every function is a collective: all ranks must call it,
-in the same order. In a world of one, none of them needs a process group.
+gathered, all metrics in one collective, and folded locally in rank order. Every function is a collective: all ranks
+must call it, in the same order. In a world of one, none of them needs a process group.
 """
 
 import os
@@ -48,7 +48,7 @@ FIELDS = len(Moments._fields)
 
 
 class Ballot:
-    """What a rank tells the others as it leaves a block of :func:`all_or_none`, and what all of them told."""
+    """The numbers that each rank sends to the others at the end of a block of :func:`all_or_none`."""
 
     def __init__(self, size: int) -> None:
         self.mine = torch.zeros(size, dtype=torch.float64)
@@ -105,7 +105,7 @@ def gather_metrics(
     kinds = [f"{type(metrics[key]).__name__} {key}" for key in keys]
     kinds += [f"{rows[name].dtype} {name}" for name in columns]
     if len(kinds) > CAPACITY:
-        raise ValueError(f"metrics has {len(kinds)} entries, expected at most {CAPACITY}; raise CAPACITY in {__name__}")
+        raise ValueError(f"metrics has {len(kinds)} entries, expected at most {CAPACITY}; raise ranks.gather.CAPACITY")
     vector = torch.zeros(1 + FIELDS * CAPACITY, dtype=torch.float64)
     vector[0] = _stamp("\n".join(kinds))
     fields = vector[1:].view(FIELDS, CAPACITY)
@@ -209,9 +209,9 @@ def agree_largest(number: int, world: World) -> int:
 
 @contextmanager
 def all_or_none(world: World, *, carries: int = 0) -> Iterator[Ballot]:
-    """Work without collectives that every rank must get through: where one fails, all of them raise.
+    """Raise on all ranks if the block fails on any of them; the block itself must not use collectives.
 
-    Otherwise the others would wait for it in their next collective.
+    Without this, the other ranks would wait for the failed one in their next collective.
 
     Args:
         world: the ranks.

@@ -141,7 +141,7 @@ def prepare_dataloader(
             stream.
     """
     _check_kinds(dataset, data_collator)
-    # What a transform reads may be what nobody else does.
+    # A transform may read columns that nothing else uses.
     if config.remove_unused_columns and getattr(dataset, "column_names", None) and not transforms(dataset):
         dataset = _without_unused_columns(dataset, model)
     # A generator of its own: without one, every epoch would begin with a draw from the global generator.

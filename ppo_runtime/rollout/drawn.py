@@ -9,7 +9,7 @@ _MOST = 2**16
 
 
 class Drawn:
-    """Responses by what they hold: a caller slices prompts off, sorts rows and keeps them for later steps."""
+    """Returned responses, looked up by their tokens: callers slice prompts off, sort rows and keep them for later."""
 
     def __init__(self) -> None:
         self._sampled: dict[int, bool] = {}
@@ -23,7 +23,7 @@ class Drawn:
                 del self._sampled[next(iter(self._sampled))]
 
     def returned(self, response: Tensor) -> bool:
-        """Whether it is one of those rows."""
+        """Whether these tokens are one of the remembered rows."""
         return _content(response) in self._sampled
 
     def greedy(self, responses: Iterable[Tensor]) -> bool:

@@ -76,7 +76,7 @@ class Settings:
         }
 
     def generate(self, model: Any, **ours: Any) -> Any:
-        """The model's ``generate`` with the caller's arguments, and ours in place of the same ones of anybody's."""
+        """The model's ``generate`` with the caller's arguments, and ours in place of any of the same name."""
         settings = fields()
         # What is refused is neutral by now; a release that does not know such a setting takes it for a model's input.
         keywords = {
@@ -114,7 +114,7 @@ def refused(model: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
 
 
 def check_settings(settings: Settings, model: Any) -> None:
-    """Refuse, by name, what the caller asked for and cannot have; the model's own settings are nobody's mistake.
+    """Refuse, by name, what the caller asked for and cannot have; the model's own settings are never refused.
 
     Raises:
         ValueError: an unknown setting, one that generation cannot work with, or a value that makes no sense.

@@ -322,7 +322,7 @@ def test_gradient_is_that_of_the_value(path, data, time):
     assert torch.autograd.gradcheck(total, [x.clone().requires_grad_(True) for x in inputs])
 
 
-# The door. Each argument is spoilt in turn, and the message has to name it.
+# Bad input. Each argument is spoilt in turn, and the message has to name it.
 
 
 def example(path):

@@ -67,7 +67,7 @@ def test_a_kl_that_is_not_finite_counts_as_moved() -> None:
         assert update._has_moved(averages, PPOConfig(target_kl=0.5), World(0, 1)) is moved
 
 
-# --- refused at the door of the update ------------------------------------------------------------------------------
+# --- refused before the update begins ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(1, 2, 3), (2, 1), (3, 2, 1), (2, 2, 5, 3)])
