@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ppo_runtime.accel import intel, probing
 from ppo_runtime.accel.intel import EXTENSION, INSTALL
 from ppo_runtime.accel.probing import first_line, try_once
+from ppo_runtime.common import extras
 from ppo_runtime.models import modes
 from ppo_runtime.models.modes import dropout_off
 
@@ -192,7 +193,7 @@ def import_problem(versions: dict[str, str], *, again: bool = False) -> str | No
 def _sources() -> str:
     """A checksum of the modules that import, pack and compare: what failed for older ones is tried again."""
     checksum = 0
-    for module in (sys.modules[__name__], intel, modes, probing):
+    for module in (sys.modules[__name__], intel, modes, probing, extras):
         with suppress(OSError):  # an installation without sources
             checksum = zlib.crc32(Path(str(module.__file__)).read_bytes(), checksum)
     return str(checksum)

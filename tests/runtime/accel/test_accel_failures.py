@@ -28,6 +28,7 @@ from ppo_runtime.accel import intel, probing
 from ppo_runtime.accel.backends import AccelError, accelerate_frozen, choose
 from ppo_runtime.assembly import make_reference
 from ppo_runtime.cli import app
+from ppo_runtime.common import extras
 from ppo_runtime.config import PPOConfig
 from tests.runtime.support.fake_extension import HEALTHY, installed, pretend
 from tests.runtime.support.tiny import tiny_lora, tiny_model
@@ -288,6 +289,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "importing": changed_source(intel),
     "packing": changed_source(accel),
     "trying": changed_source(probing),
+    "what it is installed with": changed_source(extras),
     "numpy": another_numpy,
     "processor": lambda monkeypatch, place: monkeypatch.setattr(intel, "_processor", lambda: "another"),
     "preloaded": lambda monkeypatch, place: monkeypatch.setenv("LD_PRELOAD", ""),
