@@ -28,8 +28,9 @@ def load_policy(
         zero_head: set the value head to 0, also one that is stored there.
         kwargs: for the model's ``from_pretrained``, such as ``dtype`` and ``peft_config``.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    # The model first: where neither is there, its message is the one that helps.
     model = AutoModelForCausalLMWithValueHead.from_pretrained(source, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if zero_head:
         # A head that starts random makes the first advantages noise; at 0 the critic starts from "nothing is expected".
         torch.nn.init.zeros_(model.v_head.summary.weight)

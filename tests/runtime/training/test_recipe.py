@@ -33,6 +33,11 @@ def test_a_policy_is_loaded_with_its_tokenizer(directory: Path) -> None:
     torch.testing.assert_close(model.v_head.summary.weight.float(), stored.float())
 
 
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"Unrecognized model in {tmp_path}"):
+        load_policy(tmp_path)
+
+
 def test_a_head_of_zeros_values_everything_at_zero(directory: Path) -> None:
     model, tokenizer = load_policy(directory, zero_head=True)
     values = model(**tokenizer(["ab"], return_tensors="pt"))[2]
