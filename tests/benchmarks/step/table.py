@@ -1,0 +1,112 @@
+"""Medians, ratios and efficiency of many runs, as rows and as text; a run is one worker's JSON and what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+OURS, PEER = "ours", "peer"
+Run = dict[str, Any]
+
+
+class Side(NamedTuple):
+    """Medians of one side's runs of one call."""
+
+    seconds: float
+    mib: float
+    efficiency: float
+    """Needed FLOPs / (seconds x the rate of a product in the same process); 1 is the machine's limit."""
+
+
+class Row(NamedTuple):
+    """One measured call on both sides; ``peer`` is None where it was not measured."""
+
+    work: str
+    call: str
+    ours: Side
+    peer: Side | None
+
+
+def efficiency(run: Run, call: str, needed_flops: float) -> float:
+    """Of one run, by the rate before and after it."""
+    return needed_flops / (mean(run["product_gflops"]) * 1e9 * run["seconds"][call])
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """A row for each call of each workload that ours has finished, in the order of the runs."""
+    calls = dict.fromkeys((run["work"], call) for run in runs for call in run["seconds"])
+    return [row for work, call in calls if (row := _row(runs, work, call)) is not None]
+
+
+def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
+    mine, theirs = ([r for r in runs if r["work"] == work and r["side"] == side] for side in (OURS, PEER))
+    if not mine:
+        return None
+    # What is needed depends on workload and model, which both sides have in common.
+    needed = mine[0]["needed_flops"]
+    ours, peer = (
+        Side(
+            median(run["seconds"][call] for run in side),
+            median(run["peak_mib"][call] for run in side),
+            median(efficiency(run, call, needed) for run in side),
+        )
+        if side
+        else None
+        for side in (mine, theirs)
+    )
+    assert ours is not None
+    return Row(work, call, ours, peer)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The table, and below it where a step of ours goes."""
+    heads = ("work", "ours s", "peer s", "ratio", "ours MiB", "peer MiB", "ratio", "of the limit", "peer")
+    lines = [heads, *(_cells(row) for row in summary(runs))]
+    text = ["Medians. Ratios: peer's seconds / ours, our memory / the peer's.", *_aligned(lines)]
+    if profiled := {run["work"]: run["parts"] for run in runs if "parts" in run}:
+        parts = list(dict.fromkeys(part for each in profiled.values() for part in each))
+        lines = [("one step of ours, s", *parts, "sum")]
+        for work, seconds in profiled.items():
+            lines.append((work, *(f"{seconds.get(part, 0.0):.2f}" for part in parts), f"{sum(seconds.values()):.2f}"))
+        text += ["", *_aligned(lines)]
+    return "\n".join(text)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    ours, peer = row.ours, row.peer
+    return (
+        f"{row.work} {row.call}",
+        f"{ours.seconds:.2f}",
+        "-" if peer is None else f"{peer.seconds:.2f}",
+        "-" if peer is None else f"{peer.seconds / ours.seconds:.2f}x",
+        f"{ours.mib:.0f}",
+        "-" if peer is None else f"{peer.mib:.0f}",
+        "-" if peer is None else f"{ours.mib / peer.mib:.2f}",
+        f"{ours.efficiency:.2f}",
+        "-" if peer is None else f"{peer.efficiency:.2f}",
+    )
+
+
+def _aligned(lines: Sequence[Iterable[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first to the left, numbers to the right."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in zip(*columns, strict=True)
+    ]
+
+
+def progress(run: Run) -> str:
+    """One line about one run."""
+    calls = ", ".join(
+        f"{call} {seconds:.2f} s {run['peak_mib'][call]:.0f} MiB" for call, seconds in run["seconds"].items()
+    )
+    rates, loads = (
+        f"{first:.{d}f} -> {last:.{d}f}" for (first, last), d in ((run["product_gflops"], 0), (run["load"], 2))
+    )
+    return f"{run['work']} {run['side']} ({run['backend']}): {calls}; product {rates} GFLOP/s; load {loads}"

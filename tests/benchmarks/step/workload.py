@@ -1,0 +1,76 @@
+"""The rows that are trained on and the prompts that are continued, the same token ids for whoever runs them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+EPOCHS = 4
+LEARNING_RATE = 1e-5
+PROMPTS = (8, 24)
+"""Shortest and longest prompt, in tokens."""
+SHORTEST = 8
+"""Tokens of the shortest response that is trained on."""
+
+
+class Work(NamedTuple):
+    """A workload; prompts and responses are of random lengths, so that rows are ragged."""
+
+    batch: int
+    mini_batch: int
+    longest: int
+    """Tokens of the longest response that may be drawn."""
+    shared: int | None = None
+    """Bottom layers that policy and reference share, frozen in both; None: a reference loaded beside the policy."""
+    new_tokens: int = 0
+    """Tokens to generate for each prompt; 0: the workload is a step."""
+
+
+WORKS = {
+    "W1": Work(batch=8, mini_batch=4, longest=48),
+    "W2": Work(batch=16, mini_batch=4, longest=128),
+    "W3": Work(batch=16, mini_batch=4, longest=128, shared=24),
+    "W4": Work(batch=16, mini_batch=4, longest=128, new_tokens=48),
+}
+
+Batch = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def make_batch(work: Work, vocabulary: int) -> Batch:
+    """Queries, responses and scores; tokens are uniform, without the three lowest, which are special in many models."""
+    generator = torch.Generator().manual_seed(1)
+
+    def texts(shortest: int, longest: int) -> list[Tensor]:
+        lengths = torch.randint(shortest, longest + 1, (work.batch,), generator=generator).tolist()
+        return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
+
+    queries, responses = texts(*PROMPTS), texts(SHORTEST, work.longest)
+    return queries, responses, [torch.randn((), generator=generator) for _ in range(work.batch)]
+
+
+def sampling(work: Work, pad_token_id: int) -> dict[str, Any]:
+    """What `generate` is asked for: plain sampling, and as many tokens for every prompt."""
+    return {
+        "return_prompt": False,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": work.new_tokens,
+        "min_new_tokens": work.new_tokens,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def orders(work: Work, seed: int) -> list[Tensor]:
+    """The order of the rows in every epoch, where both sides shall take the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(work.batch, generator=generator) for _ in range(EPOCHS)]
+
+
+def set_value_head(head: torch.nn.Linear) -> None:
+    """Weights for a value head, the same on both sides, which would draw them from distributions of their own."""
+    with torch.no_grad():
+        head.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(2))
+        head.bias.zero_()
