@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_runtime.models.references import create_reference_model
+from tests.benchmarks.step import __main__ as command
 from tests.benchmarks.step import older, ours, sameness, table, worker
 from tests.benchmarks.step import workload as w
 from tests.benchmarks.step.flops import Matrices, generation_flops, matrices_of, step_flops
@@ -30,7 +31,7 @@ def directory(tmp_path: Path) -> str:
 # How much arithmetic.
 
 
-class Products(torch.utils._python_dispatch.TorchDispatchMode):
+class Products(TorchDispatchMode):
     """Counts the arithmetic of matrix products, as they are run."""
 
     flops = 0
@@ -179,8 +180,9 @@ def test_medians_ratios_and_efficiency():
     runs = [run("ours", seconds, 300, needed_flops=4e11) for seconds in (8.0, 10.0, 50.0)]
     runs += [run("peer", seconds, 400) for seconds in (20.0, 16.0, 90.0)]
     (row,) = table.summary(runs)
-    assert (row.ours.seconds, row.peer.seconds) == (10.0, 20.0)
-    assert (row.ours.efficiency, row.peer.efficiency) == pytest.approx((0.4, 0.2))
+    assert row.other is not None
+    assert (row.ours.seconds, row.other.seconds) == (10.0, 20.0)
+    assert (row.ours.efficiency, row.other.efficiency) == pytest.approx((0.4, 0.2))
     shown = table.render(runs).splitlines()
     assert shown[2].split() == ["W1", "step", "10.00", "20.00", "2.00x", "300", "400", "0.75", "0.40", "0.20"]
 
@@ -199,6 +201,57 @@ def test_ours_alone_has_no_ratio_and_a_profile_has_a_line():
     assert table.summary([run("peer", 1.0, 1)]) == []
 
 
+# The command.
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Workers that answer at once, and what they were asked, in order."""
+    asked: list[tuple[Any, ...]] = []
+
+    def answer(side: command.Side, threads: int, *arguments: object) -> dict[str, Any]:
+        asked.append((side.module, side.accel, *arguments))
+        found = run(side.module, 10.0, 300, needed_flops=4e11) | {"backend": side.accel, "load": [0.0, 1.0]}
+        return {name: value for name, value in found.items() if name not in ("work", "side")}
+
+    monkeypatch.setattr(command, "run_worker", answer)
+    monkeypatch.setattr(command.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    return asked
+
+
+def test_the_sides_take_turns(workers, directory, tmp_path, capsys):
+    file = tmp_path / "runs.json"
+    told = ["--model", directory, "--peer", "python", "--runs", "2", "--only", "W1", "W3", "--json", str(file)]
+    command.main(told)
+    assert [(side, arguments[1]) for side, _, *arguments in workers] == [
+        (side, work) for work in ("W1", "W3") for _ in range(2) for side in ("ours", "peer")
+    ]
+    assert [i for i, (*_, last) in enumerate(workers) if last == "--profile"] == [0, 4], "once for each workload"
+    assert [(r["work"], r["side"], r["turn"]) for r in json.loads(file.read_text())[:3]] == [
+        ("W1", "ours", 0),
+        ("W1", "peer", 0),
+        ("W1", "ours", 1),
+    ]
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_ours_alone_and_ours_against_eager(workers, directory, capsys):
+    command.main(["--model", directory, "--only", "W2", "--runs", "1"])
+    command.main(["--model", directory, "--only", "W2", "--runs", "1", "--accel", "ipex", "--eager"])
+    assert [asked[:2] for asked in workers] == [("ours", "auto"), ("ours", "ipex"), ("ours", "eager")]
+    assert "eager MiB" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_refused(workers, directory, monkeypatch, capsys):
+    monkeypatch.setattr(command.os, "getloadavg", lambda: (1.3, 0.0, 0.0))
+    with pytest.raises(SystemExit):
+        command.main(["--model", directory])
+    assert "the load is 1.30, above 0.5" in capsys.readouterr().err
+    assert workers == []
+    command.main(["--model", directory, "--busy", "--only", "W1", "--runs", "1"])
+    assert "BUSY" in capsys.readouterr().out
+
+
 # Same numbers.
 
 
@@ -209,7 +262,9 @@ def weights(before: torch.Tensor, after: torch.Tensor) -> sameness.Weights:
 def test_distance_of_weights():
     start = torch.zeros(2)
     ours_, peer_ = weights(start, torch.tensor([3.0, 4.0])), weights(start, torch.tensor([3.0, 4.5]))
-    assert sameness.distance(ours_, peer_) == sameness.Distance(apart=0.5, moved=4.0, relative=0.1, where="w")
+    assert sameness.distance(ours_, peer_) == sameness.Distance(
+        apart=0.5, moved=4.0, relative=0.1, where="w", rounding=0.125
+    )
     with pytest.raises(ValueError, match="w is not the same to begin with"):
         sameness.distance(ours_, weights(torch.ones(2), start))
 
@@ -227,13 +282,16 @@ def test_a_step_takes_the_rows_in_the_order_that_both_are_given(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(taken, w.orders(TINY, 5), strict=True))
 
 
-def test_both_value_heads_are_the_same():
-    heads = [nn.Linear(8, 1) for _ in range(2)]
-    for head in heads:
-        w.set_value_head(head)
-    assert torch.equal(heads[0].weight, heads[1].weight)
-    assert heads[0].weight.any()
-    assert not heads[0].bias.any()
+def test_both_sides_start_with_the_same_weights_away_from_the_reference():
+    models = [make_trainer().model for _ in range(2)]
+    torch.nn.init.ones_(models[0].v_head.summary.weight)
+    before = models[0].pretrained_model.get_output_embeddings().weight.clone()
+    for model in models:
+        w.set_start(model)
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert models[0].v_head.summary.weight.any()
+    assert not torch.equal(models[0].pretrained_model.get_output_embeddings().weight, before)
 
 
 def test_older_view_of_a_directory(directory, tmp_path):

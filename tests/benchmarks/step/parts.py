@@ -28,7 +28,7 @@ class Stopwatch:
     """Books every moment to one part, the innermost that has begun."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._clock, self._since, self._within = clock, clock(), [OTHER]
 
     def begin(self, part: str) -> None:

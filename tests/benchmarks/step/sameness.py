@@ -4,8 +4,8 @@ Settings in which both are defined the same: float32 and eager torch; one step o
 divide by the tokens of a minibatch); the same value head, which both would draw from distributions of their own; no
 dropout (ours switches it off for a step, the peer computes in evaluation mode); nothing masked inside a response,
 where the peer fills with zeros and we delete; plain KL, whitened advantages, no scaling, no clipping of the norm, no
-early stop. Statistics of updates are compared per token: the peer's means of means are averaged anew from its
-minibatches.
+early stop. The policy is moved away from its reference first, so that there is a KL to compare. Statistics of updates
+are compared per token: the peer's means of means are averaged anew from its minibatches.
 
 Two optimisers: SGD, whose step is linear in the gradient, says how well the gradients agree; Adam is what is trained
 with, and divides by gradients, also by those that are no larger than their rounding.
@@ -32,6 +32,8 @@ class Distance(NamedTuple):
     """Norm of all differences / norm of all changes."""
     where: str
     """The parameter of the greatest difference."""
+    rounding: float
+    """The greatest difference in a parameter / its greatest weight, over all parameters; float32 rounds at 6e-8."""
 
 
 def distance(ours: Weights, peer: Weights) -> Distance:
@@ -45,14 +47,18 @@ def distance(ours: Weights, peer: Weights) -> Distance:
     for name, weight in ours["before"].items():
         if not torch.equal(weight, peer["before"][name]):
             raise ValueError(f"{name} is not the same to begin with")
-    apart, moved = ({}, {})
+    apart: dict[str, float] = {}
+    moved: dict[str, float] = {}
+    rounding: dict[str, float] = {}
     squares = torch.zeros(2, dtype=torch.float64)
     for name, before in ours["before"].items():
         difference, change = ours["after"][name] - peer["after"][name], ours["after"][name] - before
         apart[name], moved[name] = float(difference.abs().max()), float(change.abs().max())
+        rounding[name] = apart[name] / float(ours["after"][name].abs().max().clamp_min(torch.finfo(before.dtype).tiny))
         squares += torch.stack([x.double().square().sum() for x in (difference, change)])
     where = max(apart, key=lambda name: apart[name])
-    return Distance(apart[where], max(moved.values()), float((squares[0] / squares[1]).sqrt()), where)
+    relative = float((squares[0] / squares[1]).sqrt())
+    return Distance(apart[where], max(moved.values()), relative, where, max(rounding.values()))
 
 
 def render(optimiser: str, ours: dict[str, Any], peer: dict[str, Any], weights: Distance) -> str:
@@ -63,6 +69,9 @@ def render(optimiser: str, ours: dict[str, Any], peer: dict[str, Any], weights: 
         lines.append(f"  {name:22} ours {mine:+.8f}  peer {theirs:+.8f}  apart {abs(mine - theirs):.1e}")
     lines.append(
         f"  weights: {weights.apart:.1e} apart at most, in {weights.where}; the step moved by {weights.moved:.1e}"
+    )
+    lines.append(
+        f"  of the greatest weight of the same parameter, {weights.rounding:.1e} at most; float32 rounds at 6e-8"
     )
     lines.append(f"  norm of all differences / norm of all changes: {weights.relative:.1e}")
     return "\n".join(lines)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-OURS, PEER = "ours", "peer"
+OURS, PEER, EAGER = "ours", "peer", "eager"
+"""Sides: ours, and what it is compared with, a peer or ours without what `--accel` has chosen."""
 Run = dict[str, Any]
 
 
@@ -20,12 +21,12 @@ class Side(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured call on both sides; ``peer`` is None where it was not measured."""
+    """One measured call on both sides; ``other`` is None where there is none."""
 
     work: str
     call: str
     ours: Side
-    peer: Side | None
+    other: Side | None
 
 
 def efficiency(run: Run, call: str, needed_flops: float) -> float:
@@ -40,12 +41,13 @@ def summary(runs: Sequence[Run]) -> list[Row]:
 
 
 def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
-    mine, theirs = ([r for r in runs if r["work"] == work and r["side"] == side] for side in (OURS, PEER))
+    same = [run for run in runs if run["work"] == work and call in run["seconds"]]
+    mine, theirs = ([r for r in same if r["side"] == OURS], [r for r in same if r["side"] != OURS])
     if not mine:
         return None
     # What is needed depends on workload and model, which both sides have in common.
     needed = mine[0]["needed_flops"]
-    ours, peer = (
+    ours, other = (
         Side(
             median(run["seconds"][call] for run in side),
             median(run["peak_mib"][call] for run in side),
@@ -56,14 +58,15 @@ def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
         for side in (mine, theirs)
     )
     assert ours is not None
-    return Row(work, call, ours, peer)
+    return Row(work, call, ours, other)
 
 
 def render(runs: Sequence[Run]) -> str:
     """The table, and below it where a step of ours goes."""
-    heads = ("work", "ours s", "peer s", "ratio", "ours MiB", "peer MiB", "ratio", "of the limit", "peer")
-    lines = [heads, *(_cells(row) for row in summary(runs))]
-    text = ["Medians. Ratios: peer's seconds / ours, our memory / the peer's.", *_aligned(lines)]
+    name = next((run["side"] for run in runs if run["side"] != OURS), PEER)
+    columns = ("ours s", f"{name} s", "ratio", "ours MiB", f"{name} MiB", "ratio", "ours of limit", f"{name} of limit")
+    lines = [("work", *columns), *(_cells(row) for row in summary(runs))]
+    text = [f"Medians. Ratios: seconds of {name} / ours, memory of ours / {name}.", *_aligned(lines)]
     if profiled := {run["work"]: run["parts"] for run in runs if "parts" in run}:
         parts = list(dict.fromkeys(part for each in profiled.values() for part in each))
         lines = [("one step of ours, s", *parts, "sum")]
@@ -74,17 +77,17 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    ours, peer = row.ours, row.peer
+    ours, other = row.ours, row.other
     return (
         f"{row.work} {row.call}",
         f"{ours.seconds:.2f}",
-        "-" if peer is None else f"{peer.seconds:.2f}",
-        "-" if peer is None else f"{peer.seconds / ours.seconds:.2f}x",
+        "-" if other is None else f"{other.seconds:.2f}",
+        "-" if other is None else f"{other.seconds / ours.seconds:.2f}x",
         f"{ours.mib:.0f}",
-        "-" if peer is None else f"{peer.mib:.0f}",
-        "-" if peer is None else f"{ours.mib / peer.mib:.2f}",
+        "-" if other is None else f"{other.mib:.0f}",
+        "-" if other is None else f"{ours.mib / other.mib:.2f}",
         f"{ours.efficiency:.2f}",
-        "-" if peer is None else f"{peer.efficiency:.2f}",
+        "-" if other is None else f"{other.efficiency:.2f}",
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .workload import WORKS, Work, make_batch, sampling, set_value_head
+from .workload import WORKS, Work, make_batch, sampling, set_start
 
 STATISTICS = ("ppo/loss/policy", "ppo/loss/value", "ppo/policy/approxkl", "ppo/policy/clipfrac", "objective/kl")
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -102,11 +102,11 @@ def chosen(stats: dict[str, Any]) -> dict[str, float]:
 
 
 def step_and_save(side: ModuleType, name: str, directory: str, optimiser: str, file: Path) -> dict[str, Any]:
-    """One step in a given order, from a given value head; the weights before and after go to a file."""
+    """One step in a given order, from a given start; the weights before and after go to a file."""
     work = WORKS[name]
     trainer = side.make_trainer(directory, work, accel="eager", optimizer=OPTIMISERS[optimiser])
     model = trainer.model
-    set_value_head(model.v_head.summary)
+    set_start(model)
     batch = make_batch(work, model.pretrained_model.config.vocab_size)
 
     def weights() -> dict[str, torch.Tensor]:

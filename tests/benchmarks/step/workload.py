@@ -69,8 +69,15 @@ def orders(work: Work, seed: int) -> list[Tensor]:
     return [torch.randperm(work.batch, generator=generator) for _ in range(EPOCHS)]
 
 
-def set_value_head(head: torch.nn.Linear) -> None:
-    """Weights for a value head, the same on both sides, which would draw them from distributions of their own."""
-    with torch.no_grad():
-        head.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(2))
-        head.bias.zero_()
+@torch.no_grad()
+def set_start(model: Any) -> None:
+    """Set a value-head model's weights to a start that both sides have in common.
+
+    They would draw the value head from distributions of their own. The policy is moved away from its reference, from
+    which its KL would be 0 otherwise.
+    """
+    head = model.v_head.summary
+    head.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(2))
+    head.bias.zero_()
+    for parameter in model.pretrained_model.parameters():
+        parameter.mul_(1.01)
