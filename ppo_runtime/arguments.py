@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ppo_runtime.checkpoint import check_replaceable
 from ppo_runtime.common.inputs import holds_numbers
+from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.rollout.sampling import plain
 
 # What a run leaves in its output directory.

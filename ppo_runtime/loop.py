@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppo_runtime import arguments
-from ppo_runtime.checkpoint import check_storable, load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common import inputs
 from ppo_runtime.common.files import filled_whole, write_whole
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.ranks.gather import agree_any
 from ppo_runtime.reporting.model_card import is_ours
 from ppo_runtime.reporting.statistics import scalars, score_statistics
+from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.rollout.data import collate
 from ppo_runtime.rollout.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.rollout.room import prompt_room

@@ -1,5 +1,8 @@
-"""Whether a checkpoint and a trainer belong together.
+"""What a checkpoint is made of, and whether it and a trainer belong together.
 
-fitting  whether a checkpoint and a trainer belong together
-frozen   what training does not touch, by its digests
+files     the directory: whole or not there
+fitting   whether a checkpoint and a trainer belong together
+keeping   what can be kept, and is worth it
+frozen    what training does not touch, by its digests
+position  each process's random generators and place in the data
 """

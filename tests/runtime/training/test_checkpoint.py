@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.common.trees import plain
+from ppo_runtime.resuming import files
+from ppo_runtime.resuming.frozen import frozen_digest
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 
@@ -112,7 +114,7 @@ def test_no_pickle_and_only_what_trains(tmp_path: Path) -> None:
         "state.json",
         "rank-0.json",
     }
-    names = set(module.load_file(path / "policy.safetensors"))
+    names = set(load_file(path / "policy.safetensors"))
     assert all("lora_" in name or name.startswith("v_head.") for name in names)
     assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint"]
 
@@ -123,14 +125,14 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
     path = save_checkpoint(trainer, tmp_path / "checkpoint")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     run(trainer, 1)
-    for broken in ("_write_tensors", "_sync"):
+    for broken in ("write_tensors", "sync"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, broken, lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+            patch.setattr(files, broken, lambda *args: (_ for _ in ()).throw(OSError("no space left")))
             with pytest.raises(OSError, match="no space left"):
                 save_checkpoint(trainer, path)
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     # Stopped between the two renames: what was replaced is still found.
-    path.rename(module._siblings(path)[1])
+    path.rename(files.siblings(path)[1])
     load_checkpoint(trainer, path)
     assert trainer.current_step == 1
 
@@ -192,6 +194,6 @@ def test_a_digest_of_before_is_still_known(tmp_path: Path) -> None:
     saved = save_checkpoint(first, tmp_path / "saved")
     path = saved / "state.json"
     state = json.loads(path.read_text())
-    state["frozen"] = module.frozen_digest(first, reference_head=True)
+    state["frozen"] = frozen_digest(first, reference_head=True)
     path.write_text(json.dumps(state))
     load_checkpoint(make_trainer(), saved)

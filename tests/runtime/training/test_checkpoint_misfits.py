@@ -24,6 +24,7 @@ from ppo_runtime.ranks import gather as distributed
 from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.reporting.tracking import read_jsonl
+from ppo_runtime.resuming import files
 from tests.runtime.support.trainers import make_batch, make_trainer
 
 WRITTEN = "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"
@@ -462,7 +463,7 @@ FAILING = {
     "the old one's renaming": ("rename", "c", THERE[1:]),
     "the new one's renaming": ("rename", ".c.draft", THERE),
     "making a draft": ("mkdir", ".c.draft", THERE),
-    "waiting for the disk": ("_sync", ".c.draft", THERE),
+    "waiting for the disk": ("sync", ".c.draft", THERE),
 }
 
 
@@ -479,7 +480,7 @@ def test_a_checkpoint_that_cannot_be_put_in_place_leaves_what_was_there(
         save_checkpoint(trainer, target)
         trainer.step(*make_batch())
     before = listing(tmp_path)
-    place: Any = module if what == "_sync" else Path
+    place: Any = files if what == "sync" else Path
     real = getattr(place, what)
 
     def fail(path: Path, *args: Any, **options: Any) -> Any:
