@@ -7,8 +7,6 @@ KL controller keeps the model close to the prose it was trained on.
 import json
 import logging
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
@@ -19,7 +17,6 @@ import attrs
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -30,28 +27,17 @@ from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.demo.options import DemoOptions, remember
+from ppo_runtime.demo.report import Evaluation, history_of, make_report, samples, show
 from ppo_runtime.loop import train
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
 from ppo_runtime.ranks.seeding import set_seed
 from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
-from ppo_runtime.reporting.tracking import read_jsonl
 from ppo_runtime.trainer import Trainer
 
 ASSETS = files("ppo_runtime.demo") / "assets"
 EVALUATION_SEED = 20_000
-SAMPLES_SHOWN = 3
 CHECKPOINT_EVERY = 10
-
-
-@attrs.frozen
-class Evaluation:
-    """Continuations of the held-out prompts and what they score."""
-
-    greedy: list[str]
-    sampled: list[str]
-    greedy_score: float
-    sampled_score: float
 
 
 def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
@@ -126,7 +112,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         resume=options.resume,
         console=console,
     )
-    history = _history(output)
+    history = history_of(output)
     if not history and not result.interrupted:
         raise ValueError(
             f"{output / 'metrics.jsonl'} has no step, expected those of the run, for its report; put the file back, or "
@@ -144,18 +130,10 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         )
         raise SystemExit(130)
     after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
-    report = _report(options, history, before, after, seconds=time.perf_counter() - started)
+    report = make_report(options, history, before, after, seconds=time.perf_counter() - started)
     _write_json(output / "report.json", report | {"acceleration": attrs.asdict(trainer.acceleration)})
-    _write_json(
-        output / "samples.json",
-        [
-            {"prompt": prompt, "greedy_before": gb, "greedy_after": ga, "sampled_before": sb, "sampled_after": sa}
-            for prompt, gb, ga, sb, sa in zip(
-                prompts["eval"], before.greedy, after.greedy, before.sampled, after.sampled, strict=True
-            )
-        ],
-    )
-    _show(console, report, prompts["eval"], before, after, score)
+    _write_json(output / "samples.json", samples(prompts["eval"], before, after))
+    show(console, report, prompts["eval"], before, after, score)
     AutoModelForCausalLM.from_pretrained(output / "model")  # what was saved is what others can load
     files = "model/, checkpoint/, metrics.jsonl, curves.png, samples.json, report.json"
     console.print(Text.assemble("Saved to ", (str(output), "bold"), f": {files}"))
@@ -214,81 +192,6 @@ def evaluate(
     return Evaluation(texts[False], texts[True], sum(greedy) / len(greedy), sum(sampled) / len(sampled))
 
 
-def _history(output: Path) -> list[dict[str, Any]]:
-    """The metrics of every step; of one that was made twice, after a resume, the later counts."""
-    metrics = output / "metrics.jsonl"
-    lines = {line["step"]: line for line in read_jsonl(metrics)} if metrics.exists() else {}
-    return [lines[step] for step in sorted(lines)]
-
-
-def _report(
-    options: DemoOptions, history: list[dict[str, Any]], before: Evaluation, after: Evaluation, *, seconds: float
-) -> dict[str, Any]:
-    scores = [stats["env/reward_mean"] for stats in history]
-    window = max(1, min(10, len(scores) // 2))
-    kl = [stats["objective/kl"] for stats in history][-window:]
-    return {
-        "steps": len(history),
-        "seed": options.seed,
-        "score_first_steps": sum(scores[:window]) / window,
-        "score_last_steps": sum(scores[-window:]) / window,
-        "window": window,
-        "kl_last_steps": sum(kl) / window,
-        "kl_target": options.target,
-        "greedy_before": before.greedy_score,
-        "greedy_after": after.greedy_score,
-        "sampled_before": before.sampled_score,
-        "sampled_after": after.sampled_score,
-        "max_first_minibatch_ratio_deviation": max(
-            stats["ppo/policy/first_minibatch_ratio_deviation"] for stats in history
-        ),
-        "seconds": seconds,
-        "seconds_per_step": sum(stats["time/loop/step"] for stats in history) / len(history),
-        "peak_memory_mib": _peak_memory_mib(),
-    }
-
-
-def _show(
-    console: Console,
-    report: dict[str, Any],
-    prompts: list[str],
-    before: Evaluation,
-    after: Evaluation,
-    score: Callable[[Sequence[str]], list[float]],
-) -> None:
-    numbers = Table(title="Mean score", title_justify="left")
-    for name in ("", "before", "after", "change"):
-        numbers.add_column(name, justify="left" if not name else "right")
-    recent = "step" if report["window"] == 1 else f"{report['window']} steps"
-    for name, low, high in (
-        (
-            f"training, first and last {recent}",
-            report["score_first_steps"],
-            report["score_last_steps"],
-        ),
-        ("held-out prompts, sampled", report["sampled_before"], report["sampled_after"]),
-        ("held-out prompts, greedy", report["greedy_before"], report["greedy_after"]),
-    ):
-        numbers.add_row(name, f"{low:+.3f}", f"{high:+.3f}", f"{high - low:+.3f}")
-    samples = Table(title="Held-out prompts, sampled", title_justify="left", show_lines=True)
-    for name in ("prompt", "before", "after"):
-        samples.add_column(name)
-    scored_before, scored_after = score(before.sampled), score(after.sampled)
-    for row in range(min(SAMPLES_SHOWN, len(prompts))):
-        samples.add_row(
-            Text(prompts[row]),
-            Text.assemble(before.sampled[row].strip(), (f" ({scored_before[row]:+.2f})", "dim")),
-            Text.assemble(after.sampled[row].strip(), (f" ({scored_after[row]:+.2f})", "dim")),
-        )
-    console.print(samples)
-    console.print(numbers)
-    console.print(
-        f"KL of the last {recent} {report['kl_last_steps']:.2f} nats per continuation "
-        f"(target {report['kl_target']}), {report['seconds']:.0f} s, "
-        f"{report['seconds_per_step']:.2f} s per step, peak memory {report['peak_memory_mib']:.0f} MiB"
-    )
-
-
 def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
     """The report of a run that has made all its steps, and the way to more of them; None if it has not."""
     path, done = options.output / "report.json", steps_done(options.output / "checkpoint") or 0
@@ -329,11 +232,6 @@ def _check_output(output: Path, *, resume: bool) -> None:
     if not resume and not empty:
         onwards = f", or go on with its run: --resume --output {output}" if resumable else ""
         raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it{onwards}")
-
-
-def _peak_memory_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _write_json(path: Path, content: Any) -> None:
