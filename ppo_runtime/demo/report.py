@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_runtime.demo.options import DemoOptions
-from ppo_runtime.reporting.tracking import read_jsonl
+from ppo_runtime.reporting.jsonl import read_jsonl
 
 SAMPLES_SHOWN = 3
 

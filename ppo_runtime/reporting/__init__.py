@@ -3,6 +3,7 @@
 metrics     every statistic's unit and denominator
 statistics  the dictionary of statistics of a step
 tables      the table of texts beside the curves
+jsonl       the record of a run, one line per step
 tracking    JSONL always; TensorBoard, Weights & Biases by choice
 run_log     the trackers of a run
 plotting    the curves as a picture

@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+Table = Sequence[Mapping[str, object]]
+"""Rows, such as a prompt, its response and the reward."""
+
 
 def rollout_table(
     batch: Mapping[str, Any], columns: Sequence[str], rewards: Sequence[float], tokenizer: Any

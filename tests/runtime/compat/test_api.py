@@ -53,7 +53,7 @@ def test_a_step_reports_every_documented_statistic(tmp_path: Path) -> None:
 
 
 def test_log_stats_adds_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ppo_runtime.reporting.tracking import read_jsonl
+    from ppo_runtime.reporting.jsonl import read_jsonl
 
     trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
     stats: dict[str, Any] = trainer.step(*make_batch())

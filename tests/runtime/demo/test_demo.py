@@ -24,7 +24,7 @@ from ppo_runtime.cli import app
 from ppo_runtime.demo import run
 from ppo_runtime.demo.options import settle
 from ppo_runtime.models import gguf as convert
-from ppo_runtime.reporting.tracking import read_jsonl
+from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 

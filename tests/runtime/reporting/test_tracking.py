@@ -10,14 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.plotting import plot_curves
-from ppo_runtime.reporting.tracking import (
-    JsonlTracker,
-    TensorBoardTracker,
-    WandbTracker,
-    make_trackers,
-    read_jsonl,
-)
+from ppo_runtime.reporting.tracking import TensorBoardTracker, WandbTracker, make_trackers
 
 ROWS = [{"query": "Für | Elise\n", "response": " da da", "reward": 0.5}, {"query": "b", "reward": math.nan}]
 

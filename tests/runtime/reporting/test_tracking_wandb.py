@@ -14,8 +14,8 @@ from datasets import Dataset
 from rich.console import Console
 
 from ppo_runtime.loop import train
+from ppo_runtime.reporting.jsonl import read_jsonl
 from ppo_runtime.reporting.tables import rollout_table
-from ppo_runtime.reporting.tracking import read_jsonl
 from tests.runtime.support.tiny import tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer
 

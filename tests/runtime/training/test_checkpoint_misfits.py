@@ -23,7 +23,7 @@ from ppo_runtime.common.trees import plain, restored
 from ppo_runtime.ranks import gather as distributed
 from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.generators import generator_states, restore_generators
-from ppo_runtime.reporting.tracking import read_jsonl
+from ppo_runtime.reporting.jsonl import read_jsonl
 from ppo_runtime.resuming import files
 from tests.runtime.support.trainers import make_batch, make_trainer
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ppo_runtime.loop import train
-from ppo_runtime.reporting.tracking import read_jsonl
+from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.trainers import make_trainer
 
 PROMPTS = ["abc", "the", "to be", "x", "hello", "no", "yes", "go"]

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
 from ppo_runtime.ranks.gather import World
+from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.publishing import BestPolicyKeeper
-from ppo_runtime.reporting.tracking import JsonlTracker, make_trackers, read_jsonl
+from ppo_runtime.reporting.tracking import make_trackers
 from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from tests.runtime.support.trainers import make_batch, make_trainer
 
