@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ppo_runtime.common.extras import require
+from ppo_runtime.config import TrackerName
 from ppo_runtime.reporting.jsonl import JsonlTracker, run_at, set_aside, set_aside_after
 from ppo_runtime.reporting.tables import Table
 
@@ -78,7 +79,7 @@ class WandbTracker:
 
 
 def make_trackers(
-    log_with: Literal["tensorboard", "wandb"] | None,
+    log_with: TrackerName | None,
     directory: str | os.PathLike[str],
     tracker_kwargs: Mapping[str, Any],
     project_name: str,
