@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ppo_core.rewards import compute_rewards
 from ppo_core.scores import ScoreState
 from ppo_runtime import assembly
+from ppo_runtime.accel.heap import freed_memory_kept
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.learning.experience import make_experience
@@ -242,7 +243,7 @@ class Trainer:
         already: ``broken_off`` then says so. Minibatches that wait for their update stay as well, unless
         the step was whole or has moved weights.
         """
-        with own_precision(self.device), self._undone_unless_whole() as progress:
+        with freed_memory_kept(), own_precision(self.device), self._undone_unless_whole() as progress:
             return self._step(queries, responses, scores, response_masks, progress)
 
     def _step(

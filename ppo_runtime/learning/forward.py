@@ -1,8 +1,9 @@
 """Forward passes over a rollout: log-probabilities, entropies and values at the kept response tokens, and nowhere else.
 
-A batch of prompts and responses becomes :class:`Rows`. Hidden states are computed for whole rows, then the positions
-that predict a kept token are packed into [N, H], and only for those N are the LM head and the value head evaluated: no
-tensor with a vocabulary axis ever covers the batch.
+A batch of prompts and responses becomes :class:`Rows`. Hidden states are computed for whole rows, end to end where the
+model keeps them apart and that costs less than padding. Then the positions that predict a kept token are packed into
+[N, H], and only for those N are the LM head and the value head evaluated: no tensor with a vocabulary axis ever covers
+the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,14 @@ from torch import Tensor
 from ppo_core import kl as kl_estimators
 from ppo_core.fused_head import HeadOutput, fused_logprobs
 from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
+from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
+from ppo_runtime.models.packing import keeps_rows_apart, packed_hidden_states, packing_pays
 
-# Tokens in one forward pass without gradients: enough to keep two cores busy, little enough to stay in memory.
-SCORING_TOKENS = 4096
+# Tokens in one forward pass without gradients: enough to keep the device busy, and on a CPU no more than that, since
+# rows of similar length waste less.
+SCORING_TOKENS = {"cpu": 1024}
+SCORING_TOKENS_ELSEWHERE = 4096
 # Vocabulary entries per tile of the fused head.
 HEAD_CHUNK = 2048
 # Rows per tile where a whole distribution is needed (kl_penalty="full").
@@ -151,7 +156,20 @@ def evaluate(model: Any, rows: Rows) -> Evaluation:
 
 def predicting_states(model: Any, rows: Rows) -> Tensor:
     """Last hidden states [N, H] that predict the N kept tokens, in row-major order."""
-    return at_predictors(row_states(model, rows), rows)
+    if not _packs(model, rows):
+        return at_predictors(row_states(model, rows), rows)
+    hidden = packed_hidden_states(model, rows.input_ids, rows.attention_mask)
+    lengths = rows.attention_mask.sum(-1)
+    starts = lengths.cumsum(0) - lengths
+    return hidden[(starts[:, None] + rows.predictors)[rows.mask]]
+
+
+def _packs(model: Any, rows: Rows) -> bool:
+    """Whether a pass takes the rows end to end, without padding."""
+    if rows.decoder_input_ids is not None or rows.static:
+        return False
+    width = transformers_model(model).get_input_embeddings().weight.shape[-1]
+    return packing_pays(rows.attention_mask, width) and keeps_rows_apart(model)
 
 
 def row_states(model: Any, rows: Rows) -> Tensor:
@@ -188,9 +206,10 @@ def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: 
 
     Dropout is off and every module's mode restored. Rows of similar length share a pass, whatever their order.
     """
+    most_tokens = SCORING_TOKENS.get(rows.mask.device.type, SCORING_TOKENS_ELSEWHERE)
     out = Scored(*(torch.zeros(rows.mask.shape, device=rows.mask.device) for _ in Scored._fields))
     with dropout_off(policy):
-        for index in length_buckets(rows.widths(), SCORING_TOKENS):
+        for index in length_buckets(rows.widths(), most_tokens):
             part = rows.select(index)
             states = predicting_states(policy, part)
             mine, head = read_off(policy, states, part), lm_head(policy)

@@ -58,7 +58,7 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
     norm = torch.nn.utils.get_total_norm(gradients)
     if not math.isfinite(float(norm)):
         return _clip_large(gradients, max_norm)
-    if max_norm is not None:
+    if max_norm is not None and float(norm) > max_norm:  # else they would be multiplied by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.cpu(), Cause.NONE
 

@@ -4,6 +4,7 @@ wrapper         language models with a value head
 value_head      the head, and where it lives on disk
 inner           the transformers model inside wrapper and adapter
 heads           trunk and LM head apart
+packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off
 own_reference   whether a policy without its adapter will do for a reference
 reward_adapter  a reward model as a second adapter

@@ -49,19 +49,20 @@ class LMHead(NamedTuple):
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> Tensor:
     """What the LM head of a decoder-only model reads, [B, L, H].
 
     `position_ids` count real tokens from 0 (`mask_positions` makes them), so that padding on either side leaves
-    the result unchanged. Architectures without absolute or rotary positions do not take them.
+    the result unchanged. Architectures without absolute or rotary positions do not take them. Without a mask, rows
+    may lie end to end: see `packing`.
     """
     inner = _splittable(model)
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder; use seq2seq_hidden_states")
     trunk = inner.base_model
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is not None and "position_ids" in inspect.signature(trunk.forward).parameters:
+    if position_ids is not None and takes_positions(inner):
         inputs["position_ids"] = position_ids
     with computing(inner):
         return trunk(**inputs).last_hidden_state
@@ -89,6 +90,11 @@ def seq2seq_hidden_states(
             encoder_attention_mask=attention_mask,
             use_cache=False,
         ).last_hidden_state
+
+
+def takes_positions(inner: Any) -> bool:
+    """Whether the trunk of a transformers model is told where its tokens stand."""
+    return "position_ids" in inspect.signature(inner.base_model.forward).parameters
 
 
 def mask_positions(attention_mask: Tensor) -> Tensor:
