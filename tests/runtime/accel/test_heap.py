@@ -42,12 +42,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_the_process_is_as_usual_after_the_outermost_even_where_it_fails(calls: list[tuple[int, int]]) -> None:
-    with pytest.raises(ZeroDivisionError), heap.freed_memory_kept():
+    def nested() -> None:
         with heap.freed_memory_kept():
-            pass
-        assert {value for _, value in calls} == {heap._EVERYTHING}
-        assert {name for name, _ in calls} == {MMAP, TRIM}
-        raise ZeroDivisionError
+            with heap.freed_memory_kept():
+                pass
+            assert {value for _, value in calls} == {heap._EVERYTHING}
+            assert {name for name, _ in calls} == {MMAP, TRIM}
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        nested()
     assert calls[-2:] == [(MMAP, heap._USUAL_MMAP), (TRIM, heap._USUAL_TRIM)]
 
 
