@@ -3,6 +3,8 @@
 wrapper         language models with a value head
 value_head      the head, and where it lives on disk
 inner           the transformers model inside wrapper and adapter
+loading         names, dtypes, quantisation, adapters
+saving          what plain transformers loads, and the head beside it
 heads           trunk and LM head apart
 packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off

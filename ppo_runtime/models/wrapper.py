@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -15,28 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ppo_runtime.models.hub import take_upload, upload
-from ppo_runtime.models.inner import (
-    add_adapter,
-    cache_argument,
-    hub_arguments,
-    is_adapter,
-    is_compiled,
-    is_peft_model,
-    load_adapter,
-    load_model,
-    transformers_model,
-    unmet,
-)
+from ppo_runtime.models.inner import cache_argument, is_compiled, is_peft_model, transformers_model
+from ppo_runtime.models.loading import add_adapter, hub_arguments, load_stored, unmet
 from ppo_runtime.models.precision import computing
-from ppo_runtime.models.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, check_head, read_head, write_head
+from ppo_runtime.models.saving import save
+from ppo_runtime.models.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, check_head
 
 if TYPE_CHECKING:
     from ppo_runtime.models.reward_adapter import RewardAdapter
 
-logger = logging.getLogger(__name__)
-
 WrapperT = TypeVar("WrapperT", bound="PreTrainedModelWrapper")
-
 
 _COMPILED = "; pass it as it was before torch.compile"
 
@@ -116,13 +101,9 @@ class PreTrainedModelWrapper(nn.Module):
             )
         source, stored = pretrained_model_name_or_path, None
         if isinstance(source, str | os.PathLike):
-            load = partial(load_model, cls.transformers_parent_class, cls._check_config)
-            stored = read_head(source, **hub_arguments(kwargs))
-            if is_adapter(source, kwargs):
-                model, below = load_adapter(load, source, model_args, kwargs, is_trainable)
-                stored = stored if stored is not None and stored.head else below
-            else:
-                model = load(source, model_args, kwargs, stored.inner if stored is not None else None)
+            model, stored = load_stored(
+                source, cls.transformers_parent_class, cls._check_config, model_args, kwargs, is_trainable=is_trainable
+            )
         elif isinstance(source, PreTrainedModel | PreTrainedModelWrapper) or is_peft_model(source):
             cls._check(source)
             # Where files come from says nothing about weights that are here; a reward adapter may need it.
@@ -238,48 +219,7 @@ class PreTrainedModelWrapper(nn.Module):
             if kwargs.get("is_main_process", True):
                 self.push_to_hub(**uploading, **kwargs)
             return
-        if self.reward_adapter is not None:  # it has a place of its own, and would go without its score head
-            mine = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter.name]
-            kwargs.setdefault("selected_adapters", mine)
-        head: Mapping[str, Tensor] = self.v_head.state_dict()
-        if os.path.isfile(save_directory):
-            raise NotADirectoryError(f"{os.fspath(save_directory)!r} is a file, expected a directory to write to")
-        writes = kwargs.get("is_main_process", True)
-        if (state := kwargs.pop("state_dict", None)) is not None:
-            given = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
-            inner = {k.removeprefix(INNER_PREFIX): v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
-            if writes:  # the others may well have been given nothing
-                self._check_weights(inner)
-            if given and writes:
-                check_head(given, self.v_head, "state_dict")
-            head = given or head
-            kwargs["state_dict"] = inner
-        self.pretrained_model.save_pretrained(save_directory, **kwargs)
-        if writes:
-            for place in (save_directory, *self._adapter_places(save_directory)):
-                write_head(dict(head), place)
-
-    def _adapter_places(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Where peft has written the active adapters that are not called "default": a directory in this one for each.
-
-        Their head belongs beside them: that is where they are loaded from.
-        """
-        active = self.pretrained_model.active_adapters if self.is_peft_model else []
-        places = [Path(directory, name) for name in active if name != "default"]
-        written = [place for place in places if (place / "adapter_config.json").is_file()]
-        if written:
-            logger.info("the policy's adapter lies in %s: load it from there", " and ".join(map(str, written)))
-        return written
-
-    def _check_weights(self, given: Mapping[str, Any]) -> None:
-        # An adapter's weights alone, whose names peft shortens, will do for it.
-        expected = self.pretrained_model.state_dict()
-        if not given or not (self.is_peft_model or given.keys() & expected.keys()):
-            raise ValueError(
-                f"state_dict holds none of the {len(expected)} weights of {type(self.pretrained_model).__name__}, "
-                f"such as {next(iter(expected))!r}, but {', '.join(map(repr, list(given)[:3])) or 'none at all'}; pass "
-                "one as state_dict() of this model gives it, or leave it out"
-            )
+        save(self, save_directory, kwargs)
 
     def push_to_hub(
         self,

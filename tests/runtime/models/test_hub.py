@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import hub as transformers_hub
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead
-from ppo_runtime.models import inner
+from ppo_runtime.models import loading
 from ppo_runtime.models.value_head import HEAD_FILE, find_file
 from tests.runtime.support.tiny import tiny_model
 from tests.runtime.support.trainers import make_trainer
@@ -162,7 +162,7 @@ def test_quantisation_is_asked_for_by_its_older_names(
             super().__init__(kwargs)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record)
-    monkeypatch.setattr(inner, "BitsAndBytesConfig", Quantisation)
+    monkeypatch.setattr(loading, "BitsAndBytesConfig", Quantisation)
     load = AutoModelForCausalLMWithValueHead.from_pretrained
     load(tmp_path, **{name: True}, device_map={"": 0})
     load(tmp_path, **{name: False})
@@ -176,13 +176,13 @@ def test_quantisation_is_asked_for_by_its_older_names(
     def missing(**_: Any) -> None:
         raise PackageNotFoundError("bitsandbytes")
 
-    monkeypatch.setattr(inner, "BitsAndBytesConfig", missing)
+    monkeypatch.setattr(loading, "BitsAndBytesConfig", missing)
     with pytest.raises(ImportError, match=f"{name} needs the bitsandbytes package"):
         load(tmp_path, **{name: True})
 
 
 def test_the_configuration_is_transformers_own() -> None:
-    assert inner._with_quantization({"load_in_8bit": True})["quantization_config"].load_in_8bit
+    assert loading._with_quantization({"load_in_8bit": True})["quantization_config"].load_in_8bit
 
 
 @pytest.mark.parametrize(
