@@ -1,11 +1,13 @@
 """What every room may use: checks of input, files that are whole, settings without secrets, words.
 
-redact           settings without tokens and passwords, for records and logs
-files            files that are whole, kills included
-extras           optional packages: importing one, whether one is there, which release
-wording          words for numbers
-inputs           checks of rows, scores and masks
-trees            plain values as JSON, exactly, and back
-dataclass_view   what HfArgumentParser and tyro need to see in it
-former_settings  settings by the names of TRL's earlier releases
+redact            settings without tokens and passwords, for records and logs
+files             files that are whole, kills included
+extras            optional packages: importing one, whether one is there, which release
+wording           words for numbers
+inputs            checks of rows, scores and masks
+trees             plain values as JSON, exactly, and back
+dataclass_view    what HfArgumentParser and tyro need to see in it
+checked_settings  what makes, checks and assigns a configuration
+setting_kinds     kinds of fields, with what converts and checks their values
+former_settings   settings by the names of TRL's earlier releases
 """

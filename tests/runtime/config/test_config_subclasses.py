@@ -294,6 +294,26 @@ def test_converters_and_validators_of_its_own_run_once_a_value(slots: bool) -> N
         child.batch_size = 0
 
 
+@pytest.mark.parametrize("slots", [True, False])
+@pytest.mark.parametrize("hooks", [None, attrs.setters.NO_OP])
+def test_a_subclass_of_one_that_attrs_made_is_checked(hooks: Any, slots: bool) -> None:
+    """One without hooks of its own gets a plain object's assignment where attrs takes the parent's for its own."""
+
+    @attrs.define(slots=slots)
+    class Parent(PPOConfig):
+        own: int = 3
+
+    @attrs.define(slots=slots, on_setattr=hooks)
+    class Child(Parent):
+        more: int = 1
+
+    child: Any = Child()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        child.batch_size = 0
+    with pytest.raises(ValueError, match="learning_rate was read when the trainer was made"):
+        child.in_use().learning_rate = 1.0
+
+
 @pytest.mark.parametrize("decorator", [dataclasses.dataclass, attrs.define])
 def test_a_default_of_its_own_is_as_checked(decorator: Any) -> None:
     @decorator
