@@ -1,6 +1,5 @@
 """The trainer's settings, and the only place of their defaults."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,6 +8,7 @@ import attrs
 
 from ppo_runtime.common.checked_settings import CheckedSettings, taking_former_names
 from ppo_runtime.common.dataclass_view import JSONDict
+from ppo_runtime.common.launcher import processes_started
 from ppo_runtime.common.setting_kinds import (
     FRACTION,
     MAYBE_POSITIVE,
@@ -52,25 +52,6 @@ FIXED = {
     "is_peft_model": "the trainer has it from its model",
 }
 """What a trainer reads once, when it is made, and where to change that afterwards."""
-
-
-def number_in_environment(name: str, meaning: str, *, least: int, default: int) -> int:
-    """One of torchrun's numbers; the default where the launcher leaves it out, or empty."""
-    text = os.environ.get(name) or str(default)
-    if not text.strip().isdecimal() or int(text) < least:
-        raise ValueError(
-            f"{name} is {text!r} in the environment, expected {meaning}, such as {least + 1}; start with "
-            f"torchrun --nproc-per-node N, or unset {name}"
-        )
-    return int(text)
-
-
-def processes_started() -> int:
-    """Processes that train together: those of the process group, else those that torchrun has started, else 1."""
-    dist: Any = sys.modules.get("torch.distributed")  # not imported for a number
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return number_in_environment("WORLD_SIZE", "the number of processes", least=1, default=1)
 
 
 def _script_name() -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_runtime.config import number_in_environment
+from ppo_runtime.common.launcher import number_in_environment
 from ppo_runtime.ranks.gather import World, gather_rows
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ppo_core import averages, moments
 from ppo_core.averages import Average
 from ppo_core.moments import Moments
-from ppo_runtime.config import processes_started
+from ppo_runtime.common.launcher import processes_started
 
 CAPACITY = 1024
 """How many metrics one gather carries. A fixed size keeps ranks whose keys differ from waiting for each other."""

@@ -1,0 +1,24 @@
+"""What torchrun tells each process: numbers in the environment, until there is a process group."""
+
+import os
+import sys
+from typing import Any
+
+
+def number_in_environment(name: str, meaning: str, *, least: int, default: int) -> int:
+    """One of torchrun's numbers; the default where the launcher leaves it out, or empty."""
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal() or int(text) < least:
+        raise ValueError(
+            f"{name} is {text!r} in the environment, expected {meaning}, such as {least + 1}; start with "
+            f"torchrun --nproc-per-node N, or unset {name}"
+        )
+    return int(text)
+
+
+def processes_started() -> int:
+    """Processes that train together: those of the process group, else those that torchrun has started, else 1."""
+    dist: Any = sys.modules.get("torch.distributed")  # not imported for a number
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return number_in_environment("WORLD_SIZE", "the number of processes", least=1, default=1)
