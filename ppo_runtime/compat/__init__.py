@@ -10,6 +10,7 @@ piecewise     the methods that step is made of, one by one
 doors         checks of the piecewise methods' arguments
 layout        model_inputs, and where the responses lie in it
 stats         flat dictionaries of tensors, gathered over ranks
+recording     statistics of a step from its pieces
 arrays        masked_mean, whiten, logprobs_from_logits, ...
 sampling      LengthSampler, respond_to_batch
 accelerator   trainer.accelerator and its like, without accelerate

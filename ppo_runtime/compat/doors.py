@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_runtime.common import inputs
+from ppo_runtime.learning.update import Targets
 from ppo_runtime.models.inner import pretrained_model
 
 
@@ -37,6 +38,23 @@ def token_mask(name: str, mask: Any, like: str, x: Tensor) -> Tensor:
     if mask.is_complex() or (mask.is_floating_point() and bool(mask.isnan().any())):
         raise ValueError(f"{name} holds NaN or complex numbers, expected 1 where a token counts and 0 elsewhere")
     return mask.bool()
+
+
+def kept_tokens(targets: Targets, logits: Any, vpreds: Any, logprobs: Any, mask: Any) -> Tensor:
+    """The mask as booleans, after everything that goes with it has been looked at."""
+    named = {"values": targets.old_values, "advantages": targets.advantages, "returns": targets.returns}
+    floating("logprobs", logprobs=logprobs, old_logprobs=targets.old_logprobs, vpreds=vpreds, **named)
+    if logits is not None and not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim):
+        raise TypeError(
+            f"logits is {logits.dtype if isinstance(logits, Tensor) else f'a {type(logits).__name__}'}, "
+            "expected a floating-point tensor [B, T, V], or None"
+        )
+    if logits is not None and (logits.shape[:-1] != logprobs.shape or logits.device != logprobs.device):
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)} on {logits.device}, expected {tuple(logprobs.shape)} and the "
+            f"vocabulary on {logprobs.device}, like logprobs"
+        )
+    return token_mask("mask", mask, "logprobs", logprobs)
 
 
 def score_numbers(scores: Any, *, count: int) -> Tensor:

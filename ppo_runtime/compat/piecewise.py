@@ -20,7 +20,8 @@ from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
-from ppo_runtime.compat.stats import TOKENS, gather_stats, training_parts
+from ppo_runtime.compat.recording import recorded_stats
+from ppo_runtime.compat.stats import TOKENS, gather_stats
 from ppo_runtime.learning.advantages import globally_whitened
 from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
 from ppo_runtime.learning.guards import Cause
@@ -31,10 +32,7 @@ from ppo_runtime.models.modes import dropout_off, without_dropout
 from ppo_runtime.models.precision import own_precision
 from ppo_runtime.models.references import reference_context
 from ppo_runtime.ranks.gather import gather_averages
-from ppo_runtime.reporting.statistics import merged, rollout_parts, var_explained
 from ppo_runtime.trainer import Trainer
-
-_RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"
 
 
 class Piecewise(Trainer):
@@ -169,7 +167,7 @@ class Piecewise(Trainer):
         Logits serve the entropy in the statistics alone; without them (None) it is left out.
         """
         targets = Targets(old_logprobs, values, advantages, returns)
-        kept = _kept_tokens(targets, logits, vpreds, logprobs, mask)
+        kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
         losses = self._losses(targets, logits, vpreds, logprobs, kept)
         stats = self._minibatch_stats(losses, targets, kept, has_entropy=logits is not None)
         return mean_of(losses.policy.loss), self.config.vf_coef * mean_of(losses.value.loss), stats
@@ -196,7 +194,7 @@ class Piecewise(Trainer):
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
         """
         targets = Targets(old_logprobs, values, advantages, returns)
-        kept = _kept_tokens(targets, logits, vpreds, logprobs, mask)
+        kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
         if not (logprobs.requires_grad or vpreds.requires_grad):
             raise ValueError(
                 "neither logprobs nor vpreds carries a gradient, so there is nothing to train by; take them from "
@@ -235,45 +233,7 @@ class Piecewise(Trainer):
         Returns:
             Floats and numpy arrays by the names of :data:`ppo_runtime.reporting.metrics.METRICS`.
         """
-        kl = data.get("kls")
-        if kl is None and self.config.kl_penalty == "full":
-            raise ValueError(
-                "kls is missing, which kl_penalty='full' needs; take it from compute_rewards(return_kls=True)"
-            )
-        doors.entries("record_step_stats", data, _RECORDED)
-        doors.floating(
-            "non_score_reward", **{name: data[name] for name in ("non_score_reward", "logprobs", "ref_logprobs")}
-        )
-        mask = doors.token_mask("masks", data["masks"], "non_score_reward", data["non_score_reward"])
-        doors.rows_each(len(mask), queries=data["queries"], responses=data["responses"])
-        if not isinstance(data["train_stats"], Mapping):
-            kind = type(data["train_stats"]).__name__
-            raise ValueError(f"train_stats is a {kind}, expected what stack_dicts makes of the minibatches' statistics")
-        if not isinstance(kl_coef, int | float):
-            raise ValueError(f"kl_coef is a {type(kl_coef).__name__}, expected a number, such as kl_ctl.value")
-        if kl is not None:
-            doors.floating("non_score_reward", non_score_reward=data["non_score_reward"], kls=kl)
-            kl = torch.where(mask, kl.detach(), 0.0)
-        else:
-            kl = KL_ESTIMATORS[self.config.kl_penalty](data["logprobs"], data["ref_logprobs"], mask)
-        scores = doors.score_numbers(data["scores"], count=len(mask)).float().to(mask.device)
-        parts = rollout_parts(
-            torch.where(mask, data["logprobs"].detach(), 0.0),
-            torch.where(mask, data["ref_logprobs"].detach(), 0.0),
-            kl,
-            mask,
-            scores=scores,
-            non_score_rewards=data["non_score_reward"],
-            query_lengths=torch.tensor([len(query) for query in data["queries"]]),
-            response_lengths=torch.tensor([len(response) for response in data["responses"]]),
-        )
-        averages, distributions = training_parts(data["train_stats"])
-        parts.metrics.update(averages)
-        parts.distributions.update(distributions)
-        stats = merged(parts, self.world) | {"objective/kl_coef": kl_coef}
-        if "ppo/val/error" in stats and "ppo/returns/var" in stats:
-            stats["ppo/val/var_explained"] = var_explained(stats["ppo/val/error"], stats["ppo/returns/var"])
-        return stats
+        return recorded_stats(kl_coef, data, self.config.kl_penalty, self.world)
 
     def gather_stats(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Statistics over all ranks; see :func:`ppo_runtime.compat.stats.gather_stats`."""
@@ -337,20 +297,3 @@ class Piecewise(Trainer):
             if parameter.grad is not None:
                 parameter.grad.div_(max(weight, 1.0))
         return weight
-
-
-def _kept_tokens(targets: Targets, logits: Any, vpreds: Any, logprobs: Any, mask: Any) -> Tensor:
-    """The mask as booleans, after everything that goes with it has been looked at."""
-    named = {"values": targets.old_values, "advantages": targets.advantages, "returns": targets.returns}
-    doors.floating("logprobs", logprobs=logprobs, old_logprobs=targets.old_logprobs, vpreds=vpreds, **named)
-    if logits is not None and not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim):
-        raise TypeError(
-            f"logits is {logits.dtype if isinstance(logits, Tensor) else f'a {type(logits).__name__}'}, "
-            "expected a floating-point tensor [B, T, V], or None"
-        )
-    if logits is not None and (logits.shape[:-1] != logprobs.shape or logits.device != logprobs.device):
-        raise ValueError(
-            f"logits has shape {tuple(logits.shape)} on {logits.device}, expected {tuple(logprobs.shape)} and the "
-            f"vocabulary on {logprobs.device}, like logprobs"
-        )
-    return doors.token_mask("mask", mask, "logprobs", logprobs)

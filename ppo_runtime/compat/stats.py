@@ -70,28 +70,3 @@ def gather_stats(stats: Mapping[str, Any], world: World) -> dict[str, Any]:
         else:
             gathered[key] = distributions.get(key, value)
     return gathered
-
-
-def training_parts(train_stats: Mapping[str, Any]) -> tuple[dict[str, Average], dict[str, Tensor]]:
-    """Averages and distributions of stacked minibatch statistics (see ``stack_dicts``), with "ppo/" before the names.
-
-    Minibatches count by their tokens where the statistics tell them. A variance is then the average of those within
-    minibatches; that of the whole batch is in what ``step`` returns.
-    """
-    stats = {key: torch.as_tensor(value).detach().float() for key, value in train_stats.items()}
-    tokens = stats.pop(TOKENS, None)
-    weights = None if tokens is None else tokens.flatten()
-    averages: dict[str, Average] = {}
-    distributions: dict[str, Tensor] = {}
-    for key, value in stats.items():
-        entries = value.flatten()
-        if key == "policy/advantages":
-            distributions[f"ppo/{key}"] = entries[~entries.isnan()]
-            continue
-        weight = torch.ones_like(entries) if weights is None else weights.to(entries.device)
-        if len(weight) != len(entries):
-            raise ValueError(
-                f"train_stats[{key!r}] has {len(entries)} entries, expected {len(weight)}, one for each minibatch"
-            )
-        averages[f"ppo/{key}"] = Average((entries * weight).sum(), weight.sum())
-    return averages, distributions
