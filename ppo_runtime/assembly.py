@@ -19,6 +19,7 @@ from ppo_runtime.models.own_reference import check_stays, tell_of_a_difference
 from ppo_runtime.models.precision import is_half, is_widened, trains_half, widen
 from ppo_runtime.models.references import check_apart, create_reference_model, is_own_base, reference_context
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
+from ppo_runtime.rollout.values import token_ids
 
 
 def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
@@ -74,10 +75,8 @@ def check_reference_kind(model: PreTrainedModelWrapper, ref_model: Any | None) -
 def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     """Padding id and EOS ids; EOS pads where there is no padding token."""
     generation_config = getattr(model.pretrained_model, "generation_config", None)
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None or eos == []:
-        eos = tokenizer.eos_token_id
-    eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    found = token_ids("eos_token_id", getattr(generation_config, "eos_token_id", None))
+    eos_ids = set(found or token_ids("eos_token_id", tokenizer.eos_token_id))
     name, pad = "pad_token_id", tokenizer.pad_token_id
     if pad is None and not eos_ids:
         raise ValueError(

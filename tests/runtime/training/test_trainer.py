@@ -5,10 +5,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.assembly import special_tokens
 from ppo_runtime.reporting.metrics import METRICS
 from tests.runtime.support.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer
@@ -130,6 +132,25 @@ def test_a_tokenizer_without_padding_pads_with_eos() -> None:
     trainer = make_trainer(tokenizer=tokenizer)
     assert trainer.pad_token_id == tokenizer.eos_token_id
     trainer.step(*make_batch())
+
+
+@pytest.mark.parametrize("eos", [7, [7, 5], torch.tensor([7, 5]), np.int64(7), [], None])
+def test_what_ends_a_response_is_read_as_generate_reads_it(eos: Any) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.eos_token_id = eos
+    wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    several = isinstance(eos, list | torch.Tensor) and len(eos) > 0
+    expected = {7, 5} if several else {7} if eos == 7 else {tokenizer.eos_token_id}
+    _, ends = special_tokens(tokenizer, wrapped)
+    assert ends == expected
+    assert all(type(token) is int for token in ends)
+
+
+def test_an_end_that_is_no_token_is_refused() -> None:
+    wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    wrapped.pretrained_model.generation_config.eos_token_id = "</s>"
+    with pytest.raises(ValueError, match="eos_token_id is '</s>', expected a token id or a list of them"):
+        special_tokens(tiny_tokenizer(), wrapped)
 
 
 def test_a_tokenizer_with_neither_padding_nor_eos_is_refused() -> None:
