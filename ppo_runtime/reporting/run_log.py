@@ -13,7 +13,7 @@ from ppo_runtime.common import inputs
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.ranks.gather import World
-from ppo_runtime.reporting.statistics import SCORE_MEAN, scalars, score_statistics
+from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.reporting.tables import rollout_table
 from ppo_runtime.reporting.tracking import make_trackers
 
@@ -71,8 +71,8 @@ class RunLog:
         listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
         scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
         table = rollout_table(batch, columns, scores.tolist(), self.tokenizer)
-        if SCORE_MEAN not in stats:
-            stats = dict(stats) | score_statistics(scores, self.world)
+        # Whatever ``stats`` hold: a rank that skipped this would leave the others waiting.
+        stats = dict(stats) | score_statistics(scores, self.world)
         if self.world.rank == 0:
             for tracker in self.trackers:
                 tracker.log(step, scalars(stats), {"game_log": table})

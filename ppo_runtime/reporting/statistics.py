@@ -14,8 +14,6 @@ from ppo_runtime.learning.update import Outcome
 from ppo_runtime.ranks.gather import Maximum, World, gather_metrics
 from ppo_runtime.reporting.metrics import METRICS
 
-SCORE_MEAN = "env/reward_mean"
-
 
 class Parts(NamedTuple):
     """Statistics of one rank, in the forms that can be merged over ranks."""

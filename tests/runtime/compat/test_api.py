@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 
 import ppo_runtime
@@ -52,15 +53,18 @@ def test_a_step_reports_every_documented_statistic(tmp_path: Path) -> None:
     assert all(isinstance(key, str) and not isinstance(value, dict) for key, value in stats.items()), "a flat dict"
 
 
-def test_log_stats_adds_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [{}, {"env/reward_mean": 7.0}, {"env/reward_mean": np.float32(7.0)}], ids=str)
+def test_log_stats_adds_the_environment(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ppo_runtime.reporting.jsonl import read_jsonl
 
     trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
-    stats: dict[str, Any] = trainer.step(*make_batch())
+    stats: dict[str, Any] = trainer.step(*make_batch()) | given
     trainer.log_stats(stats, {"query": ["a"] * 6, "response": ["b"] * 6}, make_batch()[2])
     trainer.close()
     (line,) = read_jsonl(tmp_path / "metrics.jsonl")
-    assert {"env/reward_mean", "env/reward_std"} <= set(line)
+    scores = np.array(make_batch()[2])
+    assert line["env/reward_mean"] == pytest.approx(scores.mean(), abs=1e-6)
+    assert line["env/reward_std"] == pytest.approx(scores.std(ddof=1), abs=1e-6)
     assert line["tables"]["game_log"][0].keys() == {"query", "response", "reward"}
 
 

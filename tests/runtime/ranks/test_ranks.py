@@ -91,6 +91,27 @@ def gathered() -> dict[str, Any]:
     return trainer.gather_stats(stats | {"text": "x"})
 
 
+def logged() -> dict[str, Any]:
+    """What the first rank logs where it alone has statistics of the scores already."""
+    trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3)
+    rank, lines = trainer.world.rank, Lines()
+    trainer.log._trackers = [lines]
+    given = {"env/reward_mean": 7.0} if rank == 0 else {}
+    trainer.log_stats(given, {}, [[1.0, 2.0, 3.0], [4.0, 5.0, 9.0]][rank])
+    return lines.latest
+
+
+class Lines:
+    """A tracker that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+
+    def log(self, step: int, scalars: dict[str, float], texts: Any) -> None:
+        """Remember the numbers."""
+        self.latest = scalars
+
+
 def collectives() -> dict[str, int]:
     """How often the ranks meet in a step of two epochs, one update each."""
     trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3, ppo_epochs=2)
@@ -128,6 +149,7 @@ def be_one_rank(folder: Path) -> None:
         "guarded": guarded(),
         "collectives": collectives(),
         "gathered": gathered(),
+        "logged": logged(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -179,6 +201,12 @@ def test_dictionaries_of_statistics_are_gathered(ranks: list[dict[str, Any]]) ->
         assert found["minibatch/tokens"].item() == 4.0
         assert found["dist"].tolist() == [0.0, 1.0, 0.0, 1.0, 2.0]
         assert found["text"] == "x"
+
+
+def test_rewards_are_logged_over_all_ranks_whatever_one_of_them_has_already(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["logged"] for rank in ranks)
+    assert first == {"env/reward_mean": 4.0, "env/reward_std": pytest.approx(8**0.5)}
+    assert second == {}, "the first rank writes"
 
 
 def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:
