@@ -210,7 +210,7 @@ class PPOConfig(CheckedSettings):
 
     @property
     def world_size(self) -> int:
-        """Processes started by torchrun, 1 otherwise."""
+        """Processes that train together: those of the process group, else those that torchrun started, else 1."""
         return processes_started()
 
     @property

@@ -85,7 +85,7 @@ def train(
     ``model-broken-off``, and its card says so.
     """
     if trainer.dataloader is None:
-        raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= to PPOTrainer")
+        raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
     arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
     steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
     every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)

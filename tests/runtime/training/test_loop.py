@@ -93,7 +93,7 @@ def test_a_bad_score_saves_what_was_done_and_says_which(tmp_path: Path) -> None:
 
 
 def test_a_trainer_without_dataset_is_told_so() -> None:
-    with pytest.raises(ValueError, match="has no dataset"):
+    with pytest.raises(ValueError, match=r"has no dataset.*; pass dataset= when it is made$"):
         train(make_trainer(), _vowels, steps=1, console=_quiet())
 
 
