@@ -1,5 +1,6 @@
 """What a trainer is assembled from: checked models, special tokens, a reference, a controller and an optimiser."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -131,7 +132,7 @@ def make_reference(
             f"num_shared_layers is {num_shared_layers} and ref_model is given, which is taken as it is: layers are "
             "shared only with a reference that the trainer makes; leave one of the two out",
             UserWarning,
-            stacklevel=4,
+            stacklevel=_frames_of_ours(),
         )
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
@@ -174,6 +175,14 @@ def make_reference(
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
     fast, choice = accelerate_frozen(inner, choice, _few_logprobs)
     return ref_model, lambda: nullcontext(fast), choice
+
+
+def _frames_of_ours() -> int:
+    """Stack level of the nearest caller outside this package, for a warning by the function that asks."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def _few_logprobs(model: Any) -> torch.Tensor:

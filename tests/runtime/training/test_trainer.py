@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from linecache import getline
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, Trainer
 from ppo_runtime.assembly import special_tokens
 from ppo_runtime.reporting.metrics import METRICS
 from tests.runtime.support.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -180,12 +181,18 @@ def test_wrong_kinds_are_refused_by_name() -> None:
 
 
 def test_shared_layers_beside_a_given_reference_are_pointed_out() -> None:
-    reference = tiny_model("llama")
-    with pytest.warns(UserWarning, match="num_shared_layers is 1 and ref_model is given") as seen:
-        trainer = make_trainer(ref_model=reference, num_shared_layers=1)
-    assert seen[0].filename.endswith("trainers.py"), "the warning points at the trainer's maker"
-    assert trainer.ref_model is reference
-    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    class Own(PPOTrainer):
+        pass
+
+    for kind in (Trainer, PPOTrainer, Own):
+        model, reference = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama")), tiny_model("llama")
+        with pytest.warns(UserWarning, match="num_shared_layers is 1 and ref_model is given") as seen:
+            trainer = kind(PPOConfig(), model, tokenizer=tiny_tokenizer(), ref_model=reference, num_shared_layers=1)
+        lines = [getline(warning.filename, warning.lineno) for warning in seen]
+        assert len(lines) == 1
+        assert "kind(PPOConfig()" in lines[0], "the line that makes the trainer"
+        assert trainer.ref_model is reference
+        assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
 def test_a_plain_model_serves_as_reference() -> None:
