@@ -22,7 +22,7 @@ from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.recording import recorded_stats
 from ppo_runtime.compat.stats import TOKENS, gather_stats
-from ppo_runtime.learning.advantages import globally_whitened
+from ppo_runtime.learning.advantages import estimated, globally_whitened
 from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
 from ppo_runtime.learning.guards import Cause
 from ppo_runtime.learning.step_inputs import start_token
@@ -147,7 +147,7 @@ class Piecewise(Trainer):
         kept = doors.token_mask("mask", mask, "rewards", rewards)
         if self.config.whiten_rewards:
             rewards = globally_whitened(rewards, kept, self.world, shift_mean=False)
-        found = self.advantages(rewards, values.detach(), kept, config=self.config)
+        found = estimated(self.advantages, rewards, values.detach(), kept, config=self.config)
         whitened = globally_whitened(found.advantages, kept, self.world, shift_mean=True)
         return torch.where(kept, values, 0.0), whitened, found.returns
 

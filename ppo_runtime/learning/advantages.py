@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ppo_core.advantages import Advantages, gae
@@ -23,6 +24,29 @@ class AdvantageEstimator(Protocol):
 def gae_estimator(rewards: Tensor, values: Tensor, mask: Tensor, *, config: PPOConfig) -> Advantages:
     """Generalised advantage estimation at the configuration's ``gamma`` and ``lam``."""
     return gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+
+
+def estimated(
+    estimator: AdvantageEstimator, rewards: Tensor, values: Tensor, mask: Tensor, *, config: PPOConfig
+) -> Advantages:
+    """What an estimator gives, checked, 0 where the mask is and without gradient.
+
+    Raises:
+        TypeError, ValueError: it is no :class:`ppo_core.advantages.Advantages` of floating-point tensors [B, T].
+    """
+    found: object = estimator(rewards, values, mask, config=config)
+    if not isinstance(found, Advantages):
+        raise TypeError(f"advantages= gave a {type(found).__name__}, expected ppo_core.advantages.Advantages")
+    for name, x in found._asdict().items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = f"tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"advantages= gave {name} as a {kind}, expected a tensor of floating-point numbers")
+        if x.shape != mask.shape or x.device != mask.device:
+            raise ValueError(
+                f"advantages= gave {name} of shape {tuple(x.shape)} on {x.device}, expected {tuple(mask.shape)} on "
+                f"{mask.device} like rewards"
+            )
+    return Advantages(*(torch.where(mask, x.detach(), 0.0) for x in found))
 
 
 def globally_whitened(x: Tensor, mask: Tensor, world: World, *, shift_mean: bool) -> Tensor:

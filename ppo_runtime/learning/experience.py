@@ -9,7 +9,7 @@ from ppo_core.moments import Moments, masked_moments
 from ppo_core.rewards import Rewards
 from ppo_core.whitening import whiten
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.learning.advantages import WHITENING_EPS, AdvantageEstimator, globally_whitened
+from ppo_runtime.learning.advantages import WHITENING_EPS, AdvantageEstimator, estimated, globally_whitened
 from ppo_runtime.learning.forward import Scored
 from ppo_runtime.learning.refusals import refuse_unusable
 from ppo_runtime.learning.update import Targets
@@ -74,8 +74,8 @@ def make_experience(
     if config.whiten_rewards:
         rewards = globally_whitened(rewards, mask, world, shift_mean=False)
     with all_or_none(world, carries=len(Moments._fields) + len(tokens)) as ballot:
-        found = estimator(rewards, scored.values, mask, config=config)
-        refuse_unusable(scored, found.advantages, given, scores, mask, config, ranks=world.size)
+        found = estimated(estimator, rewards, scored.values, mask, config=config)
+        refuse_unusable(scored, found, given, scores, mask, config, ranks=world.size)
         mine = masked_moments(found.advantages, mask)
         ballot.mine = torch.cat((packed_moments(mine), tokens.double()))
     moments = folded_moments(mine, ballot.all[:, : len(mine)])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ppo_core.advantages import Advantages
+from ppo_core.averages import Average
 from ppo_core.losses import PolicyLoss
 from ppo_core.returns import reward_to_go
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, Trainer
+from ppo_runtime.learning.advantages import gae_estimator
 from ppo_runtime.learning.update import clipped_objective
 from tests.core.close import assert_close
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
@@ -68,6 +73,90 @@ def test_another_policy_loss_is_minimised() -> None:
     )
     assert calls == [0.2]
     assert halved == pytest.approx(0.5 * whole, rel=1e-5)
+
+
+def spoiled(**changes: Any) -> Any:
+    """The usual estimator, with changes to what it gives."""
+
+    def estimator(rewards: Tensor, values: Tensor, mask: Tensor, *, config: PPOConfig) -> Any:
+        found = gae_estimator(rewards, values, mask, config=config)._asdict()
+        return Advantages(**(found | {name: change(found[name], mask) for name, change in changes.items()}))
+
+    return estimator
+
+
+def put(value: float) -> Any:
+    """A change of the second response's first token."""
+    return lambda x, _: x.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (spoiled(advantages=put(math.nan)), r"responses\[1\], token 0: advantages= gave an advantage of nan and"),
+        (spoiled(advantages=put(1e30)), r"responses\[1\], token 0: advantages= gave an advantage of 1e\+30 and"),
+        (
+            spoiled(returns=put(math.nan)),
+            r"responses\[1\], token 0: advantages= gave an advantage of .* return of nan,",
+        ),
+        (spoiled(returns=put(-math.inf)), r"responses\[1\], token 0: advantages= gave an advantage of .* of -inf,"),
+        (
+            spoiled(advantages=lambda x, _: x[:, 0]),
+            r"advantages= gave advantages of shape \(6,\) .*, expected \(6, 6\)",
+        ),
+        (spoiled(returns=lambda x, _: x.long()), r"advantages= gave returns as a tensor of torch.int64, expected a"),
+        (spoiled(returns=lambda x, _: x.tolist()), r"advantages= gave returns as a list, expected a tensor"),
+        (lambda r, v, m, config: (r, v), r"advantages= gave a tuple, expected ppo_core.advantages.Advantages"),
+    ],
+)
+def test_what_an_estimator_gives_wrongly_is_refused_by_name(estimator: Any, message: str) -> None:
+    trainer = composed(advantages=estimator)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer.step(*make_batch())
+    assert trainer.current_step == 0
+    assert all(torch.equal(x, before[name]) for name, x in trainer.model.state_dict().items())
+
+
+def test_an_estimator_may_leave_anything_where_nothing_counts() -> None:
+    def strewn(x: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, x, math.nan)
+
+    expected, found = (
+        untimed(composed(advantages=estimator).step(*make_batch()))
+        for estimator in (gae_estimator, spoiled(advantages=strewn, returns=strewn))
+    )
+    np.testing.assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(("bad", "blamed"), [(1e20, r"scores\[1\] is 1e\+20"), (math.nan, r"scores\[1\] is nan")])
+def test_bad_scores_are_not_blamed_on_the_estimator(bad: float, blamed: str) -> None:
+    queries, responses, scores = make_batch()
+    scores[1] = torch.tensor(bad)
+    with pytest.raises(ValueError, match=blamed):
+        composed().step(queries, responses, scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.loss.total, "policy_loss= gave a Tensor, expected ppo_core.losses.PolicyLoss"),
+        (tuple, "policy_loss= gave a tuple, expected"),
+        (lambda found: found._replace(loss=found.loss.total), "policy_loss= gave loss as .*, expected 0-d tensors"),
+        (lambda found: found._replace(ratio=Average(1.0, 2.0)), "policy_loss= gave ratio as Average.*, expected 0-d"),
+        (
+            lambda found: found._replace(loss=found.loss._replace(total=found.loss.total[None])),
+            r"policy_loss= gave loss as Average\(total=tensor\(\[.*, expected 0-d tensors",
+        ),
+        (lambda found: found._replace(ratio_deviation=0.0), r"policy_loss= gave ratio_deviation as 0.0, expected 0-d"),
+    ],
+)
+def test_what_a_policy_loss_gives_wrongly_is_refused_by_name(change: Any, message: str) -> None:
+    trainer = composed(policy_loss=lambda *args, config: change(clipped_objective(*args, config=config)))
+    with pytest.raises(TypeError, match=message):
+        trainer.step(*make_batch())
+    assert trainer.current_step == 0
+    assert trainer.broken_off is None
 
 
 def test_another_engine_answers() -> None:
