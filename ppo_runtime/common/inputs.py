@@ -68,7 +68,7 @@ def token_rows(name: str, rows: Any, *, vocab_size: int) -> list[Tensor]:
         if row.numel() == 0:
             remedy = (
                 "a policy that stops at once still answers with its EOS: keep that token"
-                if name == "responses"
+                if name.endswith("responses")
                 else "start the prompt with a BOS or EOS token"
             )
             raise ValueError(f"{where} is empty, expected at least one token; {remedy}, or drop the row")

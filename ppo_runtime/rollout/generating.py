@@ -110,6 +110,8 @@ class ResponseGenerator:
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
+            responses = inputs.token_rows("what engine= gave: responses", responses, vocab_size=vocabulary)
+            inputs.same_count(len(queries), **{"what engine= gave: responses": responses})
             if not answers:
                 self.drawn.remember(responses, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):

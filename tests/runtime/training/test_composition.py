@@ -19,7 +19,7 @@ from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, Trainer
 from ppo_runtime.learning.advantages import gae_estimator
 from ppo_runtime.learning.update import clipped_objective
 from tests.core.close import assert_close
-from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
+from tests.runtime.support.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import SETTINGS, make_batch, make_trainer, untimed
 
 
@@ -143,7 +143,10 @@ def test_bad_scores_are_not_blamed_on_the_estimator(bad: float, blamed: str) -> 
         (lambda found: found.loss.total, "policy_loss= gave a Tensor, expected ppo_core.losses.PolicyLoss"),
         (tuple, "policy_loss= gave a tuple, expected"),
         (lambda found: found._replace(loss=found.loss.total), "policy_loss= gave loss as .*, expected 0-d tensors"),
-        (lambda found: found._replace(ratio=Average(1.0, 2.0)), "policy_loss= gave ratio as Average.*, expected 0-d"),
+        (
+            lambda found: found._replace(ratio=Average(*torch.ones(2, 3))),
+            "policy_loss= gave ratio as Average.*, expected 0-d",
+        ),
         (
             lambda found: found._replace(loss=found.loss._replace(total=found.loss.total[None])),
             r"policy_loss= gave loss as Average\(total=tensor\(\[.*, expected 0-d tensors",
@@ -167,6 +170,32 @@ def test_another_engine_answers() -> None:
     queries = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
     answers = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=4)
     assert [answer.tolist() for answer in answers] == [[7, 6, 5], [9, 8]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([[5]], r"engine= gave: responses has 1 rows, expected 2 like queries"),
+        ([[5], [6], [7]], r"engine= gave: responses has 3 rows, expected 2 like queries"),
+        ([[5], []], r"engine= gave: responses\[1\] is empty, expected at least one token; a policy that stops at once"),
+        ([[5], [VOCAB_SIZE]], rf"engine= gave: responses\[1\] holds token id {VOCAB_SIZE}, expected ids in"),
+        ([[5], [[6]]], r"engine= gave: responses\[1\] has shape \(1, 1\), expected 1-d"),
+        ([[5], [6.0]], r"engine= gave: responses\[1\] has dtype torch.float32, expected token ids"),
+    ],
+)
+@pytest.mark.parametrize("with_prompt", [True, False])
+def test_what_an_engine_gives_wrongly_is_refused_by_name(answers: Any, message: str, with_prompt: bool) -> None:
+    trainer = composed(engine=lambda *_: [torch.tensor(answer) for answer in answers])
+    queries = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
+    with pytest.raises(ValueError, match=message):
+        trainer.generate(queries, return_prompt=with_prompt, do_sample=True, top_k=0, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("rows", [torch.ones(2, 4, dtype=torch.long), [[5], [6]], "ab"])
+def test_an_engine_that_gives_no_tensors_is_refused_by_name(rows: Any) -> None:
+    trainer = composed(engine=lambda *_: rows)
+    with pytest.raises(ValueError, match=r"^what engine= gave: responses(\[0\])? is a "):
+        trainer.generate([torch.tensor([5]), torch.tensor([8, 9])], do_sample=True, top_k=0, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("part", ["engine", "advantages", "policy_loss"])
