@@ -50,7 +50,7 @@ from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_from_environment
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.reporting.model_card import is_ours, write_model_card
-from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.reporting.publishing import upload_if_best
 from ppo_runtime.reporting.run_log import RunLog
 from ppo_runtime.reporting.statistics import step_statistics
 from ppo_runtime.rollout.data import prepare_dataloader
@@ -145,7 +145,8 @@ class Trainer:
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor(self.config, self.world)
-        self.keeper = BestPolicyKeeper(self.config, self.world)
+        self.best_score: float | None = None
+        """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
         self.advantages, self.policy_loss = advantages, policy_loss
         self.response_generator = ResponseGenerator(
             model,
@@ -277,7 +278,9 @@ class Trainer:
                 config=config,
                 world=self.world,
             )
-        self.keeper(raw, self.current_step, self.push_to_hub)
+        self.best_score = upload_if_best(
+            raw, self.best_score, self.current_step, self.push_to_hub, config=config, world=self.world
+        )
         learning_rate = first_learning_rate(self.optimizer)
         with _clock(times, "optimize_step"):
             outcome = optimise(
@@ -340,7 +343,7 @@ class Trainer:
         return {
             "current_step": self.current_step,
             "kl_coef": self.kl_ctl.value,
-            "best_score": self.keeper.best_score,
+            "best_score": self.best_score,
             "scores": self.scores.state_dict(),
             "unscheduled": self._unscheduled is not None and self._unscheduled is self.lr_scheduler,
         }
@@ -359,7 +362,7 @@ class Trainer:
         scores = ScoreState(**state["scores"])
         if self.kl_ctl.value != coefficient:
             self.kl_ctl.value = coefficient  # a user's own controller has no more than this
-        self.current_step, self.keeper.best_score, self.scores.state = step, best, scores
+        self.current_step, self.best_score, self.scores.state = step, best, scores
         self._unscheduled = self.lr_scheduler if state.get("unscheduled") else None  # older checkpoints cannot say
         self.broken_off = None
 
@@ -423,11 +426,6 @@ class Trainer:
         return self.model.device
 
     @property
-    def best_score(self) -> float | None:
-        """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
-        return self.keeper.best_score
-
-    @property
     def trackers(self) -> list[Any]:
         """Those of the run, opened at the first use."""
         return self.log.trackers
@@ -467,7 +465,7 @@ class Trainer:
             try:
                 # What was uploaded in the meantime stays uploaded, and a scheduler's step that was owed stays made.
                 owed = before["unscheduled"] and self._unscheduled is not None
-                self._take_over(before | {"best_score": self.keeper.best_score, "unscheduled": owed})
+                self._take_over(before | {"best_score": self.best_score, "unscheduled": owed})
             except Exception as failure:  # a part of the user's own may refuse; the error that matters is the first
                 logger.warning("the step could not be undone whole: %s: %s", type(failure).__name__, failure)
             finally:

@@ -14,36 +14,39 @@ from ppo_runtime.ranks.gather import World, global_moments
 logger = logging.getLogger(__name__)
 
 
-class BestPolicyKeeper:
-    """Uploads the policy that made the best batch so far, by its mean *raw* score.
+def upload_if_best(
+    raw_scores: Tensor,
+    best_score: float | None,
+    step: int,
+    upload: Callable[..., Any],
+    *,
+    config: PPOConfig,
+    world: World,
+) -> float | None:
+    """Upload the policy if it made the best batch so far, by the mean *raw* score; gives the best mean from now on.
 
     Scaled scores would not do: their scale moves with the run. An upload that fails is a warning, and is tried again
     with the next best batch: training is worth more.
 
     Args:
+        raw_scores: [B] of a batch that is not yet trained on.
+        best_score: mean of the best batch whose policy was uploaded; None before there is one.
+        step: steps done.
+        upload: is called with the configured arguments.
         config: for ``push_to_hub_if_best_kwargs``, without which nothing is done, and ``compare_steps``.
         world: the ranks.
     """
-
-    def __init__(self, config: PPOConfig, world: World) -> None:
-        self.config = config
-        self.world = world
-        self.best_score: float | None = None
-        """Highest mean raw score of an uploaded batch so far."""
-
-    def __call__(self, raw_scores: Tensor, step: int, upload: Callable[..., Any]) -> None:
-        """Compare a batch, before it is trained on; ``upload`` is called with the configured arguments."""
-        kwargs = self.config.push_to_hub_if_best_kwargs
-        if not kwargs or step % self.config.compare_steps:
-            return
-        mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), self.world).mean)
-        if self.best_score is not None and mean <= self.best_score:
-            return
-        try:
-            upload(**kwargs)
-        except Exception as error:  # of the network, the hub or the disk
-            logger.warning(
-                "the best policy so far (mean score %.4g) could not be uploaded: %s", mean, hide(str(error), kwargs)
-            )
-            return
-        self.best_score = mean
+    kwargs = config.push_to_hub_if_best_kwargs
+    if not kwargs or step % config.compare_steps:
+        return best_score
+    mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), world).mean)
+    if best_score is not None and mean <= best_score:
+        return best_score
+    try:
+        upload(**kwargs)
+    except Exception as error:  # of the network, the hub or the disk
+        logger.warning(
+            "the best policy so far (mean score %.4g) could not be uploaded: %s", mean, hide(str(error), kwargs)
+        )
+        return best_score
+    return mean

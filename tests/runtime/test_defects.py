@@ -41,7 +41,7 @@ from ppo_runtime.models.heads import LMHead, hidden_states, mask_positions
 from ppo_runtime.models.modes import dropout_off
 from ppo_runtime.ranks import gather
 from ppo_runtime.ranks.gather import World
-from ppo_runtime.reporting.publishing import BestPolicyKeeper
+from ppo_runtime.reporting.publishing import upload_if_best
 from ppo_runtime.rollout import engine, generating
 from tests.operations import Operations
 from tests.runtime.support.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
@@ -338,6 +338,10 @@ def test_defect_10_a_hole_is_deleted() -> None:
 
 def test_defect_11_the_best_policy_is_best_on_raw_scores() -> None:
     def check(scaled: bool) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            best_are_uploaded(scaled, patch)
+
+    def best_are_uploaded(scaled: bool, patch: pytest.MonkeyPatch) -> None:
         trainer = make_trainer(
             use_score_scaling=True, use_score_norm=True, push_to_hub_if_best_kwargs={"repo_id": "policy"}, ppo_epochs=1
         )
@@ -345,12 +349,10 @@ def test_defect_11_the_best_policy_is_best_on_raw_scores() -> None:
         trainer.push_to_hub = lambda **_: pushed.append(trainer.current_step)
         if scaled:
             own = ScoreProcessor(trainer.config, ALONE)
-
-            class OnScaledScores(BestPolicyKeeper):
-                def __call__(self, raw_scores: Tensor, *rest: Any) -> None:
-                    super().__call__(own(raw_scores), *rest)
-
-            trainer.keeper = OnScaledScores(trainer.config, ALONE)
+            patch.setattr(
+                "ppo_runtime.trainer.upload_if_best",
+                lambda raw_scores, *rest, **more: upload_if_best(own(raw_scores), *rest, **more),
+            )
         queries, responses, _ = make_batch()
         for mean in (0.0, 100.0, 101.0, 50.0):
             trainer.step(queries, responses, [torch.tensor(mean + spread) for spread in (-1.0, 1.0) * 3])

@@ -154,6 +154,17 @@ def test_the_best_policy_by_raw_scores_is_uploaded(monkeypatch: pytest.MonkeyPat
     assert trainer.state_dict()["best_score"] == trainer.best_score
 
 
+def test_the_best_score_so_far_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "a/b"}, ppo_epochs=1)
+    pushed = _uploads(trainer, monkeypatch)
+    trainer.best_score = 3.0
+    _run(trainer, [2.0, 4.0])
+    trainer.best_score = None
+    _run(trainer, [1.0])
+    assert [step for step, _ in pushed] == [1, 2]
+    assert trainer.best_score == pytest.approx(1.0, abs=1e-5)
+
+
 def test_comparing_every_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "a/b"}, compare_steps=2, ppo_epochs=1)
     pushed = _uploads(trainer, monkeypatch)

@@ -19,7 +19,6 @@ from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
 from ppo_runtime.ranks.gather import World
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
-from ppo_runtime.reporting.publishing import BestPolicyKeeper
 from ppo_runtime.reporting.tracking import make_trackers
 from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from tests.runtime.support.trainers import make_batch, make_trainer
@@ -508,14 +507,13 @@ def test_frozen_weights_in_eight_bits_are_saved(tmp_path: Path) -> None:
 
 
 def _broken_in(trainer: Any, place: str, error: BaseException) -> None:
-    """Raise in the next step: before its first update, after it, or in the statistics."""
+    """Raise in the next step: in the loss of its first update, or after that update."""
     if place == "before":
 
-        class Broken(BestPolicyKeeper):
-            def __call__(self, *_: Any) -> None:
-                raise error
+        def broken(*_: Any, **__: Any) -> None:
+            raise error
 
-        trainer.keeper = Broken(trainer.config, trainer.world)
+        trainer.policy_loss = broken
     else:
         calls = 0
 
