@@ -147,7 +147,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
         trainer.broken_off = None
         # Whatever is logged next belongs behind the checkpoint's steps. From here on another branch of the run may be
         # made from a copy of the same checkpoint: they are told apart.
-        trainer.log.go_on(trainer.current_step, (*state.get("earlier_runs", ()), state.get("run")))
+        trainer.run_log.go_on(trainer.current_step, (*state.get("earlier_runs", ()), state.get("run")))
         changed = warn_of_differences(
             state["config"], _configuration(trainer), scheduled=trainer.lr_scheduler is not None
         )
@@ -188,8 +188,8 @@ def _write_shared(trainer: Trainer, draft: Path) -> None:
         "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
         "trainer": plain(trainer.state_dict(), "trainer"),
-        "run": trainer.log.run_name,
-        "earlier_runs": trainer.log.earlier_runs,
+        "run": trainer.run_log.run_name,
+        "earlier_runs": trainer.run_log.earlier_runs,
     }
     files.write_tensors(draft / files.POLICY, _trained(trainer.model))
     files.write_tensors(draft / files.OPTIMIZER, optimizer_tensors)

@@ -112,7 +112,7 @@ def train(
         )
     elif trainer.world.rank == 0:
         arguments.make_writable("logging_dir", trainer.config.logging_dir)
-        trainer.log.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+        trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
     interrupted, begun = False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.

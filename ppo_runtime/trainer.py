@@ -51,7 +51,7 @@ from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_fr
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.reporting.model_card import is_ours, write_model_card
 from ppo_runtime.reporting.publishing import upload_if_best
-from ppo_runtime.reporting.run_log import RunLog
+from ppo_runtime.reporting.run_log import RunLog, log_entry
 from ppo_runtime.reporting.statistics import step_statistics
 from ppo_runtime.rollout.data import prepare_dataloader
 from ppo_runtime.rollout.engine import Engine, generate_responses
@@ -169,7 +169,7 @@ class Trainer:
         self._unscheduled: Any | None = None
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._say_skipped = SkipLog()
-        self.log = RunLog(self.config, self.world, tokenizer, {"acceleration": attrs.asdict(self.acceleration)})
+        self.run_log = RunLog()
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -336,7 +336,10 @@ class Trainer:
         Raises:
             ValueError: ``rewards`` is not one finite number per sequence.
         """
-        self.log.write(self.current_step, stats, batch, rewards, columns_to_log)
+        numbers, table = log_entry(stats, batch, rewards, columns_to_log, tokenizer=self.tokenizer, world=self.world)
+        if self.world.rank == 0:
+            for tracker in self.trackers:
+                tracker.log(self.current_step, numbers, {"game_log": table})
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides weights, optimiser, scheduler and random generators."""
@@ -418,7 +421,7 @@ class Trainer:
 
         ``failed`` is for a run that an error has ended, which Weights & Biases then shows.
         """
-        self.log.close(failed=failed)
+        self.run_log.close(failed=failed)
 
     @property
     def device(self) -> torch.device:
@@ -428,7 +431,7 @@ class Trainer:
     @property
     def trackers(self) -> list[Any]:
         """Those of the run, opened at the first use."""
-        return self.log.trackers
+        return self.run_log.opened(self.config, {"acceleration": attrs.asdict(self.acceleration)})
 
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
         return lay_out_batch(

@@ -95,7 +95,7 @@ def logged() -> dict[str, Any]:
     """What the first rank logs where it alone has statistics of the scores already."""
     trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3)
     rank, lines = trainer.world.rank, Lines()
-    trainer.log._trackers = [lines]
+    trainer.run_log._trackers = [lines]
     given = {"env/reward_mean": 7.0} if rank == 0 else {}
     trainer.log_stats(given, {}, [[1.0, 2.0, 3.0], [4.0, 5.0, 9.0]][rank])
     return lines.latest

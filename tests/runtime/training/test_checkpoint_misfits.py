@@ -98,7 +98,7 @@ def everything(trainer: PPOTrainer) -> dict[str, Any]:
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
             "numpy": str(np.random.get_state()),  # noqa: NPY002  set_seed seeds this generator
-            "others": [trainer.log.goes_on_after, trainer.broken_off],
+            "others": [trainer.run_log.goes_on_after, trainer.broken_off],
         }
     )
 

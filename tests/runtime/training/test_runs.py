@@ -278,7 +278,7 @@ def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) 
 
     closed: list[Any] = []
     trainer = _trainer(tmp_path)
-    trainer.log._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
+    trainer.run_log._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
     with pytest.raises(RuntimeError, match="no network"):
         _train(trainer, tmp_path, steps=1)
     assert (tmp_path / "model" / "config.json").exists()
