@@ -85,8 +85,8 @@ class Trainer:
         lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped. One that
             is at its end refuses the next ``step``.
         engine: what turns prompts into responses.
-        advantages: what estimates advantages and returns from rewards and values.
-        policy_loss: what the policy minimises.
+        advantages: what estimates advantages and returns from rewards and values; the ``advantage_estimator``.
+        policy_loss: what the policy minimises; the ``policy_objective``.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -147,7 +147,7 @@ class Trainer:
         self.scores = ScoreProcessor(self.config, self.world)
         self.best_score: float | None = None
         """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
-        self.advantages, self.policy_loss = advantages, policy_loss
+        self.advantage_estimator, self.policy_objective = advantages, policy_loss
         self.response_generator = ResponseGenerator(
             model,
             self.ref_model,
@@ -273,7 +273,7 @@ class Trainer:
                 scores_now,
                 rewards,
                 rows.mask,
-                estimator=self.advantages,
+                estimator=self.advantage_estimator,
                 tokens=tokens_per_update(plan, rows.mask),
                 config=config,
                 world=self.world,
@@ -291,7 +291,7 @@ class Trainer:
                 plan,
                 tokens,
                 config,
-                policy_loss=self.policy_loss,
+                policy_loss=self.policy_objective,
                 world=self.world,
                 progress=progress,
             )

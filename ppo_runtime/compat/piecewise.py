@@ -147,7 +147,7 @@ class Piecewise(Trainer):
         kept = doors.token_mask("mask", mask, "rewards", rewards)
         if self.config.whiten_rewards:
             rewards = globally_whitened(rewards, kept, self.world, shift_mean=False)
-        found = estimated(self.advantages, rewards, values.detach(), kept, config=self.config)
+        found = estimated(self.advantage_estimator, rewards, values.detach(), kept, config=self.config)
         whitened = globally_whitened(found.advantages, kept, self.world, shift_mean=True)
         return torch.where(kept, values, 0.0), whitened, found.returns
 
@@ -272,7 +272,7 @@ class Piecewise(Trainer):
         self, targets: Targets, logits: Tensor | None, vpreds: Tensor, logprobs: Tensor, mask: Tensor
     ) -> Losses:
         entropy = torch.zeros_like(logprobs) if logits is None else token_entropy(logits.detach())
-        return losses_of(Evaluation(logprobs, entropy, vpreds), targets, mask, self.config, self.policy_loss)
+        return losses_of(Evaluation(logprobs, entropy, vpreds), targets, mask, self.config, self.policy_objective)
 
     def _minibatch_stats(
         self, losses: Losses, targets: Targets, mask: Tensor, *, has_entropy: bool

@@ -513,7 +513,7 @@ def _broken_in(trainer: Any, place: str, error: BaseException) -> None:
         def broken(*_: Any, **__: Any) -> None:
             raise error
 
-        trainer.policy_loss = broken
+        trainer.policy_objective = broken
     else:
         calls = 0
 
