@@ -28,6 +28,7 @@ from ppo_runtime import (
     stats_to_np,
     whiten,
 )
+from ppo_runtime.compat.recording import training_parts
 from tests.runtime.support.tiny import PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer
 
@@ -369,6 +370,12 @@ def test_dictionaries() -> None:
         stack_dicts([])
 
 
+def test_what_stacking_has_filled_up_is_in_no_distribution() -> None:
+    ragged = stack_dicts([{"policy/advantages": torch.tensor(x)} for x in ([1.0, 2.0], [3.0])])
+    _, distributions = training_parts(ragged)
+    assert distributions["ppo/policy/advantages"].tolist() == [1.0, 2.0, 3.0]
+
+
 def test_conversions() -> None:
     stats = {"a": torch.tensor(1.5, dtype=torch.bfloat16), "b": torch.ones(2), "c": 3, "d": "text", "e": np.float64(2)}
     arrays = stats_to_np(stats)
@@ -403,6 +410,11 @@ def test_conversions_of_every_kind_of_tensor(dtype: torch.dtype, shape: tuple[in
     assert convert_to_scalar({"x": tensor}) == expected
     if dtype.itemsize > 1 and dtype != torch.bfloat16:
         assert convert_to_scalar({"x": found}) == expected, "the same of numpy's"
+
+
+def test_conversion_of_a_view_that_torch_has_yet_to_negate() -> None:
+    found = stats_to_np({"x": torch.tensor([1 + 2j]).conj().imag})["x"]
+    np.testing.assert_array_equal(found, [-2.0])
 
 
 @pytest.mark.parametrize(

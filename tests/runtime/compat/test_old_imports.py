@@ -3,8 +3,10 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ppo_runtime
 import ppo_runtime.compat as trl
@@ -86,6 +88,15 @@ def test_functions_that_look_around_answer() -> None:
 def test_what_was_made_unimportable_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert not trl.is_peft_available()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_package_for_a_device_needs_both(installed: bool, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl.import_utils, "can_be_found", lambda _: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: there), raising=False)
+    assert trl.is_bitsandbytes_available() == trl.is_npu_available() == (installed and there)
 
 
 @pytest.mark.parametrize("module", ["ppo_runtime", "ppo_runtime.compat", "ppo_runtime.compat.core"])

@@ -256,6 +256,7 @@ def test_what_is_no_json_is_refused_by_the_options_name(capsys: pytest.CaptureFi
     ("given", "holds", "says"),
     [
         ({"optimize_cuda_cache": True}, {"optimize_device_cache": True}, "is now optimize_device_cache"),
+        ({"optimize_cuda_cache": False}, {}, "is now optimize_device_cache, which is set to False"),
         ({"forward_batch_size": 2}, {"mini_batch_size": 2}, "is now mini_batch_size, which is set to 2"),
         ({"optimize_device_cache": None}, {}, "optimize_device_cache is None, which is taken for False"),
         ({"dataset_num_proc": 4}, {}, "give num_proc to the map of your dataset"),

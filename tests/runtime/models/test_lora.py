@@ -8,8 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from ppo_runtime import (
     AutoModelForCausalLMWithValueHead,
@@ -136,6 +137,26 @@ def test_a_reward_adapter_scores_like_the_reward_model(reward_model: tuple[Any, 
 
     trainer.save_pretrained(tmp_path / "policy")
     assert not [file for file in (tmp_path / "policy").rglob("*") if "reward" in file.name]
+
+
+def test_the_bases_head_serves_an_adapter_beside_weights_that_hold_none(tmp_path: Path) -> None:
+    base = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    base.save_pretrained(tmp_path / "base")
+    on_it: Any = peft.get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tiny_lora("llama"))
+    on_it.save_pretrained(str(tmp_path / "adapter"))
+    save_file({"pretrained_model.lm_head.weight": torch.zeros(1)}, tmp_path / "adapter" / "model.safetensors")
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(policy.v_head.summary.weight, base.v_head.summary.weight)
+
+
+def test_a_subfolder_of_the_policy_is_none_of_its_reward_adapters(
+    reward_model: tuple[Any, Path], tmp_path: Path
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "several" / "policy")
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+        tmp_path / "several", subfolder="policy", peft_config=tiny_lora("llama"), reward_adapter=reward_model[1]
+    )
+    assert policy.compute_reward_score(torch.tensor([[5, 6]])).shape == (1, 2, 2)
 
 
 def test_reward_adapters_that_cannot_work_are_named(reward_model: tuple[Any, Path], tmp_path: Path) -> None:
