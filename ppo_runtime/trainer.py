@@ -55,7 +55,7 @@ from ppo_runtime.reporting.run_log import RunLog, log_entry
 from ppo_runtime.reporting.statistics import step_statistics
 from ppo_runtime.rollout.data import prepare_dataloader
 from ppo_runtime.rollout.engine import Engine, generate_responses
-from ppo_runtime.rollout.generating import ResponseGenerator
+from ppo_runtime.rollout.generating import Remembered, ResponseGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,12 @@ class Trainer:
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
         lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped. One that
             is at its end refuses the next ``step``.
-        engine: what turns prompts into responses.
+        engine: what turns prompts into responses; the ``response_engine``.
         advantages: what estimates advantages and returns from rewards and values; the ``advantage_estimator``.
         policy_loss: what the policy minimises; the ``policy_objective``.
+
+    What a trainer was made with can be assigned as well, but for the model, and holds from then on. A setting that
+    something was made of stays in that: the optimiser, the KL controller, the dataloader, and trackers once opened.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -116,7 +119,8 @@ class Trainer:
         self.world = world_from_environment()
         # Ranks that drew the same numbers would answer the same prompt with the same words.
         set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
-        self.config = config.in_use(is_encoder_decoder=has_encoder(model), is_peft_model=model.is_peft_model)
+        self._model, self._tokenizer = model, tokenizer
+        self.config = config
         if updates := self.config.updates_of_one_sequence:
             logger.warning(
                 "mini_batch_size is 1 and batch_size %d: every step makes %d optimiser updates, each on one sequence "
@@ -124,9 +128,7 @@ class Trainer:
                 self.config.batch_size,
                 updates,
             )
-        self.model = model
         self.tokenizer = tokenizer
-        self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, model)
         broadcast_parameters(model, self.world)
         check_devices(model, ref_model)
         check_trains(model)
@@ -135,7 +137,7 @@ class Trainer:
             check_moments(optimizer, model)
         check_scheduler(lr_scheduler, optimizer)
 
-        self.ref_model, self._reference, self.acceleration = assembly.make_reference(
+        self._ref_model, self._reference, self.acceleration = assembly.make_reference(
             model, ref_model, num_shared_layers, config
         )
         check_trains(model)  # again: the reference may have frozen what it shares
@@ -144,19 +146,12 @@ class Trainer:
         say_what_stays(self.optimizer, model)
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
-        self.scores = ScoreProcessor(self.config, self.world)
+        self.scores = ScoreProcessor()
         self.best_score: float | None = None
         """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
         self.advantage_estimator, self.policy_objective = advantages, policy_loss
-        self.response_generator = ResponseGenerator(
-            model,
-            self.ref_model,
-            tokenizer,
-            self.config,
-            pad_token_id=self.pad_token_id,
-            eos_token_ids=self.eos_token_ids,
-            engine=engine,
-        )
+        self.response_engine = engine
+        self._remembered = Remembered()
         self.data_collator = data_collator
         self.dataset = dataset
         self.dataloader: DataLoader[Any] | None = (
@@ -170,6 +165,68 @@ class Trainer:
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._say_skipped = SkipLog()
         self.run_log = RunLog()
+
+    @property
+    def config(self) -> PPOConfig:
+        """The settings, with what kind the model is of."""
+        return self._config
+
+    @config.setter
+    def config(self, config: PPOConfig) -> None:
+        assembly.check_kinds(config, self.model, self.tokenizer)
+        kinds = {"is_encoder_decoder": has_encoder(self.model), "is_peft_model": self.model.is_peft_model}
+        self._config = config.in_use(**kinds)
+
+    @property
+    def model(self) -> PreTrainedModelWrapper:
+        """The policy; another one needs a trainer of its own."""
+        return self._model
+
+    @model.setter
+    def model(self, model: PreTrainedModelWrapper) -> None:
+        if model is not self._model:
+            raise ValueError(
+                "model is another one than the trainer was made with, whose parameters the optimiser has and whose "
+                "reference was made beside it; make a new trainer for it"
+            )
+
+    @property
+    def ref_model(self) -> Any:
+        """The frozen model to stay close to; None where it is the policy without its adapter."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, ref_model: Any | None) -> None:
+        assembly.check_reference_kind(self.model, ref_model)
+        check_devices(self.model, ref_model)
+        self._ref_model, self._reference, self.acceleration = assembly.make_reference(
+            self.model, ref_model, None, self.config
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; ``pad_token_id`` and ``eos_token_ids`` are made of it when it is set."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        assembly.check_kinds(self.config, self.model, tokenizer)
+        self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, self.model)
+        self._tokenizer = tokenizer
+
+    @property
+    def response_generator(self) -> ResponseGenerator:
+        """What generates, of what the trainer is now."""
+        return ResponseGenerator(
+            self.model,
+            self.ref_model,
+            self.tokenizer,
+            self.config,
+            pad_token_id=self.pad_token_id,
+            eos_token_ids=self.eos_token_ids,
+            engine=self.response_engine,
+            remembered=self._remembered,
+        )
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[dict[str, Any]]], Any] | None = None
@@ -263,7 +320,7 @@ class Trainer:
             with _clock(times, "forward_pass"):
                 scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
         same_updates(ballot.all[:, 0].int().tolist())
-        kl_coef, scores_now = self.kl_ctl.value, self.scores(raw).to(self.device)
+        kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
 
         with _clock(times, "compute_rewards"):
             rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=kl_coef)

@@ -15,16 +15,13 @@ class ScoreProcessor:
     The running moments are those of all ranks' raw scores, the present batch included.
     """
 
-    def __init__(self, config: PPOConfig, world: World) -> None:
-        self.config = config
-        self.world = world
+    def __init__(self) -> None:
         self.state = ScoreState(0.0, 0.0, 0.0)
 
-    def __call__(self, raw: Tensor) -> Tensor:
+    def __call__(self, raw: Tensor, *, config: PPOConfig, world: World) -> Tensor:
         """Scores [B] as they are rewarded; the running moments have then seen the batch."""
-        config = self.config
         if config.use_score_scaling:
-            moments = global_moments(raw.double(), torch.ones_like(raw, dtype=torch.bool), self.world)
+            moments = global_moments(raw.double(), torch.ones_like(raw, dtype=torch.bool), world)
             self.state = update_score_state(self.state, moments)
         return scale_scores(
             raw,

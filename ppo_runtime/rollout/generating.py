@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -28,8 +28,20 @@ from ppo_runtime.rollout.values import COUNT, token_ids, whole
 logger = logging.getLogger(__name__)
 
 
+@attrs.define
+class Remembered:
+    """What is kept from one call to the next."""
+
+    drawn: Drawn = attrs.field(factory=Drawn)
+    """The policy's responses of the latest calls."""
+    said: frozenset[str] = frozenset()
+    """Names of settings that were warned about."""
+    reads_padding: bool | None = None
+    """Whether the policy does; None until it is asked for."""
+
+
 class ResponseGenerator:
-    """Responses from the policy, and from the reference if wanted.
+    """Responses from the policy, and from the reference if wanted; made anew for a call, of what its trainer is then.
 
     Args:
         model: the policy.
@@ -39,6 +51,7 @@ class ResponseGenerator:
         pad_token_id: what prompts are padded with.
         eos_token_ids: what ends a response unless a call says otherwise.
         engine: what turns padded prompts into responses.
+        remembered: of calls before.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class ResponseGenerator:
         pad_token_id: int,
         eos_token_ids: set[int],
         engine: Engine,
+        remembered: Remembered,
     ) -> None:
         self.model = model
         self.ref_model = ref_model
@@ -59,10 +73,7 @@ class ResponseGenerator:
         self.pad_token_id = pad_token_id
         self.eos_token_ids = eos_token_ids
         self.engine = engine
-        # The policy's responses of the latest calls.
-        self.drawn = Drawn()
-        # Names of settings that were warned about.
-        self._said: frozenset[str] = frozenset()
+        self.remembered = remembered
 
     def generate(
         self,
@@ -113,7 +124,7 @@ class ResponseGenerator:
             responses = inputs.token_rows("what engine= gave: responses", responses, vocab_size=vocabulary)
             inputs.same_count(len(queries), **{"what engine= gave: responses": responses})
             if not answers:
-                self.drawn.remember(responses, sampled=bool(settings["do_sample"]))
+                self.remembered.drawn.remember(responses, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):
                 responses = [
                     torch.cat((query.to(response.device), response))
@@ -160,9 +171,11 @@ class ResponseGenerator:
         )
         return 1
 
-    @cached_property
+    @property
     def _reads_padding(self) -> bool:
-        return reads_padding(self.model)
+        if self.remembered.reads_padding is None:
+            self.remembered.reads_padding = reads_padding(self.model)
+        return self.remembered.reads_padding
 
     def _plan(self, settings: Settings, batch_size: int) -> Plan:
         """Padding and what ends a row, checked."""
@@ -235,7 +248,7 @@ class ResponseGenerator:
         return found
 
     def _warn_of_sampling(self, settings: Settings) -> None:
-        found = {name: text for name, text in departures(settings).items() if name not in self._said}
+        found = {name: text for name, text in departures(settings).items() if name not in self.remembered.said}
         if found:
             neutral = ", ".join(f"{name}={NEUTRAL[name]}" for name in found if name in NEUTRAL)
             advice = (
@@ -248,11 +261,11 @@ class ResponseGenerator:
                 ", ".join(found.values()),
                 " and ".join(advice),
             )
-        self._said |= found.keys()
+        self.remembered.said |= found.keys()
 
     def warn_of_greedy_responses(self, responses: Sequence[Tensor]) -> None:
         """Said when they are trained on: to look at a policy, greedy responses are as good as others."""
-        if self.drawn.greedy(responses):
+        if self.remembered.drawn.greedy(responses):
             self._say_once(
                 "do_sample",
                 "the responses were decoded greedily (do_sample is not True), but PPO learns from samples of "
@@ -266,7 +279,7 @@ class ResponseGenerator:
         if not has_encoder(self.model):
             return responses, masks
         start = decoder_start(self.model)
-        started, guessed = inputs.started_rows(responses, start, self.drawn.returned)
+        started, guessed = inputs.started_rows(responses, start, self.remembered.drawn.returned)
         if guessed:
             self._say_once(
                 "start_token",
@@ -278,9 +291,9 @@ class ResponseGenerator:
         return inputs.without_first_where(started, responses, masks)
 
     def _say_once(self, topic: str, message: str, *values: Any) -> None:
-        if topic not in self._said:
+        if topic not in self.remembered.said:
             logger.warning(message, *values)
-        self._said |= {topic}
+        self.remembered.said |= {topic}
 
 
 def _check_sampler(length_sampler: Any) -> None:

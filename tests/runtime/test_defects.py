@@ -10,6 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,7 +221,7 @@ def test_defect_06_one_sample_is_defined() -> None:
 
     check(
         lambda x: float(variance(masked_moments(x, torch.ones_like(x, dtype=torch.bool)), correction=1)),
-        ScoreProcessor(PPOConfig(use_score_scaling=True, use_score_norm=True), ALONE),
+        partial(ScoreProcessor(), config=PPOConfig(use_score_scaling=True, use_score_norm=True), world=ALONE),
     )
 
     def bessel(x: Tensor) -> Tensor:
@@ -348,7 +349,7 @@ def test_defect_11_the_best_policy_is_best_on_raw_scores() -> None:
         pushed: list[int] = []
         trainer.push_to_hub = lambda **_: pushed.append(trainer.current_step)
         if scaled:
-            own = ScoreProcessor(trainer.config, ALONE)
+            own = partial(ScoreProcessor(), config=trainer.config, world=ALONE)
             patch.setattr(
                 "ppo_runtime.trainer.upload_if_best",
                 lambda raw_scores, *rest, **more: upload_if_best(own(raw_scores), *rest, **more),
