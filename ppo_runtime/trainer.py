@@ -88,8 +88,8 @@ class Trainer:
         advantages: what estimates advantages and returns from rewards and values; the ``advantage_estimator``.
         policy_loss: what the policy minimises; the ``policy_objective``.
 
-    What a trainer was made with can be assigned as well, but for the model, and holds from then on. A setting that
-    something was made of stays in that: the optimiser, the KL controller, the dataloader, and trackers once opened.
+    What a trainer was made with can be assigned as well, and holds from then on; another model is refused, and so are
+    settings that a trainer reads once (:data:`ppo_runtime.config.FIXED`).
 
     Raises:
         ValueError, TypeError: an argument that cannot work, by name, before anything is trained.
@@ -175,7 +175,7 @@ class Trainer:
     def config(self, config: PPOConfig) -> None:
         assembly.check_kinds(config, self.model, self.tokenizer)
         kinds = {"is_encoder_decoder": has_encoder(self.model), "is_peft_model": self.model.is_peft_model}
-        self._config = config.in_use(**kinds)
+        self._config = config.in_use(getattr(self, "_config", None), **kinds)
 
     @property
     def model(self) -> PreTrainedModelWrapper:

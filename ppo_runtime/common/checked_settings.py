@@ -85,11 +85,8 @@ class CheckedSettings(metaclass=Checked):
                     raise AttributeError(_unknown(type(self), known, _names(type(self))))
                 object.__setattr__(self, known, changed)
                 continue
-            if standing == "in use" and (elsewhere := self._fixed(known)) is not None:
-                raise ValueError(
-                    f"{known} was read when the trainer was made, and setting it to {without_secrets(changed)!r} "
-                    f"would do nothing: {elsewhere}"
-                )
+            if standing == "in use":
+                self._refuse_fixed(known, changed)
             object.__setattr__(self, known, getattr(self._copy(**{known: changed}), known))
             if known in ("use_score_norm", "use_score_scaling"):
                 former_settings.warn_of_norm_alone(self._values(), stacklevel=2)
@@ -141,9 +138,19 @@ class CheckedSettings(metaclass=Checked):
         """Copies and pickles belong to no trainer: they can be assigned to, also where this one cannot."""
         return _restored, (type(self), self._values())
 
-    def in_use(self: SettingsT, **found_out: Any) -> SettingsT:
-        """A copy for a trainer, with the fields that it derived from its model."""
+    def _refuse_fixed(self, name: str, value: Any) -> None:
+        if (elsewhere := self._fixed(name)) is not None:
+            raise ValueError(
+                f"{name} was read when the trainer was made, and setting it to {without_secrets(value)!r} would do "
+                f"nothing: {elsewhere}"
+            )
+
+    def in_use(self: SettingsT, former: SettingsT | None = None, **found_out: Any) -> SettingsT:
+        """A copy for a trainer, with the fields that it derived from its model, in place of former settings if any."""
         copy = self._copy(**found_out)
+        for name in () if former is None else attrs.fields_dict(_root(type(self))):
+            if getattr(copy, name) != getattr(former, name):
+                copy._refuse_fixed(name, getattr(copy, name))
         object.__setattr__(copy, "_standing", "in use")
         return copy
 

@@ -167,6 +167,21 @@ def test_settings_that_are_assigned_know_the_model() -> None:
     assert trainer.config.batch_size == 6
 
 
+@pytest.mark.parametrize(
+    ("change", "instead"),
+    [
+        ({"learning_rate": 1e-2}, r"learning_rate was read when the trainer was made, .* 0.01 .*: set 'lr' in each of"),
+        ({"init_kl_coef": 1.0, "vf_coef": 1.0}, r"init_kl_coef was read when .*: set trainer.kl_ctl.value"),
+    ],
+)
+def test_settings_that_are_read_once_are_refused(change: dict[str, Any], instead: str) -> None:
+    trainer = make_trainer()
+    before = trainer.config
+    with pytest.raises(ValueError, match=instead):
+        trainer.config = attrs.evolve(trainer.config, **change)
+    assert trainer.config is before
+
+
 def test_a_tokenizer_that_is_assigned_ends_pads_and_reads() -> None:
     trainer, made = _without_own_end(tiny_tokenizer()), _without_own_end(_ending_with("e"))
     trainer.tokenizer = _ending_with("e")
