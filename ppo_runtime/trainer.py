@@ -318,7 +318,7 @@ class Trainer:
             plan = plan_updates(len(queries), config, self.shuffle)
             ballot.mine[0] = sum(map(len, plan))
             with _clock(times, "forward_pass"):
-                scored = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
+                scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
         same_updates(ballot.all[:, 0].int().tolist())
         kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
 
@@ -343,7 +343,7 @@ class Trainer:
             outcome = optimise(
                 model,
                 self.optimizer,
-                rows,
+                rows._replace(bottom=bottom),
                 batch.targets,
                 plan,
                 tokens,

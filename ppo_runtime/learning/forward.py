@@ -7,14 +7,17 @@ the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ppo_core import kl as kl_estimators
 from ppo_core.fused_head import HeadOutput, fused_logprobs
+from ppo_runtime.models.bottom import frozen_depth, recorded, replayed, shared_depth
 from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
@@ -39,6 +42,15 @@ KL_ESTIMATORS: dict[str, KLEstimator] = {
 }
 
 
+class Bottom(NamedTuple):
+    """What the bottom layers of a trunk make of rows, for passes that go on from there."""
+
+    depth: int
+    """How many layers."""
+    states: list[Tensor]
+    """[length, H] of each row."""
+
+
 class Rows(NamedTuple):
     """A batch laid out for forward passes; padded on the right, every mask made from lengths."""
 
@@ -56,6 +68,8 @@ class Rows(NamedTuple):
     """[B, T] boolean, True on response tokens that count."""
     static: bool = False
     """Whether every pass keeps the full width, for compiled graphs, instead of that of its longest row."""
+    bottom: Bottom | None = None
+    """Where every pass begins, if not with the tokens."""
 
     def select(self, index: Tensor) -> "Rows":
         """These rows only, cut to the longest among them unless ``static``."""
@@ -71,6 +85,7 @@ class Rows(NamedTuple):
             self.tokens[index, :time],
             self.mask[index, :time],
             self.static,
+            self.bottom and self.bottom._replace(states=[self.bottom.states[row] for row in index.tolist()]),
         )
 
     def widths(self) -> Tensor:
@@ -157,11 +172,26 @@ def evaluate(model: Any, rows: Rows) -> Evaluation:
 def predicting_states(model: Any, rows: Rows) -> Tensor:
     """Last hidden states [N, H] that predict the N kept tokens, in row-major order."""
     if not _packs(model, rows):
-        return at_predictors(row_states(model, rows), rows)
-    hidden = packed_hidden_states(model, rows.input_ids, rows.attention_mask)
+        with _beginning(model, rows, lambda states: padded(states, rows.input_ids.shape[1])):
+            return at_predictors(row_states(model, rows), rows)
+    with _beginning(model, rows, lambda states: torch.cat(states)[None]):
+        hidden = packed_hidden_states(model, rows.input_ids, rows.attention_mask)
     lengths = rows.attention_mask.sum(-1)
     starts = lengths.cumsum(0) - lengths
     return hidden[(starts[:, None] + rows.predictors)[rows.mask]]
+
+
+def _beginning(model: Any, rows: Rows, in_layout: Callable[[list[Tensor]], Tensor]) -> AbstractContextManager[None]:
+    """Passes inside begin where the rows do."""
+    if rows.bottom is None:
+        return nullcontext()
+    return replayed(model, rows.bottom.depth, in_layout(rows.bottom.states))
+
+
+def padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows [length, H] as [B, width, H], 0 behind each."""
+    together = pad_sequence(list(rows), batch_first=True)
+    return F.pad(together, (0, 0, 0, width - together.shape[1]))
 
 
 def _packs(model: Any, rows: Rows) -> bool:
@@ -201,20 +231,27 @@ def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
 
 
 @torch.no_grad()
-def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: str) -> Scored:
+def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: str) -> tuple[Scored, Bottom | None]:
     """Old log-probabilities and values of the policy, log-probabilities of the reference, and the KL estimate.
 
     Dropout is off and every module's mode restored. Rows of similar length share a pass, whatever their order.
+
+    Returns:
+        These, and where later passes of the policy over the same rows may begin, until other parameters train.
     """
     most_tokens = SCORING_TOKENS.get(rows.mask.device.type, SCORING_TOKENS_ELSEWHERE)
     out = Scored(*(torch.zeros(rows.mask.shape, device=rows.mask.device) for _ in Scored._fields))
+    depth = 0 if rows.static else frozen_depth(policy)
+    bottoms: dict[int, Tensor] = {}
     with dropout_off(policy):
+        shared = shared_depth(policy, reference, depth)
         for index in length_buckets(rows.widths(), most_tokens):
             part = rows.select(index)
-            states = predicting_states(policy, part)
+            states, below = _with_bottom(policy, part, depth)
+            bottoms |= dict(zip(index.tolist(), below, strict=bool(depth)))
             mine, head = read_off(policy, states, part), lm_head(policy)
             with reference() as model:
-                ref_states = predicting_states(model, part)
+                ref_states = predicting_states(model, part._replace(bottom=Bottom(depth, below) if shared else None))
                 theirs = read_off(model, ref_states, part)
                 if kl_penalty == "full":
                     kl = _unpack(_full_kl(head, states, lm_head(model), ref_states), part.mask)
@@ -224,7 +261,19 @@ def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: 
             time = part.mask.shape[1]
             for target, source in zip(out, (mine.logprobs, theirs.logprobs, mine.values, kl), strict=True):
                 target[index, :time] = source.to(target.dtype)
-    return out
+    return out, Bottom(depth, [bottoms[row] for row in range(len(bottoms))]) if depth else None
+
+
+def _with_bottom(model: Any, rows: Rows, depth: int) -> tuple[Tensor, list[Tensor]]:
+    """States that predict the kept tokens, and what the first ``depth`` layers make of each row; none for 0."""
+    if not depth:
+        return predicting_states(model, rows), []
+    with recorded(model, depth) as seen:
+        states = predicting_states(model, rows)
+    lengths, found = rows.attention_mask.sum(-1).tolist(), seen[-1]  # the model may have been tried before
+    if len(found) == 1:
+        return states, list(found[0, : sum(lengths)].split(lengths))
+    return states, [row[:length] for row, length in zip(found, lengths, strict=True)]
 
 
 def length_buckets(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ inner           the transformers model inside wrapper and adapter
 loading         names, dtypes, quantisation, adapters
 saving          what plain transformers loads, and the head beside it
 heads           trunk and LM head apart
+bottom          frozen bottom layers, run once for many passes
 packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off
 own_reference   whether a policy without its adapter will do for a reference

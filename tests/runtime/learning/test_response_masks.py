@@ -67,7 +67,7 @@ def test_advantages_are_those_of_the_deleted_sequence(family: str, monkeypatch: 
 
     monkeypatch.setattr(update, "minibatch_losses", spy)
     with trainer._reference() as reference:
-        scored = score_rollout(
+        scored, _ = score_rollout(
             trainer.model, lambda: trainer._reference(), rows_of(trainer.model, MASKS), kl_penalty="kl"
         )
         assert reference is not None

@@ -26,12 +26,13 @@ def make_trainer(
     optimizer_of: Any = None,
     num_shared_layers: int | None = None,
     dropout: float = 0.0,
+    peft_config: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     """A trainer around a tiny random model; ``settings`` go to PPOConfig."""
     set_seed(0)
     parent = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
-    model = parent.from_pretrained(tiny_model(family, dropout=dropout))
+    model = parent.from_pretrained(tiny_model(family, dropout=dropout), peft_config=peft_config)
     return PPOTrainer(
         PPOConfig(**(SETTINGS | settings)),
         model,

@@ -1,0 +1,163 @@
+"""The bottom layers of a decoder-only trunk in which nothing trains: run once, taken again by every later pass.
+
+All passes over the same rows agree there: those of all epochs, and the reference's where it shares the layers with the
+policy. Both are found out by gradients rather than by names: of what comes below a layer's output, what trains, and
+which tensors it is. Layers are left out by another `forward` for the length of a pass, so that whatever a model does
+around them stays its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ppo_runtime.models.heads import hidden_states, mask_positions
+from ppo_runtime.models.inner import transformers_model
+from ppo_runtime.models.modes import dropout_off
+
+# By policy, what was found and of what: flags and identities of parameters.
+_frozen: WeakKeyDictionary[nn.Module, tuple[Any, int]] = WeakKeyDictionary()
+_shared: WeakKeyDictionary[nn.Module, tuple[Any, int]] = WeakKeyDictionary()
+# Whether a layer's output is a tensor by itself, rather than the first of a tuple.
+_gives_bare: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def frozen_depth(model: nn.Module) -> int:
+    """How many layers from the bottom give outputs that nothing which trains has a part in; 0 where it can't be told.
+
+    Tried once per model, and again when other parameters train.
+    """
+    inner = transformers_model(model)
+    flags = tuple(parameter.requires_grad for parameter in inner.parameters())
+    if all(flags):
+        return 0
+    if inner not in _frozen or _frozen[inner][0] != flags:
+        _frozen[inner] = (flags, _tried(model))
+    return _frozen[inner][1]
+
+
+def shared_depth(model: nn.Module, reference: Callable[[], AbstractContextManager[Any]], depth: int) -> int:
+    """``depth`` if that many bottom layers of the reference are made of the policy's very tensors, else 0.
+
+    The reference is what a pass of it enters: it may be the policy, without its adapter.
+    """
+    if not depth:
+        return 0
+    inner = transformers_model(model)
+    with reference() as other:
+        of = (depth, *(id(p) for one in (inner, transformers_model(other)) for p in one.parameters()))
+    if inner not in _shared or _shared[inner][0] != of:
+        mine, below = _boundary(model, depth)
+        with reference() as other:
+            theirs, below_theirs = _boundary(other, depth) if len(_layers(other)) >= depth else (mine, set())
+        _shared[inner] = (of, depth if below == below_theirs and torch.equal(mine, theirs) else 0)
+    return _shared[inner][1]
+
+
+@contextmanager
+def recorded(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
+    """The outputs [B, L, H] of the first ``depth`` layers in the passes inside, without gradient."""
+    seen: list[Tensor] = []
+    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: seen.append(_states(output).detach()))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def replayed(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
+    """Passes inside leave the first ``depth`` layers out and go on from their outputs [B, L, H]."""
+    with ExitStack() as stack:
+        for layer in _layers(model)[:depth]:
+            stack.enter_context(_instead(layer, states))
+        yield
+
+
+@contextmanager
+def _instead(layer: Any, states: Tensor) -> Iterator[None]:
+    """A layer that gives these states, in whichever form it gives its own."""
+    before = {name: vars(layer)[name] for name in ("forward", "gradient_checkpointing") if name in vars(layer)}
+    bare = _gives_bare.get(layer, True)
+    layer.forward = lambda *_, **__: states if bare else (states,)
+    if "gradient_checkpointing" in before:
+        layer.gradient_checkpointing = False  # nothing is there to be computed again
+    try:
+        yield
+    finally:
+        del layer.forward
+        for name, value in before.items():
+            setattr(layer, name, value)
+
+
+def _layers(model: nn.Module) -> Sequence[nn.Module]:
+    inner = transformers_model(model)
+    count = getattr(inner.config.get_text_config(), "num_hidden_layers", 0)
+    stacks = [part for part in inner.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    return [] if inner.config.is_encoder_decoder or len(stacks) != 1 else list(stacks[0])
+
+
+def _states(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _tried(model: nn.Module) -> int:
+    """The depth that gradients tell of, if going on from there makes what the whole trunk makes."""
+    layers = _layers(model)
+    if not layers:
+        return 0
+    outputs: list[Any] = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    try:
+        with torch.enable_grad(), dropout_off(model):
+            whole = hidden_states(model, *_probe(model)).detach()
+    except Exception:  # of the model's own code; the pass that matters will say it
+        return 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    plain = [isinstance(one, Tensor) or (isinstance(one, tuple) and not any(one[1:])) for one in outputs]
+    if len(outputs) != len(layers) or not all(plain):
+        return 0
+    trains = [_states(output).requires_grad for output in outputs]
+    depth = trains.index(True) if True in trains else len(layers)
+    if not depth:
+        return 0
+    for layer, output in zip(layers[:depth], outputs, strict=False):
+        _gives_bare[layer] = isinstance(output, Tensor)
+    with torch.no_grad(), dropout_off(model), replayed(model, depth, _states(outputs[depth - 1]).detach()):
+        again = hidden_states(model, *_probe(model))
+    return depth if torch.allclose(again, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max())) else 0
+
+
+def _boundary(model: nn.Module, depth: int) -> tuple[Tensor, set[int]]:
+    """The output of the first ``depth`` layers on a few tokens, and which parameters have a part in it."""
+    parameters = [p for p in transformers_model(model).parameters() if p.is_floating_point()]
+    flags = [p.requires_grad for p in parameters]
+    outputs: list[Tensor] = []
+    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: outputs.append(_states(output)))
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), dropout_off(model):
+            hidden_states(model, *_probe(model))
+            reached = torch.autograd.grad(outputs[0].sum(), parameters, allow_unused=True)
+    finally:
+        hook.remove()
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+    below = {id(p) for p, gradient in zip(parameters, reached, strict=True) if gradient is not None}
+    return outputs[0].detach(), below
+
+
+def _probe(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and positions [2, 5] of a few tokens."""
+    embeddings = transformers_model(model).get_input_embeddings().weight
+    ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
+    mask = torch.ones_like(ids)
+    return ids, mask, mask_positions(mask)
