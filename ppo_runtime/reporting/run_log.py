@@ -12,7 +12,7 @@ from torch import Tensor
 from ppo_runtime.common import inputs
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.gather import World, all_or_none
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.reporting.tables import rollout_table
 from ppo_runtime.reporting.tracking import make_trackers
@@ -66,14 +66,15 @@ class RunLog:
 def log_entry(
     stats: Any, batch: Any, rewards: Any, columns: Any, *, tokenizer: Any, world: World
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Numbers and table of one step, for the trackers; one collective. See ``Trainer.log_stats``."""
-    for name, given in {"stats": stats, "batch": batch}.items():
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{name} is a {type(given).__name__}, expected a dictionary")
-    if isinstance(columns, str) or not isinstance(columns, Sequence):
-        raise ValueError(f"columns_to_log is {columns!r}, expected a list of columns of batch")
-    listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
-    scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
-    table = rollout_table(batch, columns, scores.tolist(), tokenizer)
+    """Numbers and table of one step, for the trackers; all ranks call it or none. See ``Trainer.log_stats``."""
+    with all_or_none(world):
+        for name, given in {"stats": stats, "batch": batch}.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} is a {type(given).__name__}, expected a dictionary")
+        if isinstance(columns, str) or not isinstance(columns, Sequence):
+            raise ValueError(f"columns_to_log is {columns!r}, expected a list of columns of batch")
+        listed: Any = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
+        scores = inputs.score_vector(listed, count=len(listed) if isinstance(listed, Sequence) else 0, name="rewards")
+        table = rollout_table(batch, columns, scores.tolist(), tokenizer)
     # Whatever ``stats`` hold: a rank that skipped this would leave the others waiting.
     return scalars(dict(stats) | score_statistics(scores, world)), table

@@ -92,13 +92,15 @@ def gathered() -> dict[str, Any]:
 
 
 def logged() -> dict[str, Any]:
-    """What the first rank logs where it alone has statistics of the scores already."""
+    """What the first rank logs where it alone has statistics of the scores already, and what a bad reward says."""
     trainer = trainers.make_trainer(batch_size=3, mini_batch_size=3)
     rank, lines = trainer.world.rank, Lines()
     trainer.run_log._trackers = [lines]
     given = {"env/reward_mean": 7.0} if rank == 0 else {}
     trainer.log_stats(given, {}, [[1.0, 2.0, 3.0], [4.0, 5.0, 9.0]][rank])
-    return lines.latest
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        trainer.log_stats({}, {}, [[1.0, 2.0, 3.0], [4.0, float("nan"), 9.0]][rank])
+    return {"numbers": lines.latest, "said": str(caught.value)}
 
 
 class Lines:
@@ -204,9 +206,15 @@ def test_dictionaries_of_statistics_are_gathered(ranks: list[dict[str, Any]]) ->
 
 
 def test_rewards_are_logged_over_all_ranks_whatever_one_of_them_has_already(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["logged"] for rank in ranks)
+    first, second = (rank["logged"]["numbers"] for rank in ranks)
     assert first == {"env/reward_mean": 4.0, "env/reward_std": pytest.approx(8**0.5)}
     assert second == {}, "the first rank writes"
+
+
+def test_a_reward_that_one_rank_refuses_is_logged_by_none(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["logged"]["said"] for rank in ranks)
+    assert "rewards[1] is nan" in second
+    assert "another rank refused" in first
 
 
 def test_ranks_answer_one_prompt_each_in_its_own_words(ranks: list[dict[str, Any]]) -> None:
