@@ -210,7 +210,7 @@ class Piecewise(Trainer):
                 (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
             merge_into(averages, averages_of(losses))
             count += 1
-            if count == self.config.gradient_accumulation_steps:
+            if count >= self.config.gradient_accumulation_steps:  # fewer may be asked for meanwhile
                 weight = self._divide_gradients(averages["ppo/loss/policy"])
                 cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
                 if cause is Cause.NONE:

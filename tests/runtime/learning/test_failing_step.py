@@ -368,6 +368,16 @@ def test_a_state_taken_over_drops_the_accumulation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
+def test_fewer_minibatches_of_an_update_may_be_asked_for_while_some_wait() -> None:
+    trainer = make_trainer(gradient_accumulation_steps=3)
+    for _ in range(2):
+        trainer.train_minibatch(*minibatch(trainer))
+    trainer.config.gradient_accumulation_steps = 1
+    for updates in (1, 2):
+        trainer.train_minibatch(*minibatch(trainer))
+        assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {updates}
+
+
 def waiting(trainer: PPOTrainer) -> list[Any]:
     """The gradients that wait for an update, and what is noted of their minibatches."""
     return [[None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()], trainer._pending]
