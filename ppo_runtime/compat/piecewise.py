@@ -214,7 +214,7 @@ class Piecewise(Trainer):
                 weight = self._divide_gradients(averages["ppo/loss/policy"])
                 cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
                 if cause is Cause.NONE:
-                    self.optimizer.step()
+                    self._step_optimizer()
                 else:
                     self._say_skipped(Counter({cause: 1}), self.current_step + 1)
                 self.model.zero_grad(set_to_none=True)
@@ -254,6 +254,15 @@ class Piecewise(Trainer):
         doors.counted("queries", queries, batch_size=batch_size)
         queries, responses, scores, masks = self._check_step(queries, responses, scores, masks)
         return queries, responses, list(scores), masks
+
+    def _step_optimizer(self) -> None:
+        """One update; weights that a broken one leaves are no model until the next whole one."""
+        try:
+            self.optimizer.step()
+        except BaseException as error:
+            self.broken_off = f"an update of step {self.current_step + 1} was broken off by {type(error).__name__}"
+            raise
+        self.broken_off = None
 
     @contextmanager
     def _dropped_unless_whole(self) -> Iterator[None]:

@@ -378,6 +378,24 @@ def test_fewer_minibatches_of_an_update_may_be_asked_for_while_some_wait() -> No
         assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {updates}
 
 
+def test_an_update_by_pieces_that_is_broken_off_makes_no_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=1)
+
+    def strike(*_: Any) -> None:
+        raise MemoryError("full")
+
+    hook = trainer.optimizer.register_step_post_hook(strike)
+    with pytest.raises(MemoryError):
+        trainer.train_minibatch(*minibatch(trainer))
+    hook.remove()
+    assert trainer.broken_off == "an update of step 1 was broken off by MemoryError"
+    with pytest.raises(ValueError, match="an update of step 1 was broken off by MemoryError"):
+        save_checkpoint(trainer, tmp_path / "checkpoint")
+    trainer.train_minibatch(*minibatch(trainer))
+    assert trainer.broken_off is None
+    save_checkpoint(trainer, tmp_path / "checkpoint")
+
+
 def waiting(trainer: PPOTrainer) -> list[Any]:
     """The gradients that wait for an update, and what is noted of their minibatches."""
     return [[None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()], trainer._pending]
