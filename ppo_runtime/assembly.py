@@ -1,5 +1,6 @@
 """What a trainer is assembled from: checked models, special tokens, a reference, a controller and an optimiser."""
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,16 @@ def check_callables(**functions: Any) -> None:
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} is {function!r}, expected a function; see the protocol that its argument names")
+
+
+def check_takes_config(name: str, function: Any) -> None:
+    """Refuse, by name, a function that cannot be told the settings."""
+    try:
+        inspect.signature(function).bind_partial(config=None)
+    except ValueError:
+        return  # what is not written in Python may not say what it takes
+    except TypeError as error:
+        raise TypeError(f"{name} is {function!r}, expected a function that takes config=: {error}") from error
 
 
 def check_reference_kind(model: PreTrainedModelWrapper, ref_model: Any | None) -> None:

@@ -112,6 +112,8 @@ class Trainer:
         policy_loss: PolicyObjective = clipped_objective,
     ) -> None:
         assembly.check_callables(engine=engine, advantages=advantages, policy_loss=policy_loss)
+        assembly.check_takes_config("advantages", advantages)
+        assembly.check_takes_config("policy_loss", policy_loss)
         config = PPOConfig() if config is None else config
         assembly.check_kinds(config, model, tokenizer)
         assert model is not None

@@ -39,17 +39,19 @@ def clipped_objective(
     return clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=config.cliprange)
 
 
-def check_policy_loss(found: object) -> None:
+def check_policy_loss(found: object, *, has_gradient: bool) -> None:
     """Refuse what is no loss and diagnostics of one minibatch, as an objective of the user's own may give."""
     if not isinstance(found, PolicyLoss):
         raise TypeError(f"policy_loss= gave a {type(found).__name__}, expected ppo_core.losses.PolicyLoss")
     for name, part in found._asdict().items():
         numbers = [part] if name == "ratio_deviation" else part if isinstance(part, Average) else [None]
-        if not all(isinstance(x, Tensor) and x.ndim == 0 for x in numbers):
+        if not all(isinstance(x, Tensor) and x.ndim == 0 and x.is_floating_point() for x in numbers):
             raise TypeError(
-                f"policy_loss= gave {name} as {part!r:.80}, expected 0-d tensors: a sum over tokens and its weight, as "
-                "ppo_core.averages.average gives, and one number for ratio_deviation"
+                f"policy_loss= gave {name} as {part!r:.80}, expected 0-d tensors of floating-point numbers: a sum over "
+                "tokens and its weight, as ppo_core.averages.average gives, and one number for ratio_deviation"
             )
+    if has_gradient and not found.loss.total.requires_grad:
+        raise ValueError("policy_loss= gave a loss without gradient, expected one that depends on logprobs")
 
 
 class Targets(NamedTuple):
@@ -202,7 +204,7 @@ def losses_of(
     """Both losses of what the model says now, and the diagnostics beside them."""
     assert now.values is not None
     policy = policy_loss(now.logprobs, targets.old_logprobs, targets.advantages, mask, config=config)
-    check_policy_loss(policy)
+    check_policy_loss(policy, has_gradient=now.logprobs.requires_grad and torch.is_grad_enabled())
     return Losses(
         policy,
         clipped_value_loss(now.values, targets.old_values, targets.returns, mask, cliprange=config.cliprange_value),

@@ -142,6 +142,15 @@ def test_bad_scores_are_not_blamed_on_the_estimator(bad: float, blamed: str) -> 
     [
         (lambda found: found.loss.total, "policy_loss= gave a Tensor, expected ppo_core.losses.PolicyLoss"),
         (tuple, "policy_loss= gave a tuple, expected"),
+        (
+            lambda found: found._replace(loss=Average(found.loss.total, found.loss.weight.int())),
+            "policy_loss= gave loss as .*, expected 0-d tensors of floating-point numbers",
+        ),
+        (
+            lambda found: found._replace(loss=found.loss._replace(total=found.loss.total.detach())),
+            "policy_loss= gave a loss without gradient, expected one that depends on logprobs",
+        ),
+        (lambda found: found._replace(ratio_deviation=torch.zeros(3)), "policy_loss= gave ratio_deviation as tensor"),
         (lambda found: found._replace(loss=found.loss.total), "policy_loss= gave loss as .*, expected 0-d tensors"),
         (
             lambda found: found._replace(ratio=Average(*torch.ones(2, 3))),
@@ -156,7 +165,7 @@ def test_bad_scores_are_not_blamed_on_the_estimator(bad: float, blamed: str) -> 
 )
 def test_what_a_policy_loss_gives_wrongly_is_refused_by_name(change: Any, message: str) -> None:
     trainer = composed(policy_loss=lambda *args, config: change(clipped_objective(*args, config=config)))
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         trainer.step(*make_batch())
     assert trainer.current_step == 0
     assert trainer.broken_off is None
@@ -202,3 +211,9 @@ def test_an_engine_that_gives_no_tensors_is_refused_by_name(rows: Any) -> None:
 def test_what_cannot_be_called_is_refused_by_name(part: str) -> None:
     with pytest.raises(TypeError, match=f"{part} is 'gae', expected a function"):
         composed(**{part: "gae"})
+
+
+@pytest.mark.parametrize("part", ["advantages", "policy_loss"])
+def test_what_takes_no_settings_is_refused_by_name(part: str) -> None:
+    with pytest.raises(TypeError, match=rf"{part} is <function .*, expected a function that takes config=: got"):
+        composed(**{part: lambda *tensors: tensors})
