@@ -1,10 +1,10 @@
-"""Language-model head, log-softmax and entropy in one, without ever holding the logits of the whole vocabulary.
+"""Language-model head, log-softmax and entropy in one, with the logits of the whole vocabulary held once or never.
 
 [rows, vocab] logits are by far the largest tensor of a training step (1024 x 49152 in float32: 192 MiB, several times
 over in autograd), yet only two numbers per row are wanted from them. These are gathered here while the vocabulary
-passes by in tiles of ``chunk_size`` entries, and the tiles are computed again when the gradient is due. Tiles of
-vocabulary rather than of rows: the weight and its gradient are walked through once, and a tile stays in the cache for
-all that is done to it.
+passes by in tiles of ``chunk_size`` entries. When the gradient is due the tiles are computed again, or read from where
+they were kept. Tiles of vocabulary rather than of rows: the weight and its gradient are walked through once, and a tile
+stays in the cache for all that is done to it.
 """
 
 from contextlib import nullcontext
@@ -34,14 +34,16 @@ def fused_logprobs(
     scale: float,
     softcap: float | None,
     chunk_size: int,
+    keep_logits: bool,
 ) -> HeadOutput:
     """log p[token] and -sum_v p_v log p_v of p = softmax(logits / temperature), differentiable in both.
 
     z = scale * (hidden @ weight.T + bias);  logits = softcap * tanh(z / softcap), or z without a softcap.
 
-    With g_l and g_e the incoming gradients, and everything else recomputed tile by tile, the gradient by
-    logits_v / temperature is g_l (1[v = token] - p_v) - g_e p_v (log p_v + entropy). One matrix product forward and
-    three backward (two while ``weight`` is frozen); a dense head needs one and two, and the memory for all logits.
+    With g_l and g_e the incoming gradients, and everything else had again tile by tile, the gradient by
+    logits_v / temperature is g_l (1[v = token] - p_v) - g_e p_v (log p_v + entropy). One matrix product forward, and
+    backward one for each of ``hidden`` and ``weight`` that learns and one to have the logits again, unless they were
+    kept. Kept or not, the products and their order are the same, and results differ by rounding at most.
 
     Args:
         hidden: last hidden states, one row per prediction. Packed rows pay best: padding costs as much as a token.
@@ -52,6 +54,9 @@ def fused_logprobs(
         scale: multiplies the logits ahead of the softcap (Cohere's ``logit_scale``; 1 / Granite's ``logits_scaling``).
         softcap: bounds the logits to +-softcap (Gemma 2, section 2, "logit soft-capping").
         chunk_size: vocabulary entries per tile. About 2 * rows * chunk_size numbers are held at a time.
+        keep_logits: hold the logits, rows * vocab numbers more in the dtype of the result, from the forward to the
+            backward pass, which then makes no product for them (1 + 2 in all, like a dense head, instead of 1 + 3).
+            Worth its memory only where a gradient follows.
 
     Returns:
         Log-probabilities (<= 0) and entropies (in [0, log vocab]), in nats, float32 or wider also under autocast.
@@ -63,7 +68,7 @@ def fused_logprobs(
 
     Same idea as Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with an entropy that has
     a gradient (TRL's fused path drops it) and without their skipping of small gradients. Under ``torch.func.vmap`` one
-    batch entry is taken after the other.
+    batch entry is taken after the other, and what is kept is kept for all.
     """
     check_floating(hidden=hidden, weight=weight)
     check_integer(tokens=tokens)
@@ -83,7 +88,7 @@ def fused_logprobs(
     cap = None if softcap is None else softcap / temperature
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype) * factor
     offset = None if bias is None else bias.to(dtype) * factor
-    logprobs, entropy, _ = _apply(_Head, rows, weight, tokens.reshape(-1), offset, cap, chunk_size)
+    logprobs, entropy, *_ = _apply(_Head, rows, weight, tokens.reshape(-1), offset, cap, chunk_size, keep_logits)
     return HeadOutput(logprobs.reshape(tokens.shape), entropy.reshape(tokens.shape))
 
 
@@ -91,53 +96,59 @@ def fused_logprobs(
 _RULED_OUT = -1e4
 
 
-def _tile(rows: Tensor, weight: Tensor, offset: Tensor | None, start: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The part of the weight from ``start`` on, widened, and u of the vocabulary entries in it."""
-    part = weight[start : start + chunk].to(rows.dtype)
-    u = rows @ part.T
-    return part, u if offset is None else u.add_(offset[start : start + chunk])
+def _logits(rows: Tensor, part: Tensor, offset: Tensor | None, cap: float | None, out: Tensor | None) -> Tensor:
+    """logits / temperature of the vocabulary entries whose weight is ``part``, [rows, entries]."""
+    u = torch.mm(rows, part.T, out=out)
+    if offset is not None:
+        u = u.add_(offset)
+    return u if cap is None else u.tanh_().mul_(cap)
 
 
 class _Head(torch.autograd.Function):
-    """(log-probability, entropy, logsumexp) per row, by a running maximum over the tiles."""
+    """(log-probability, entropy, logsumexp) per row, by a running maximum over the tiles; and the logits, if kept."""
 
     @staticmethod
     def forward(
-        rows: Tensor, weight: Tensor, tokens: Tensor, offset: Tensor | None, cap: float | None, chunk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows: Tensor, weight: Tensor, tokens: Tensor, offset: Tensor | None, cap: float | None, chunk: int, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # Per row, with u relative to the maximum so far: sum exp(u), sum u exp(u), and u of the sampled token.
         top = torch.full_like(rows[:, 0], torch.finfo(rows.dtype).min)
         total, first, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        kept = rows.new_empty(weight.shape[0], rows.shape[0]) if keep else None
         for start in range(0, weight.shape[0], chunk):
-            part, u = _tile(rows, weight, offset, start, chunk)
-            if cap is not None:
-                u = u.tanh_().mul_(cap)
+            here = slice(start, start + chunk)
+            part = weight[here].to(rows.dtype)
+            u = _logits(rows, part, _part(offset, here), cap, _tile(kept, here))
             inside, index = _locate(tokens, start, part.shape[0])
             chosen = torch.where(inside, u.gather(1, index).squeeze(1), chosen)
             higher = torch.maximum(top, u.amax(1))
             drop = (top - higher).clamp_min(_RULED_OUT)
             first, total = drop.exp() * (first + drop * total), drop.exp() * total
-            u = u.sub_(higher[:, None]).clamp_min_(_RULED_OUT)
+            u = torch.sub(u, higher[:, None], out=None if keep else u).clamp_min_(_RULED_OUT)
             weights = u.exp()
             total = total + weights.sum(1)
             first = first + u.mul_(weights).sum(1)
             top = higher
         logsumexp = top + total.log()
-        return chosen - logsumexp, total.log() - first / total, logsumexp
+        return chosen - logsumexp, total.log() - first / total, logsumexp, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        rows, weight, tokens, offset, ctx.cap, ctx.chunk = inputs
-        ctx.mark_non_differentiable(output[2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        rows, weight, tokens, offset, ctx.cap, ctx.chunk, _ = inputs
+        # Zeros in the place of a gradient that nobody asked for would be as large as what is kept.
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
         ctx.save_for_backward(rows, weight, tokens, offset, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        entropy = ctx.saved_tensors[4]
+        incoming = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         by_rows, by_weight, by_offset = _apply(
-            _HeadGradient, *ctx.saved_tensors, *grads[:2], ctx.cap, ctx.chunk, *wanted
+            _HeadGradient, *ctx.saved_tensors, *incoming, ctx.cap, ctx.chunk, *wanted
         )
-        return by_rows, by_weight, None, by_offset, None, None
+        return by_rows, by_weight, None, by_offset, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -155,6 +166,7 @@ class _HeadGradient(torch.autograd.Function):
         offset: Tensor | None,
         entropy: Tensor,
         logsumexp: Tensor,
+        kept: Tensor | None,
         grad_logprobs: Tensor,
         grad_entropy: Tensor,
         cap: float | None,
@@ -164,27 +176,29 @@ class _HeadGradient(torch.autograd.Function):
         offset_wanted: bool,
     ) -> tuple[Tensor | None, ...]:
         by_rows = torch.zeros_like(rows) if rows_wanted else None
-        by_weight = torch.empty_like(weight) if weight_wanted else None
+        by_weight = weight.new_empty(weight.shape) if weight_wanted else None
         by_offset = torch.empty_like(offset) if offset is not None and offset_wanted else None
         constant = grad_logprobs + grad_entropy * entropy
         for start in range(0, weight.shape[0], chunk):
             here = slice(start, start + chunk)
-            part, u = _tile(rows, weight, offset, start, chunk)
-            slope = None
-            if cap is not None:
-                u = u.tanh_()
-                slope = cap - cap * u.square()
-                u = u.mul_(cap)
-            logp = u.sub_(logsumexp[:, None]).clamp_min_(_RULED_OUT)
+            part = weight[here].to(rows.dtype)
+            u = _tile(kept, here)
+            if u is None:
+                u = _logits(rows, part, _part(offset, here), cap, None)
+            slope = None if cap is None else (u / cap).square_().mul_(-cap).add_(cap)
+            # What is kept stays as it is: the graph may be retained, and another backward pass read it again.
+            logp = torch.sub(u, logsumexp[:, None], out=None if kept is not None else u).clamp_min_(_RULED_OUT)
             p = logp.exp()
-            grad = logp.mul_(grad_entropy[:, None]).add_(constant[:, None]).mul_(p).neg_()
+            grad = logp.mul_(-grad_entropy[:, None]).sub_(constant[:, None]).mul_(p)
             inside, index = _locate(tokens, start, part.shape[0])
             grad = grad.scatter_add_(1, index, torch.where(inside, grad_logprobs, 0.0)[:, None])
             if slope is not None:
                 grad = grad.mul_(slope)
             if by_rows is not None:
                 by_rows = by_rows.addmm_(grad, part)
-            if by_weight is not None:
+            if by_weight is not None and by_weight.dtype == grad.dtype:
+                torch.mm(grad.T, rows, out=by_weight[here])
+            elif by_weight is not None:
                 by_weight[here] = grad.T @ rows
             if by_offset is not None:
                 by_offset[here] = grad.sum(0)
@@ -204,9 +218,18 @@ class _HeadGradient(torch.autograd.Function):
 
 
 def _locate(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which rows' tokens lie in the tile, and at which column [rows, 1] (any legal one for the others)."""
-    column = tokens - start
-    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
+    """Which rows' tokens lie in the tile, and at which of its entries [rows, 1] (any one for the others)."""
+    entry = tokens - start
+    return (entry >= 0) & (entry < width), entry.clamp(0, width - 1)[:, None]
+
+
+def _part(whole: Tensor | None, here: slice) -> Tensor | None:
+    return None if whole is None else whole[here]
+
+
+def _tile(kept: Tensor | None, here: slice) -> Tensor | None:
+    """A tile [rows, entries] of what is kept, [vocab, rows] numbers in which one contiguous tile follows the other."""
+    return None if kept is None else kept[here].view(kept[here].shape[::-1])
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:

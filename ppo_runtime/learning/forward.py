@@ -29,6 +29,8 @@ SCORING_TOKENS = {"cpu": 1024}
 SCORING_TOKENS_ELSEWHERE = 4096
 # Vocabulary entries per tile of the fused head.
 HEAD_CHUNK = 2048
+# Bytes of logits that one pass keeps for its gradient, as long as they fit; beyond that they are computed again.
+KEPT_LOGITS = 256 * 2**20
 # Rows per tile where a whole distribution is needed (kl_penalty="full").
 FULL_KL_ROWS = 64
 
@@ -217,7 +219,8 @@ def at_predictors(hidden: Tensor, rows: Rows) -> Tensor:
 
 
 def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
-    """The fused head on a model's own head parameters, at temperature 1."""
+    """The fused head on a model's own head parameters, at temperature 1; logits kept for the gradient if they fit."""
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     return fused_logprobs(
         hidden,
         head.weight,
@@ -227,6 +230,7 @@ def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
         scale=head.scale,
         softcap=head.softcap,
         chunk_size=HEAD_CHUNK,
+        keep_logits=learns and tokens.numel() * head.weight.shape[0] * 4 <= KEPT_LOGITS,
     )
 
 

@@ -2,8 +2,9 @@
 
 Every row is a process of its own, which loads the policy and its reference, makes one step, and reports its peak
 resident size before and after, and the largest tensor that an operation of the step made (other than one shaped like
-the weights). "fused" is what `step` does; "dense" takes the logits of all tokens of a pass at once. Responses are of
-random length up to ``--response``, prompts of 8 to 24 random tokens, in float32.
+the weights). "fused" is what `step` does, which keeps ``--kept-mib`` of logits at most from a forward to its backward
+pass; "dense" takes the logits of all tokens of a pass at once. Responses are of random length up to ``--response``,
+prompts of 8 to 24 random tokens, in float32.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def dense(hidden: Any, weight: Any, tokens: Any, bias: Any, *, softcap: Any, sca
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One step in this process."""
     torch.manual_seed(0)
+    forward.KEPT_LOGITS = options.kept_mib * 2**20
     if options.head == "dense":
         forward.fused_logprobs = dense
         forward.SCORING_TOKENS = 10**9
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     for name, default in {"batch": 16, "mini-batch": 4, "response": 128, "epochs": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kept-mib", type=int, default=forward.KEPT_LOGITS // 2**20)
     parser.add_argument("--head", choices=("fused", "dense"), help="measure this one, in this process")
     options = parser.parse_args()
     if options.head is not None:

@@ -42,6 +42,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "scale": (0.5, 1.0),
     "softcap": (5.0, None),
     "chunk_size": (3, 1, VOCAB, VOCAB + 1),
+    "keep_logits": (True, False),
     "scale_by_std": (True, False),
     "use_scaling": (True, False),
     "use_norm": (True, False),

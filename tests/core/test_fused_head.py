@@ -14,6 +14,7 @@ from tests.core.subject import only_ours, subject
 from tests.operations import Operations
 
 PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None}
+either_way = pytest.mark.parametrize("keep_logits", [False, True])
 
 
 @st.composite
@@ -31,7 +32,10 @@ def heads(draw, rows=None):
             "scale": draw(POSITIVE),
             "softcap": draw(st.none() | POSITIVE),
         },
-        chunk_size=draw(st.sampled_from((1, n, n + 1, vocab, vocab + 1))),
+        tiles={
+            "chunk_size": draw(st.sampled_from((1, n, n + 1, vocab, vocab + 1))),
+            "keep_logits": draw(st.booleans()),
+        },
     )
 
 
@@ -39,7 +43,7 @@ def score(case, **changed):
     """The function under test on a case, with some arguments changed."""
     given_ = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias} | changed
     return subject.fused_head.fused_logprobs(
-        given_["hidden"], given_["weight"], case.tokens, given_["bias"], **case.spec, chunk_size=case.chunk_size
+        given_["hidden"], given_["weight"], case.tokens, given_["bias"], **case.spec, **case.tiles
     )
 
 
@@ -78,6 +82,22 @@ def test_gradients_equal_dense(case, incoming):
 
             x = getattr(case, name)
             assert_close(gradient(fused, x), gradient(full, x), scale=1e3)
+
+
+@given(case=heads(), incoming=tensors(2, 2, 4))
+def test_kept_equals_recomputed(case, incoming):
+    """Keeping the logits changes nothing, in value or gradient, nor in the gradient of a graph that is retained."""
+
+    def run(keep_logits):
+        case.tiles["keep_logits"] = keep_logits
+        leaves = {name: getattr(case, name).clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+        out = score(case, **leaves)
+        factors = incoming[..., : len(case.tokens)]
+        sums = [(out.logprobs * by[0]).sum() + (out.entropy * by[1]).sum() for by in factors]
+        first = torch.autograd.grad(sums[0], leaves.values(), retain_graph=True)
+        return (*out, *first, *torch.autograd.grad(sums[1], leaves.values()))
+
+    assert_close(run(True), run(False), scale=1e3)
 
 
 @given(case=heads())
@@ -167,7 +187,8 @@ def test_half_precision(case, dtype):
     assert_close(tuple(actual), tuple(score(exact)), scale=1e3)
 
 
-def test_autocast_changes_nothing():
+@either_way
+def test_autocast_changes_nothing(keep_logits):
     """Under autocast float32 is not rounded to bfloat16: values and gradients are the same to the last bit."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(5, 8, generator=generator)
@@ -175,64 +196,94 @@ def test_autocast_changes_nothing():
     def run(enabled):
         parts = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            out = subject.fused_head.fused_logprobs(*parts, torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2)
+            out = subject.fused_head.fused_logprobs(
+                *parts, torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2, keep_logits=keep_logits
+            )
             return [*out, *torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), parts)]
 
     for inside, outside in zip(run(True), run(False), strict=True):
         assert torch.equal(inside, outside)
 
 
-def test_frozen_weight_gets_no_gradient():
+@either_way
+def test_frozen_weight_gets_no_gradient(keep_logits):
     """Only what requires a gradient is given one, and the others' products are not computed."""
     hidden, weight = torch.randn(3, 2).requires_grad_(), torch.randn(5, 2)
-    logprobs, _ = subject.fused_head.fused_logprobs(hidden, weight, torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2)
+    logprobs, _ = subject.fused_head.fused_logprobs(
+        hidden, weight, torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2, keep_logits=keep_logits
+    )
     (by_hidden,) = torch.autograd.grad(logprobs.sum(), hidden)
     assert by_hidden.shape == hidden.shape
     assert weight.grad is None
 
 
-def test_no_rows():
+@either_way
+def test_no_rows(keep_logits):
     """No rows give no numbers, and a weight gradient of zeros."""
     weight = torch.randn(5, 2).requires_grad_()
     out = subject.fused_head.fused_logprobs(
-        torch.zeros(0, 2), weight, torch.zeros(0, dtype=torch.int64), **PLAIN, chunk_size=2
+        torch.zeros(0, 2),
+        weight,
+        torch.zeros(0, dtype=torch.int64),
+        **PLAIN,
+        chunk_size=2,
+        keep_logits=keep_logits,
     )
     assert out.logprobs.shape == out.entropy.shape == (0,)
     (by_weight,) = torch.autograd.grad(out.entropy.sum(), weight)
     assert (by_weight == 0).all()
 
 
-def test_second_derivative_is_refused():
+@either_way
+def test_second_derivative_is_refused(keep_logits):
     """A second derivative raises instead of being silently wrong."""
     hidden = torch.randn(3, 2).requires_grad_()
     logprobs, _ = subject.fused_head.fused_logprobs(
-        hidden, torch.randn(5, 2), torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2
+        hidden, torch.randn(5, 2), torch.tensor([0, 4, 2]), **PLAIN, chunk_size=2, keep_logits=keep_logits
     )
     (first,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         first.sum().backward()
 
 
+def operations_of(rows, vocab, keep_logits, frozen=(), chunk_size=10):
+    """What a forward and a backward pass ask of torch."""
+    parts = {"hidden": torch.randn(rows, 2), "weight": torch.randn(vocab, 2)}
+    for name, part in parts.items():
+        part.requires_grad_(name not in frozen)
+    with Operations() as operations:
+        out = subject.fused_head.fused_logprobs(
+            *parts.values(), torch.arange(rows), **PLAIN, chunk_size=chunk_size, keep_logits=keep_logits
+        )
+        (out.logprobs + out.entropy).sum().backward()
+    return operations
+
+
 def test_tiles_never_hold_the_whole_vocabulary():
     """No intermediate, forward or backward, has as many entries as [rows, vocab]."""
-    hidden, weight = torch.randn(64, 2).requires_grad_(), torch.randn(100, 2).requires_grad_()
-    with Operations() as operations:
-        out = subject.fused_head.fused_logprobs(hidden, weight, torch.arange(64), **PLAIN, chunk_size=10)
-        (out.logprobs + out.entropy).sum().backward()
-    assert operations.largest().numel <= 64 * 10
+    assert operations_of(64, 100, keep_logits=False).largest().numel <= 64 * 10
+
+
+def test_kept_logits_are_held_once():
+    """Kept logits are the one tensor with as many entries as [rows, vocab], forward and backward."""
+    made = [shape.numel() for operation in operations_of(64, 100, keep_logits=True).ran for shape in operation.made]
+    assert [numel for numel in made if numel > 64 * 10] == [64 * 100]
 
 
 @only_ours
 @pytest.mark.parametrize(("frozen", "products"), [((), 4), (("weight",), 3), (("hidden",), 3)])
 def test_products_for_a_frozen_part_are_not_made(frozen, products):
     """One product per tile forward, and backward one to have the logits again and one for each part that learns."""
-    parts = {"hidden": torch.randn(3, 2), "weight": torch.randn(5, 2)}
-    for name, part in parts.items():
-        part.requires_grad_(name not in frozen)
-    with Operations() as operations:
-        out = subject.fused_head.fused_logprobs(*parts.values(), torch.arange(3), **PLAIN, chunk_size=5)
-        (out.logprobs + out.entropy).sum().backward()
+    operations = operations_of(3, 5, keep_logits=False, frozen=frozen, chunk_size=5)
     assert operations.count("mm", "addmm", "addmm_") == products
+
+
+@only_ours
+def test_kept_logits_save_a_product():
+    """Where the logits are kept, no product is made to have them again."""
+    for frozen, products in {(): 3, ("weight",): 2, ("hidden",): 2}.items():
+        operations = operations_of(3, 5, keep_logits=True, frozen=frozen, chunk_size=5)
+        assert operations.count("mm", "addmm", "addmm_") == products
 
 
 @pytest.mark.parametrize(
@@ -253,14 +304,15 @@ def test_products_for_a_frozen_part_are_not_made(frozen, products):
 def test_bad_arguments(changed, error, message):
     """Every unusable argument is refused by name."""
     data = {"hidden": torch.zeros(3, 2), "weight": torch.zeros(5, 2), "tokens": torch.tensor([0, 1, 2]), "bias": None}
-    given_ = data | PLAIN | {"chunk_size": 2} | changed
+    given_ = data | PLAIN | {"chunk_size": 2, "keep_logits": False} | changed
     with pytest.raises(error, match=message):
         subject.fused_head.fused_logprobs(*[given_.pop(name) for name in data], **given_)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.compiled
-def test_compiled_equals_eager():
+@either_way
+def test_compiled_equals_eager(keep_logits):
     """One graph gives the same outputs and gradients as eager execution."""
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(6, 4), torch.randn(11, 4), torch.randn(11)
@@ -268,7 +320,8 @@ def test_compiled_equals_eager():
 
     def run(function):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        out = function(*leaves[:2], tokens, leaves[2], temperature=0.7, scale=1.0, softcap=2.0, chunk_size=4)
+        spec = {"temperature": 0.7, "scale": 1.0, "softcap": 2.0, "chunk_size": 4, "keep_logits": keep_logits}
+        out = function(*leaves[:2], tokens, leaves[2], **spec)
         return out, torch.autograd.grad(out.logprobs.sum() + out.entropy.square().sum(), leaves)
 
     function = subject.fused_head.fused_logprobs

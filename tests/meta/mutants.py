@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from ppo_core import advantages as advantages_
+from ppo_core import fused_head as fused_head_
 from ppo_core import kl as kl_
 from ppo_core import logprobs as logprobs_
 from ppo_core import losses as losses_
@@ -962,6 +963,73 @@ def controller_adds(state, kl, n_steps, *, target, horizon):
 @mutant("controllers.fixed_kl_update", "test_controllers::test_fixed_is_the_identity", "a fixed coefficient that moves")
 def fixed_controller_moves(state, kl, n_steps):
     return KLControllerState(coef=state.coef * (1 + 1e-6 * n_steps))
+
+
+# The fused head
+
+HEAD = "fused_head.fused_logprobs"
+KEPT = "test_fused_head::test_kept_equals_recomputed"
+
+
+def _head_that_keeps(put, get):
+    """The head with ``put(logits, softcap / temperature)`` kept and ``get`` of it read back."""
+
+    def head(hidden, weight, tokens, bias=None, *, keep_logits, **spec):
+        cap = None if spec["softcap"] is None else spec["softcap"] / spec["temperature"]
+        shape = (weight.shape[0], tokens.numel())
+
+        def pack(x):
+            return (True, put(x, cap)) if keep_logits and x.shape == shape else (False, x)
+
+        def unpack(saved):
+            return get(saved[1]) if saved[0] else saved[1]
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return fused_head_.fused_logprobs(hidden, weight, tokens, bias, keep_logits=keep_logits, **spec)
+
+    return head
+
+
+@mutant(HEAD, KEPT, "the backward pass works in place on what is kept, and a second one finds it spent")
+def head_spends_what_it_kept(hidden, weight, tokens, bias=None, **spec):
+    def spend(kept):
+        found = kept.clone()
+        kept.zero_()
+        return found
+
+    return _head_that_keeps(lambda logits, cap: logits, spend)(hidden, weight, tokens, bias, **spec)
+
+
+@mutant(HEAD, KEPT, "keeps the logits in half precision")
+def head_keeps_rounded_logits(hidden, weight, tokens, bias=None, **spec):
+    return _head_that_keeps(lambda logits, cap: logits.bfloat16(), lambda kept: kept.to(hidden.dtype))(
+        hidden, weight, tokens, bias, **spec
+    )
+
+
+@mutant(HEAD, KEPT, "keeps the logits ahead of the softcap, and reads them as if behind it")
+def head_keeps_uncapped_logits(hidden, weight, tokens, bias=None, **spec):
+    def uncapped(logits, cap):
+        return logits if cap is None else (logits / cap).clamp(-0.999, 0.999).atanh()
+
+    return _head_that_keeps(uncapped, lambda kept: kept)(hidden, weight, tokens, bias, **spec)
+
+
+@mutant(HEAD, KEPT, "keeps the logits less their maximum, and takes the logsumexp off once more")
+def head_keeps_relative_logits(hidden, weight, tokens, bias=None, **spec):
+    return _head_that_keeps(lambda logits, cap: logits - logits.max(), lambda kept: kept)(
+        hidden, weight, tokens, bias, **spec
+    )
+
+
+@mutant(HEAD, "test_fused_head::test_kept_logits_save_a_product", "keeps the logits and computes them again")
+def head_keeps_nothing(*tensors, keep_logits, **spec):
+    return fused_head_.fused_logprobs(*tensors, keep_logits=False, **spec)
+
+
+@mutant(HEAD, "test_fused_head::test_tiles_never_hold_the_whole_vocabulary", "keeps the logits unasked")
+def head_keeps_unasked(*tensors, keep_logits, **spec):
+    return fused_head_.fused_logprobs(*tensors, keep_logits=True, **spec)
 
 
 # Running them

@@ -1,4 +1,4 @@
-"""What a step holds: never logits, or anything else with a vocabulary axis, for the tokens of a whole batch."""
+"""What a step holds: beyond the logits it may keep, nothing with a vocabulary axis for the tokens of a whole batch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ppo_runtime import (
     PPOTrainer,
 )
 from ppo_runtime.learning import forward
+from ppo_runtime.models.heads import LMHead
 from tests.operations import Largest, Operations
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import SETTINGS, make_batch
@@ -43,9 +44,35 @@ def test_no_tensor_of_a_step_has_a_vocabulary_for_every_token(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forward, "HEAD_CHUNK", 128)
+    monkeypatch.setattr(forward, "KEPT_LOGITS", 0)
     monkeypatch.setattr(forward, "FULL_KL_ROWS", 4)
     largest, whole = largest_in_a_step(**case)
     assert largest.numel < whole / 2, f"{largest.operator} made {tuple(largest.shape)}"
+
+
+@pytest.mark.parametrize(
+    ("learning", "room", "kept"),
+    [((), 0, False), (("hidden",), 0, True), (("weight",), 0, True), (("hidden", "weight"), -1, False)],
+    ids=["no gradient", "a frozen head", "a frozen trunk", "a byte too many"],
+)
+def test_logits_are_kept_for_a_gradient_while_they_fit(
+    learning: tuple[str, ...], room: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vocabulary = 7, 300
+    monkeypatch.setattr(forward, "HEAD_CHUNK", 10)
+    monkeypatch.setattr(forward, "KEPT_LOGITS", rows * vocabulary * 4 + room)
+    hidden = torch.randn(rows, WIDTH, requires_grad="hidden" in learning)
+    weight = torch.randn(vocabulary, WIDTH, requires_grad="weight" in learning)
+    head, tokens = LMHead(weight, None, None, 1.0), torch.arange(rows)
+
+    def holds_logits() -> bool:
+        with Operations() as operations:
+            forward.head_output(head, hidden, tokens)
+        return operations.largest(weight.shape).numel == rows * vocabulary
+
+    assert holds_logits() == kept
+    with torch.no_grad():
+        assert not holds_logits()
 
 
 def test_the_observer_sees_logits() -> None:
