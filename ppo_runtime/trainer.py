@@ -18,6 +18,7 @@ from ppo_runtime import assembly
 from ppo_runtime.accel.heap import freed_memory_kept
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
+from ppo_runtime.learning.controllers import check_controller
 from ppo_runtime.learning.experience import make_experience
 from ppo_runtime.learning.forward import Rows, score_rollout
 from ppo_runtime.learning.guards import SkipLog
@@ -144,7 +145,6 @@ class Trainer:
         )
         check_trains(model)  # again: the reference may have frozen what it shares
         self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
-        check_optimizer(self.optimizer, model)
         say_what_stays(self.optimizer, model)
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
@@ -215,6 +215,27 @@ class Trainer:
         assembly.check_kinds(self.config, self.model, tokenizer)
         self.pad_token_id, self.eos_token_ids = assembly.special_tokens(tokenizer, self.model)
         self._tokenizer = tokenizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What steps the policy's parameters."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self.model)
+        check_moments(optimizer, self.model)
+        self._optimizer = optimizer
+
+    @property
+    def kl_ctl(self) -> Any:
+        """What gives the KL coefficient as its ``value``, and is told the KL of every step."""
+        return self._kl_ctl
+
+    @kl_ctl.setter
+    def kl_ctl(self, controller: Any) -> None:
+        check_controller(controller)
+        self._kl_ctl = controller
 
     @property
     def response_generator(self) -> ResponseGenerator:

@@ -94,3 +94,13 @@ class AdaptiveKLController(_Controller):
         """
         # A float, since a tensor would make the coefficient one, with its graph.
         self.state = adaptive_kl_update(self.state, float(current), n_steps, target=self.target, horizon=self.horizon)
+
+
+def check_controller(controller: Any) -> None:
+    """Refuse what has no coefficient, or cannot be told the KL of a step; a user's own needs no more."""
+    missing = [name for name in ("value", "update") if not hasattr(controller, name)]
+    if missing:
+        raise TypeError(
+            f"kl_ctl is a {type(controller).__name__} without {' and '.join(missing)}, expected a controller with "
+            "value, the coefficient, and update(kl, sequences)"
+        )

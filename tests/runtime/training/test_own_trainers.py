@@ -221,3 +221,24 @@ def test_another_model_is_refused() -> None:
     trainer.model = trainer.model.train()
     with pytest.raises(ValueError, match="model is another one than the trainer was made with"):
         trainer.model = make_trainer().model
+
+
+def _of_another_model(_: Any) -> Any:
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "error", "message"),
+    [
+        ("optimizer", _of_another_model, ValueError, "optimizer holds none of the .* parameters of model that train"),
+        ("optimizer", lambda _: None, TypeError, "optimizer is .*, expected a torch.optim.Optimizer"),
+        ("kl_ctl", lambda _: 0.2, TypeError, "kl_ctl is a float without value and update, expected a controller"),
+        ("kl_ctl", lambda _: SimpleNamespace(value=0.2), TypeError, "kl_ctl is a SimpleNamespace without update,"),
+    ],
+)
+def test_a_part_that_cannot_train_is_not_taken(name: str, part: Any, error: Any, message: str) -> None:
+    trainer = make_trainer()
+    before = getattr(trainer, name)
+    with pytest.raises(error, match=message):
+        setattr(trainer, name, part(trainer))
+    assert getattr(trainer, name) is before
