@@ -1,6 +1,7 @@
 """TRL's ``trainer``, its submodules included: the trainer, its settings and its controllers."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from ppo_runtime.loop import TrainResult, train
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 
 __all__ = ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer"]
+
+
+_NO_PART_OF_A_STEP = {
+    "compute_rewards": "give step other scores",
+    "compute_advantages": "set advantage_estimator",
+    "loss": "set policy_objective",
+}
 
 
 class PPOTrainer(Piecewise):
@@ -44,6 +52,18 @@ class PPOTrainer(Piecewise):
             num_shared_layers=num_shared_layers,
             lr_scheduler=lr_scheduler,
         )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Point out methods that scripts override to change a step, which here is made of functions."""
+        super().__init_subclass__(**options)
+        if cls.step is PPOTrainer.step:
+            for name, instead in _NO_PART_OF_A_STEP.items():
+                if name in vars(cls):
+                    warnings.warn(
+                        f"{cls.__name__}.{name} is not called by step; {instead}, or override step as well",
+                        UserWarning,
+                        stacklevel=2,
+                    )
 
     def train(self, score_fn: Callable[[list[str], list[str]], Sequence[float]], **options: Any) -> TrainResult:
         """Prompts -> responses -> scores -> step over ``dataloader``; see :func:`ppo_runtime.loop.train`."""

@@ -242,3 +242,20 @@ def test_a_part_that_cannot_train_is_not_taken(name: str, part: Any, error: Any,
     with pytest.raises(error, match=message):
         setattr(trainer, name, part(trainer))
     assert getattr(trainer, name) is before
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("compute_rewards", "give step other scores"),
+        ("compute_advantages", "set advantage_est"),
+        ("loss", "set policy_"),
+    ],
+)
+def test_a_method_that_a_step_does_not_call_is_pointed_out(name: str, instead: str) -> None:
+    def own(*_: Any) -> None: ...
+
+    with pytest.warns(UserWarning, match=f"Own.{name} is not called by step; {instead}.*, or override step") as seen:
+        type("Own", (PPOTrainer,), {name: own})
+    assert seen[0].filename == __file__
+    type("Own", (PPOTrainer,), {name: own, "step": own})
