@@ -5,12 +5,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from ppo_runtime.accel.backends import AccelChoice, accelerate_frozen, choose, fall_back, tell
+from ppo_runtime.accel.backends import AccelChoice, Requested, accelerate_frozen, choose, fall_back, tell
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.learning.forward import Reference, evaluate, lay_out
@@ -147,7 +147,7 @@ def make_reference(
         )
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
-    choice = choose(cast(Literal["auto", "eager", "ipex"], config.accel), strict=config.accel_strict)
+    choice = choose(cast(Requested, config.accel), strict=config.accel_strict)
     lm_head(model)  # what can be refused is, before anything is widened
     if ref_model is None and model.is_peft_model:
         check_stays(model)

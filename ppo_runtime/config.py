@@ -28,7 +28,7 @@ from ppo_runtime.common.setting_kinds import (
 
 KLPenalty = Literal["kl", "abs", "mse", "full"]
 TrackerName = Literal["tensorboard", "wandb"]
-ACCELERATORS = ("auto", "eager", "ipex")
+ACCELERATORS = ("auto", "eager", "ipex", "onednn")
 
 
 LARGE_BATCH = 32
@@ -104,10 +104,10 @@ class PPOConfig(CheckedSettings):
     use_habana: bool = flag(False)
     """Not used: this runtime has no Habana backend. True is refused."""
     accel: str = attrs.field(default="auto", validator=one_of(ACCELERATORS))
-    """How frozen forwards run: "ipex", "eager", or "auto", which takes IPEX where it works. Where it can't be
-    used "ipex" is a warning and "auto" a line in the log, and eager torch runs them."""
+    """What speeds up passes without gradients on a CPU: "ipex" frozen models, "onednn" rollouts, "auto" both where they
+    work and pay, "eager" neither. One asked for by name that can't be had is a warning, and eager torch runs."""
     accel_strict: bool = flag(False)
-    """An error, which says what to do, instead of eager torch wherever "ipex" or "auto" can't have the extension."""
+    """An error, which says what to do, instead of eager torch wherever what "accel" asks for can't be had."""
 
     # The optimisation.
     steps: int = count(20000)

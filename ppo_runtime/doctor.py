@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ppo_runtime.accel.probing import first_line
 from ppo_runtime.common.extras import can_be_found, installed_version
+from ppo_runtime.common.memory import memory
 
 CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints"
 INSTALL = "pip install 'ppo-core[demo]', in a checkout pip install -e '.[demo]'"
@@ -155,63 +156,6 @@ def _memory() -> Finding:
     if available is not None and available < DEMO_GIB * 2**30:
         return Finding("memory", value, f"the demo takes about {DEMO_GIB} GiB: end other programs, or --batch-size 16")
     return Finding("memory", value)
-
-
-def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Bytes of memory in all and available, within the limits of a container; None where that can't be told."""
-    known: dict[str, int] = {}
-    try:
-        for line in (root / "proc/meminfo").read_text(errors="replace").splitlines():
-            if match := re.match(r"(MemTotal|MemAvailable): +(\d+) kB", line):
-                known[match[1]] = int(match[2]) * 1024
-    except OSError:
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            known["MemTotal"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    total, available = known.get("MemTotal"), known.get("MemAvailable")
-    for limit, used in _groups(root):
-        left = max(limit - used, 0)
-        total = limit if total is None else min(total, limit)
-        available = left if available is None else min(available, left)
-    # Files read at different moments, or those of a tree that is not the kernel's own, need not fit together.
-    return total, available if available is None or total is None else min(available, total)
-
-
-def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of every control group with a limit that this process is in, of both versions.
-
-    Files that were read and can be dropped any time, which the kernel counts in, are not in use. A group whose path
-    leads out of what this process sees of the tree is looked for at the root of that alone.
-    """
-    places = [("", "/")]
-    with suppress(OSError):
-        # A path may hold any byte but the line's end and NUL; what is no such line is passed over.
-        text = os.fsdecode((root / "proc/self/cgroup").read_bytes())
-        lines = (line.split(":", 2) for line in text.split("\n") if line.count(":") >= 2)
-        found = [(names.split(","), path) for _, names, path in lines]
-        places += [("memory" if names != [""] else "", path) for names, path in found if {"", "memory"} & {*names}]
-    seen = set()
-    for kind, path in places:
-        top = root / "sys/fs/cgroup" / kind
-        group = top / path.strip("/")
-        if ".." in group.parts:
-            group = top
-        for level in (group, *group.parents):
-            if level in seen or not level.is_relative_to(top):
-                break
-            seen.add(level)
-            limit, used, cache = ("max", "current", "") if not kind else ("limit_in_bytes", "usage_in_bytes", "total_")
-            with suppress(OSError, ValueError):  # no such group here, or one without a limit ("max")
-                most, now = (int((level / f"memory.{name}").read_text()) for name in (limit, used))
-                dropped = re.search(rf"^{cache}inactive_file (\d+)$", _read(level / "memory.stat"), re.MULTILINE)
-                if most < 2**60:  # which is version 1's way to say that there is none
-                    yield most, max(now - int(dropped[1] if dropped else 0), 0)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _modules() -> str:

@@ -261,7 +261,7 @@ class Trainer:
         self,
         query_tensor: Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]],
         length_sampler: Callable[[], int] | None = None,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         return_prompt: bool = True,
         generate_ref_response: bool = False,
         **generation_kwargs: Any,
@@ -271,7 +271,9 @@ class Trainer:
         Args:
             query_tensor: token ids (length,), or a list of such rows; a row is a tensor or a list of ints.
             length_sampler: gives ``max_new_tokens`` of each generated batch.
-            batch_size: queries generated together.
+            batch_size: queries generated together, in their order. None: as many as half of the free memory holds,
+                sorted by length where that takes several batches. With a decoder-only model and a plain choice of
+                tokens, what is sampled for a query does not depend on it.
             return_prompt: True puts the prompt in front, except with an encoder-decoder.
             generate_ref_response: also sample from the reference.
             generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from

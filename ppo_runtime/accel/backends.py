@@ -43,7 +43,7 @@ from ppo_runtime.models.modes import dropout_off
 
 logger = logging.getLogger(__name__)
 
-Requested = Literal["auto", "eager", "ipex"]
+Requested = Literal["auto", "eager", "ipex", "onednn"]
 Backend = Literal["eager", "ipex"]
 
 TOLERANCE = 1e-3
@@ -80,11 +80,12 @@ def choose(requested: Requested, *, strict: bool) -> AccelChoice:
     """Decide between eager torch and the extension, without importing the extension.
 
     Args:
-        requested: "eager"; "ipex"; or "auto", which is the extension wherever it would work.
+        requested: "eager"; "ipex"; "auto", which is the extension wherever it would work; or "onednn", which is eager
+            torch here and packs for rollouts, see :mod:`ppo_runtime.accel.onednn`.
         strict: refuse to fall back from "auto" or "ipex" to eager.
 
     Raises:
-        ValueError: ``requested`` is none of the three.
+        ValueError: ``requested`` is none of these.
         AccelError: ``strict``, and the extension can't be used here; the message says what to do.
     """
     if requested not in get_args(Requested):
@@ -92,6 +93,9 @@ def choose(requested: Requested, *, strict: bool) -> AccelChoice:
     versions = intel.installed()
     if requested == "eager":
         return AccelChoice(requested, strict, "eager", "eager torch, as requested", versions)
+    if requested == "onednn":
+        reason = "eager torch for frozen models: 'onednn' packs for rollouts alone"
+        return AccelChoice(requested, strict, "eager", reason, versions)
     obstacle = intel.obstacle(versions)
     if obstacle is None:
         reason = f"{EXTENSION} {versions[EXTENSION]} fits torch {versions['torch']}"

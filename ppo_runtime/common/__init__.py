@@ -3,6 +3,7 @@
 redact            settings without tokens and passwords, for records and logs
 files             files that are whole, kills included
 extras            optional packages: importing one, whether one is there, which release
+memory            how much there is and is left, in a container too
 launcher          what torchrun tells each process
 wording           words for numbers
 inputs            checks of rows, scores and masks

@@ -1,7 +1,12 @@
 """From prompts to responses.
 
 generating  responses, with settings checked and warned about
+batching    how many prompts are answered together, and in which order
+plan        what the batches of a call have in common
 engine      batched generation, each response as long as it was
+decoding    token by token by the model's forward pass, for plain ways to choose a token
+obstacles   what decoding leaves to transformers
+drawing     tokens from scores, the same however rows are batched
 ending      where rows end: EOS, strings, criteria
 settings    the settings of generation that are in force, checked
 values      what the value of each has to be

@@ -1,30 +1,19 @@
 """Responses from a model: batches of padded prompts in, the tokens that were chosen out."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-import attrs
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
+from ppo_runtime.rollout import decoding
 from ppo_runtime.rollout.ending import Ending, beam_lengths
+from ppo_runtime.rollout.obstacles import obstacle
+from ppo_runtime.rollout.plan import Plan, padded
 from ppo_runtime.rollout.settings import Settings
 
-
-@attrs.frozen
-class Plan:
-    """What is the same for every model that answers: padding, batches and what ends a row."""
-
-    batch_size: int
-    pad_token_id: int
-    eos_token_ids: Sequence[int]
-    criteria: Sequence[Any]
-    decoder_start_token_id: int | None
-    """Given for an encoder-decoder only."""
-    prompt_width: int = 0
-    """The least width of a batch of prompts."""
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -43,17 +32,6 @@ class Engine(Protocol):
         ...
 
 
-def padded(
-    rows: Sequence[Tensor], pad_token_id: int, *, side: Literal["left", "right"], width: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] padded on one side to ``width`` at least, and a mask made from lengths, never from token ids."""
-    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side=side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    missing = max(width - ids.shape[1], 0)
-    more = (missing, 0) if side == "left" else (0, missing)
-    return F.pad(ids, more, value=pad_token_id), F.pad(mask, more)
-
-
 @torch.no_grad()
 def generate_responses(
     model: Any,
@@ -68,6 +46,8 @@ def generate_responses(
     The prompt is cut off by its length and what follows the response by where generation ended the row, so an EOS
     inside the prompt does no harm, and neither does pad == eos.
 
+    :mod:`ppo_runtime.rollout.decoding` makes them where nothing speaks against it, else transformers' ``generate``.
+
     Args:
         model: a wrapper or a transformers model.
         queries: prompts, on the model's device.
@@ -76,6 +56,21 @@ def generate_responses(
         new_tokens: most tokens of each batch of queries; None leaves that to the settings.
         ours: settings in place of others.
     """
+    why = obstacle(model, settings, plan, new_tokens, ours)
+    if why is None:
+        return decoding.decode(model, queries, settings, plan, new_tokens, ours)
+    logger.debug("responses are made by transformers' generate: %s", why)
+    return _by_transformers(model, queries, settings, plan, new_tokens, ours)
+
+
+def _by_transformers(
+    model: Any,
+    queries: Sequence[Tensor],
+    settings: Settings,
+    plan: Plan,
+    new_tokens: Sequence[int | None],
+    ours: dict[str, Any],
+) -> list[Tensor]:
     responses: list[Tensor] = []
     encoder_decoder = plan.decoder_start_token_id is not None
     # Encoders count positions from the row's first entry, padding or not, and so the step reads them too.

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from ppo_runtime.accel.onednn import rollout_layers
 from ppo_runtime.common import inputs
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.models.context import Context, decoder_start
@@ -18,14 +20,19 @@ from ppo_runtime.models.modes import dropout_off
 from ppo_runtime.models.precision import computing
 from ppo_runtime.models.references import reference_context
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
+from ppo_runtime.rollout.batching import by_length, rows_together
 from ppo_runtime.rollout.drawn import Drawn
 from ppo_runtime.rollout.ending import criteria_of
-from ppo_runtime.rollout.engine import Engine, Plan
+from ppo_runtime.rollout.engine import Engine
+from ppo_runtime.rollout.plan import Plan
 from ppo_runtime.rollout.sampling import NEUTRAL, departures, gaps
 from ppo_runtime.rollout.settings import Settings, check_settings
 from ppo_runtime.rollout.values import COUNT, token_ids, whole
 
 logger = logging.getLogger(__name__)
+
+# Tokens of a response whose length nobody has told.
+_SUPPOSED = 1024
 
 
 @attrs.define
@@ -80,7 +87,7 @@ class ResponseGenerator:
         query_tensor: Any,
         length_sampler: Callable[[], int] | None,
         *,
-        batch_size: int,
+        batch_size: int | None,
         return_prompt: bool,
         generate_ref_response: bool,
         generation_kwargs: dict[str, Any],
@@ -88,15 +95,22 @@ class ResponseGenerator:
         """Sample a response to one query or to each of a list; see ``Trainer.generate``."""
         vocabulary = self.model.config.vocab_size
         queries, single = inputs.query_rows("query_tensor", query_tensor, vocab_size=vocabulary)
-        batch_size = whole("batch_size", batch_size, COUNT)
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, COUNT)
         for name, flag in (("return_prompt", return_prompt), ("generate_ref_response", generate_ref_response)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected True or False")
         generation_kwargs = self._without_padding_arguments(generation_kwargs)
-        batch_size = self._batch_size(queries, batch_size)
         settings = Settings(self.model, generation_kwargs)
         check_settings(settings, self.model)
-        plan = self._plan(settings, batch_size)
+        _check_sampler(length_sampler)
+        longest, places = self._longest_response(queries, settings, length_sampler), list(range(len(queries)))
+        if batch_size is None:
+            prompt, beams = max(self._static, *map(len, queries)), settings["num_beams"] or 1
+            batch_size = rows_together(self.model, prompt, longest, beams=beams)
+            if batch_size < len(queries):
+                places = by_length(queries)
+        plan = self._plan(settings, self._batch_size(queries, batch_size), places)
         if plan.prompt_width:
             inputs.fits_static_padding(
                 map(len, queries), plan.prompt_width, setting="pad_max_input_len", what="the prompt"
@@ -112,17 +126,18 @@ class ResponseGenerator:
         answers: list[Any] = []
         for (model, context), lengths in zip(models, new_tokens, strict=True):
             theirs = Settings(model, generation_kwargs)
-            with context, dropout_off(model), computing(model):
-                responses = self.engine(
+            with context, dropout_off(model), computing(model), self._layers(model, longest):
+                answered = self.engine(
                     model,
-                    [query.to(self.model.device) for query in queries],
+                    [queries[place].to(self.model.device) for place in places],
                     theirs,
                     plan,
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
-            responses = inputs.token_rows("what engine= gave: responses", responses, vocab_size=vocabulary)
-            inputs.same_count(len(queries), **{"what engine= gave: responses": responses})
+            answered = inputs.token_rows("what engine= gave: responses", answered, vocab_size=vocabulary)
+            inputs.same_count(len(queries), **{"what engine= gave: responses": answered})
+            responses = [answer for _, answer in sorted(zip(places, answered, strict=True), key=itemgetter(0))]
             if not answers:
                 self.remembered.drawn.remember(responses, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):
@@ -137,7 +152,7 @@ class ResponseGenerator:
         """Refuse the settings that ``generate`` would refuse for any prompt; nothing is drawn."""
         settings = Settings(self.model, self._without_padding_arguments(generation_kwargs))
         check_settings(settings, self.model)
-        self._plan(settings, 1)
+        self._plan(settings, 1, None)
         _check_sampler(length_sampler)
 
     def _without_padding_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +169,7 @@ class ResponseGenerator:
 
     def _batch_size(self, queries: list[Tensor], batch_size: int) -> int:
         """Queries generated together: one where padding would be read."""
-        static = self.config.pad_max_input_len if self.config.pad_for_acceleration else 0
+        static = self._static
         ragged = batch_size > 1 and len({len(query) for query in queries}) > 1
         if has_encoder(self.model) or not (ragged or static) or not self._reads_padding:
             return batch_size
@@ -177,7 +192,28 @@ class ResponseGenerator:
             self.remembered.reads_padding = reads_padding(self.model)
         return self.remembered.reads_padding
 
-    def _plan(self, settings: Settings, batch_size: int) -> Plan:
+    @property
+    def _static(self) -> int:
+        """The width that prompts are padded to; 0 where that is the longest one's."""
+        return (self.config.pad_max_input_len or 0) if self.config.pad_for_acceleration else 0
+
+    def _longest_response(
+        self, queries: list[Tensor], settings: Settings, length_sampler: Callable[[], int] | None
+    ) -> int:
+        """Tokens of a response at most, as far as that can be told before a length is drawn."""
+        if length_sampler is not None:
+            lengths = getattr(length_sampler, "values", None)
+            return max(lengths) if isinstance(lengths, list) and lengths else _SUPPOSED
+        if settings["max_new_tokens"] is not None:
+            return settings["max_new_tokens"]
+        return max(1, (settings["max_length"] or _SUPPOSED) - max(map(len, queries)))
+
+    def _layers(self, model: Any, longest: int) -> AbstractContextManager[Any]:
+        return rollout_layers(
+            transformers_model(model), self.config.accel, strict=self.config.accel_strict, steps=longest
+        )
+
+    def _plan(self, settings: Settings, batch_size: int, places: Sequence[int] | None) -> Plan:
         """Padding and what ends a row, checked."""
         vocabulary = self.model.config.vocab_size
         pad = settings.asked("pad_token_id")
@@ -213,19 +249,23 @@ class ResponseGenerator:
                 settings["tokenizer"] or self.tokenizer,
             ),
             decoder_start_token_id=start,
-            prompt_width=self.config.pad_max_input_len if self.config.pad_for_acceleration else 0,
+            prompt_width=self._static,
+            places=places,
         )
 
     def _new_tokens(
         self, queries: list[Tensor], settings: Settings, plan: Plan, length_sampler: Callable[[], int] | None
     ) -> list[int]:
         """Most tokens of each batch's responses, where there is room for them."""
-        _check_sampler(length_sampler)
         found: list[int] = []
+        lengths = [len(query) for query in queries]
+        places = range(len(queries)) if plan.places is None else plan.places
+        mosts = [0] * len(queries)
+        what = "a token"
         for start in range(0, len(queries), plan.batch_size):
-            batch = queries[start : start + plan.batch_size]
-            width = 1 if has_encoder(self.model) else max(plan.prompt_width, *map(len, batch))
-            most, what = 1, "a token"
+            batch = places[start : start + plan.batch_size]
+            width = 1 if has_encoder(self.model) else max(plan.prompt_width, *(lengths[place] for place in batch))
+            most = 1
             if length_sampler is not None:
                 most, what = whole("what length_sampler gives", length_sampler(), COUNT), "length_sampler's length"
             elif settings["max_new_tokens"] is not None:
@@ -237,14 +277,10 @@ class ResponseGenerator:
                         f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
                         "which it counts too; pass max_new_tokens instead"
                     )
-            Context.of(self.model).check(
-                [len(query) for query in batch],
-                [most] * len(batch),
-                names=("query_tensor", "query_tensor"),
-                response=what,
-                first=start,
-            )
+            for place in batch:
+                mosts[place] = most
             found.append(most)
+        Context.of(self.model).check(lengths, mosts, names=("query_tensor", "query_tensor"), response=what, first=0)
         return found
 
     def _warn_of_sampling(self, settings: Settings) -> None:

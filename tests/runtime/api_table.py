@@ -236,6 +236,7 @@ STATISTICS = (
 
 DIFFERENT_DEFAULTS = {
     ("PPOTrainer.create_model_card", "model_name"): "names this project's kind of model",
+    ("PPOTrainer.generate", "batch_size"): "takes as many queries together as memory holds",
     ("get_global_statistics", "accelerator"): "may be left out: there is no accelerator",
     ("get_global_statistics", "xs"): "stands in the accelerator's place then",
     ("PPOConfig", "tracker_project_name"): "names no other library",
