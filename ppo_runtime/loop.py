@@ -64,7 +64,7 @@ def train(
         score_fn: from prompts and responses, as text, to one finite number each; higher is better.
         steps: calls of ``step`` in the whole run; the configuration's ``total_ppo_epochs`` if None.
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
-        generation_batch_size: prompts generated together; a whole batch if None.
+        generation_batch_size: prompts generated together; as many as memory holds if None.
         output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None. A
             fresh trainer is refused where another run's checkpoint lies, unless it resumes it.
         checkpoint_every: steps between checkpoints; None makes one at the end and on Ctrl-C only.
@@ -191,7 +191,7 @@ def _one_step(
     prompts = batch_texts(batch, queries, trainer.tokenizer)
     responses = trainer.generate(
         queries,
-        batch_size=generation_batch_size or len(queries),
+        batch_size=generation_batch_size,
         return_prompt=False,
         **generation_kwargs,
     )
