@@ -134,6 +134,7 @@ def test_a_worker_measures_a_step(directory, monkeypatch):
     queries, responses, _ = w.make_batch(TINY, tiny_model("llama").config.vocab_size)
     assert found["response_tokens"] == sum(map(len, responses)) == found["tokens"] - sum(map(len, queries))
     assert found["needed_flops"] > 0
+    assert ours.make_trainer(directory, TINY, accel="eager").config.ratio_threshold == w.RATIO_THRESHOLD
     assert table.summary([json.loads(json.dumps(found)) | {"work": "W1", "side": "ours"}])
 
 

@@ -13,7 +13,7 @@ from ppo_runtime.models.inner import transformers_model
 
 from .flops import generation_flops, matrices_of, step_flops
 from .parts import watched
-from .workload import EPOCHS, LEARNING_RATE, Batch, Work
+from .workload import EPOCHS, LEARNING_RATE, RATIO_THRESHOLD, Batch, Work
 
 
 def make_trainer(
@@ -32,6 +32,7 @@ def make_trainer(
         mini_batch_size=work.mini_batch,
         ppo_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
+        ratio_threshold=RATIO_THRESHOLD,
         seed=0,
         accel=accel,
     )

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-from .workload import EPOCHS, LEARNING_RATE, Batch, Work, orders
+from .workload import EPOCHS, LEARNING_RATE, RATIO_THRESHOLD, Batch, Work, orders
 
 
 def make_trainer(
@@ -30,6 +30,7 @@ def make_trainer(
         mini_batch_size=work.mini_batch,
         ppo_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
+        ratio_threshold=RATIO_THRESHOLD,
         seed=0,
     )
     return PPOTrainer(

@@ -4,8 +4,9 @@ Settings in which both are defined the same: float32 and eager torch; one step o
 divide by the tokens of a minibatch); the same value head, which both would draw from distributions of their own; no
 dropout (ours switches it off for a step, the peer computes in evaluation mode); nothing masked inside a response,
 where the peer fills with zeros and we delete; plain KL, whitened advantages, no scaling, no clipping of the norm, no
-early stop. The policy is moved away from its reference first, so that there is a KL to compare. Statistics of updates
-are compared per token: the peer's means of means are averaged anew from its minibatches.
+early stop, no update left out for its ratio. The policy is moved away from its reference first, so that there is a KL
+to compare. Statistics of updates are compared per token: the peer's means of means are averaged anew from its
+minibatches.
 
 Two optimisers: SGD, whose step is linear in the gradient, says how well the gradients agree; Adam is what is trained
 with, and divides by gradients, also by those that are no larger than their rounding.

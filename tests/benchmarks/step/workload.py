@@ -9,6 +9,9 @@ from torch import Tensor
 
 EPOCHS = 4
 LEARNING_RATE = 1e-5
+RATIO_THRESHOLD = 1e9
+"""Out of reach: beyond it ours leaves an update out and the peer steps on stale moments, which is neither the same work
+nor the same result. Random tokens do go beyond the default of 10."""
 PROMPTS = (8, 24)
 """Shortest and longest prompt, in tokens."""
 SHORTEST = 8
