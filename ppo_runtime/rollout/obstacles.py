@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ppo_runtime.models.heads import mask_positions
 from ppo_runtime.models.inner import has_encoder, is_peft_model, pretrained_model, transformers_model
+from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.rollout.decoding import Pass, sampling_settings
 from ppo_runtime.rollout.plan import Plan
 from ppo_runtime.rollout.sampling import NEUTRAL, departures
@@ -43,7 +44,8 @@ def obstacle(
         return "no length is given"
     outer, inner = pretrained_model(model), transformers_model(model)
     name = type(inner).__name__
-    if any("generate" in vars(part) for part in (model, outer, inner)) or _overrides(type(inner)):
+    own = isinstance(model, PreTrainedModelWrapper) and type(model).generate is not PreTrainedModelWrapper.generate
+    if own or any("generate" in vars(part) for part in (model, outer, inner)) or _overrides(type(inner)):
         return f"{name} has a way of its own to generate"
     if has_encoder(model):
         return f"{name} is an encoder-decoder"

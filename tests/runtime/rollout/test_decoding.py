@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler
+from ppo_runtime import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer
 from ppo_runtime.rollout import decoding, engine
 from ppo_runtime.rollout.batching import by_length, rows_together
 from ppo_runtime.rollout.sampling import plain
-from tests.runtime.support.tiny import CAUSAL_FAMILIES, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_lora, tiny_model
-from tests.runtime.support.trainers import make_trainer
+from tests.runtime.support.tiny import (
+    CAUSAL_FAMILIES,
+    EOS_ID,
+    PAD_ID,
+    VOCAB_SIZE,
+    tiny_lora,
+    tiny_model,
+    tiny_tokenizer,
+)
+from tests.runtime.support.trainers import SETTINGS, make_trainer
 
 # Ragged, with equal ones among them; some are longer than gemma2's and the mistral's sliding window.
 QUERIES = [torch.arange(3, 3 + length) for length in (5, 2, 14, 2, 9, 1, 14)]
@@ -246,6 +254,18 @@ def test_a_cache_that_rows_cannot_leave_is_left_to_transformers(monkeypatch: pyt
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_no_length_at_all_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     check_left_to_transformers(make_trainer(), monkeypatch, max_new_tokens=None)
+
+
+def test_a_wrapper_with_a_generate_of_its_own_is_asked() -> None:
+    class Own(AutoModelForCausalLMWithValueHead):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append(1)
+            return super().generate(*args, **kwargs)
+
+    asked: list[int] = []
+    trainer = PPOTrainer(PPOConfig(**SETTINGS), Own.from_pretrained(tiny_model("llama")), None, tiny_tokenizer())
+    trainer.generate(QUERIES[:2], max_new_tokens=3, pad_token_id=PAD_ID)
+    assert asked
 
 
 def check_left_to_transformers(trainer: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
