@@ -71,6 +71,8 @@ def obstacle(model: nn.Module) -> str | None:
         return f"torch {torch.__version__} is built without oneDNN"
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return f"{name} is not on the CPU, for which alone oneDNN packs here"
+    if any(getattr(part, "merged", False) is True for part in model.modules()):
+        return f"{name} has an adapter that is merged, which peft takes out again whenever a pass asks for it"
     if not layers:
         return f"{name} has no plain float32 linear layers"
     needed, available = sum(layer.weight.nbytes for layer in layers), memory()[1]

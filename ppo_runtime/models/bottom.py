@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +19,13 @@ from ppo_runtime.models.heads import hidden_states, mask_positions
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
 
-# By policy, what was found and of what: flags and identities of parameters.
-_frozen: WeakKeyDictionary[nn.Module, tuple[Any, int]] = WeakKeyDictionary()
-_shared: WeakKeyDictionary[nn.Module, tuple[Any, int]] = WeakKeyDictionary()
-# Whether a layer's output is a tensor by itself, rather than the first of a tuple.
-_gives_bare: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
 
 def frozen_depth(model: nn.Module) -> int:
     """How many layers from the bottom give outputs that nothing which trains has a part in; 0 where it can't be told.
 
-    Tried once per model, and again when other parameters train.
+    Tried anew at every call, on a few tokens: adapters, checkpointing and what trains may be others by then.
     """
-    inner = transformers_model(model)
-    flags = tuple(parameter.requires_grad for parameter in inner.parameters())
-    if all(flags):
-        return 0
-    if inner not in _frozen or _frozen[inner][0] != flags:
-        _frozen[inner] = (flags, _tried(model))
-    return _frozen[inner][1]
+    return 0 if all(parameter.requires_grad for parameter in transformers_model(model).parameters()) else _tried(model)
 
 
 def shared_depth(model: nn.Module, reference: Callable[[], AbstractContextManager[Any]], depth: int) -> int:
@@ -48,22 +35,19 @@ def shared_depth(model: nn.Module, reference: Callable[[], AbstractContextManage
     """
     if not depth:
         return 0
-    inner = transformers_model(model)
+    mine, below = _boundary(model, depth)
     with reference() as other:
-        of = (depth, *(id(p) for one in (inner, transformers_model(other)) for p in one.parameters()))
-    if inner not in _shared or _shared[inner][0] != of:
-        mine, below = _boundary(model, depth)
-        with reference() as other:
-            theirs, below_theirs = _boundary(other, depth) if len(_layers(other)) >= depth else (mine, set())
-        _shared[inner] = (of, depth if below == below_theirs and torch.equal(mine, theirs) else 0)
-    return _shared[inner][1]
+        if len(_layers(other)) < depth:
+            return 0
+        theirs, below_theirs = _boundary(other, depth)
+    return depth if below == below_theirs and torch.equal(mine, theirs) else 0
 
 
 @contextmanager
 def recorded(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
     """The outputs [B, L, H] of the first ``depth`` layers in the passes inside, without gradient."""
     seen: list[Tensor] = []
-    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: seen.append(_states(output).detach()))
+    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: seen.append(output.detach()))
     try:
         yield seen
     finally:
@@ -81,10 +65,9 @@ def replayed(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _instead(layer: Any, states: Tensor) -> Iterator[None]:
-    """A layer that gives these states, in whichever form it gives its own."""
+    """A layer that gives these states."""
     before = {name: vars(layer)[name] for name in ("forward", "gradient_checkpointing") if name in vars(layer)}
-    bare = _gives_bare.get(layer, True)
-    layer.forward = lambda *_, **__: states if bare else (states,)
+    layer.forward = lambda *_, **__: states
     if "gradient_checkpointing" in before:
         layer.gradient_checkpointing = False  # nothing is there to be computed again
     try:
@@ -102,12 +85,11 @@ def _layers(model: nn.Module) -> Sequence[nn.Module]:
     return [] if inner.config.is_encoder_decoder or len(stacks) != 1 else list(stacks[0])
 
 
-def _states(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
 def _tried(model: nn.Module) -> int:
-    """The depth that gradients tell of, if going on from there makes what the whole trunk makes."""
+    """The depth that gradients tell of, if going on from there makes what the whole trunk makes.
+
+    Layers whose outputs are more than a tensor hand on what upper ones may need.
+    """
     layers = _layers(model)
     if not layers:
         return 0
@@ -116,22 +98,20 @@ def _tried(model: nn.Module) -> int:
     try:
         with torch.enable_grad(), dropout_off(model):
             whole = hidden_states(model, *_probe(model)).detach()
-    except Exception:  # of the model's own code; the pass that matters will say it
-        return 0
     finally:
         for hook in hooks:
             hook.remove()
-    plain = [isinstance(one, Tensor) or (isinstance(one, tuple) and not any(one[1:])) for one in outputs]
-    if len(outputs) != len(layers) or not all(plain):
+    if len(outputs) != len(layers) or not all(isinstance(output, Tensor) for output in outputs):
         return 0
-    trains = [_states(output).requires_grad for output in outputs]
+    trains = [output.requires_grad for output in outputs]
     depth = trains.index(True) if True in trains else len(layers)
     if not depth:
         return 0
-    for layer, output in zip(layers[:depth], outputs, strict=False):
-        _gives_bare[layer] = isinstance(output, Tensor)
-    with torch.no_grad(), dropout_off(model), replayed(model, depth, _states(outputs[depth - 1]).detach()):
-        again = hidden_states(model, *_probe(model))
+    try:
+        with torch.no_grad(), dropout_off(model), replayed(model, depth, outputs[depth - 1].detach()):
+            again = hidden_states(model, *_probe(model))
+    except Exception:  # of the model's own code: upper layers read what lower ones leave elsewhere
+        return 0
     return depth if torch.allclose(again, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max())) else 0
 
 
@@ -139,8 +119,8 @@ def _boundary(model: nn.Module, depth: int) -> tuple[Tensor, set[int]]:
     """The output of the first ``depth`` layers on a few tokens, and which parameters have a part in it."""
     parameters = [p for p in transformers_model(model).parameters() if p.is_floating_point()]
     flags = [p.requires_grad for p in parameters]
-    outputs: list[Tensor] = []
-    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: outputs.append(_states(output)))
+    outputs: list[Any] = []
+    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -226,3 +227,14 @@ def test_frozen_models_are_eager_under_onednn() -> None:
     assert choice.backend == "eager"
     assert "rollouts" in choice.reason
     assert make_trainer(accel="onednn").acceleration.requested == "onednn"
+
+
+def test_a_merged_adapter_is_left_as_it_is() -> None:
+    """Switched off, it is taken out of the weights by the first pass, and packed copies would still hold it."""
+    adapter = tiny_lora("llama", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama", hidden_size=64, intermediate_size=96), adapter)
+    assert onednn.obstacle(model) is None
+    model.merge_adapter()
+    assert "merged" in str(onednn.obstacle(model))
+    model.unmerge_adapter()
+    assert onednn.obstacle(model) is None

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig
 
 from ppo_runtime.learning import forward
 from ppo_runtime.learning.forward import Bottom, Rows, evaluate, lay_out
@@ -203,4 +204,68 @@ def test_a_step_is_what_it_is_with_every_layer_in_every_pass(
         )
     for one, other in zip(weights, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-    assert runs_once < runs_always / 3
+    assert runs_once < runs_always / 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=VOCAB_SIZE),
+        GPTNeoConfig(
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            vocab_size=VOCAB_SIZE,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_layers_that_give_more_than_a_tensor_run_in_every_pass(config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.requires_grad_(False)
+    parameters = list(model.parameters())
+    parameters[-1].requires_grad_(True)
+    assert frozen_depth(model) == 0
+
+
+def test_upper_layers_that_need_the_lower_ones_run_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where they read keys that lower layers have left behind."""
+    model, left = policy(), {}
+    create_reference_model(model, SHARED)
+    layers = model.pretrained_model.base_model.layers
+    below, above = layers[0].forward, layers[3].forward
+
+    def leaves(*args: Any, **kwargs: Any) -> Any:
+        left["keys"] = 1
+        return below(*args, **kwargs)
+
+    def needs(*args: Any, **kwargs: Any) -> Any:
+        left.pop("keys")
+        return above(*args, **kwargs)
+
+    monkeypatch.setattr(layers[0], "forward", leaves)
+    monkeypatch.setattr(layers[3], "forward", needs)
+    assert frozen_depth(model) == 0
+
+
+def test_the_depth_follows_what_changes_without_a_flag() -> None:
+    """Re-entrant checkpointing asks for embeddings that require grad; another adapter becomes active."""
+    model = AutoModelForCausalLMWithValueHead(
+        peft.get_peft_model(tiny_model("llama", layers=LAYERS), adapter_in([2, 3]))
+    )
+    assert frozen_depth(model) == 2
+    model.pretrained_model.enable_input_require_grads()
+    assert frozen_depth(model) == 0
+    model.pretrained_model.disable_input_require_grads()
+
+    model.pretrained_model.add_adapter("other", adapter_in([0, 1], init_lora_weights=False))
+    depth, alone = frozen_depth(model), without_adapter(model)
+    assert shared_depth(model, alone, depth) == depth == 2
+    model.pretrained_model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name and "default" in name)
+    assert frozen_depth(model) == 2
+    assert shared_depth(model, alone, 2) == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.models.bottom import frozen_depth
+from ppo_runtime.learning import forward
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import without_dropout
 from tests.runtime.support.tiny import FAMILIES, TOKENS, tiny_lora, tiny_model, tiny_tokenizer
@@ -32,6 +32,12 @@ DOORS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "the model's, before": ("plain", enable),
     "with re-entrance": ("wrapped", lambda model: model.gradient_checkpointing_enable({"use_reentrant": True})),
 }
+
+
+@pytest.fixture(autouse=True)
+def every_pass_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a layer are counted here, and a look for frozen ones runs it too."""
+    monkeypatch.setattr(forward, "frozen_depth", lambda model: 0)
 
 
 def trainer_of(family: str, *, door: str | None, lora: bool, training: bool) -> PPOTrainer:
@@ -54,7 +60,6 @@ def trainer_of(family: str, *, door: str | None, lora: bool, training: bool) -> 
 
 def runs_of_a_layer(trainer: PPOTrainer) -> list[bool]:
     """Every run of a norm inside the policy's second layer, and so inside its checkpoint: whether with gradient."""
-    frozen_depth(trainer.model)  # which tries a pass once
     runs: list[bool] = []
     layer = next(p for name, p in trainer.model.named_modules() if name.endswith((".h.1", "layers.1", "block.1")))
     norm = next(part for name, part in layer.named_modules() if name.endswith("norm") or "ln_1" in name)
