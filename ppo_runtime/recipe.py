@@ -39,19 +39,25 @@ def load_policy(
 
 
 def tokenized(prompts: Sequence[str], tokenizer: Any, *, add_special_tokens: bool = False) -> Dataset:
-    """A dataset with "query" and "input_ids", for a trainer."""
+    """A dataset with "query" and "input_ids", for a trainer.
+
+    Raises:
+        ValueError: one text instead of a list of them, or none.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts is {prompts!r}, expected a list of texts, one at least")
     ids = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     return Dataset.from_dict({"query": list(prompts), "input_ids": ids})
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: str | PathLike[str]) -> list[str]:
     """The lines of a file but for blank ones.
 
     Raises:
         ValueError: it is no text in UTF-8, or holds no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}), expected one prompt a line") from error
     # Not splitlines, which takes a vertical tab and other characters of a prompt for its end.
@@ -93,9 +99,10 @@ def classifier_scores(reward_model: str | PathLike[str], label: str | None = Non
 def _padding_of_its_own(classifier: Any) -> int | None:
     """Give a reward model without padding token (GPT-2's kin) its EOS for one; 1, the batch size, if it has none."""
     tokenizer, config = classifier.tokenizer, classifier.model.config
+    # A decoder that counts positions from the row's first entry would see padding in front of it.
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
-        # On the right, where a decoder that counts positions does not see it.
-        tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+        tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # where such a model looks for the end of a text
     return 1 if tokenizer.pad_token_id is None else None

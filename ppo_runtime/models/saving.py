@@ -49,7 +49,9 @@ def _adapter_places(model: Any, directory: str | os.PathLike[str]) -> list[Path]
     places = [Path(directory, name) for name in active if name != "default"]
     written = [place for place in places if (place / "adapter_config.json").is_file()]
     if written:
-        logger.info("the policy's adapter lies in %s: load it from there", " and ".join(map(str, written)))
+        # By its name alone: the directory may be a draft that is put in its place later.
+        names = " and ".join(place.name for place in written)
+        logger.info("the policy's adapter lies in the folder %s of what was saved: load it from there", names)
     return written
 
 

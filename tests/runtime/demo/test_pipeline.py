@@ -117,9 +117,9 @@ def test_the_score_is_the_labels_logit(directories: dict[str, Path]) -> None:
         classic._scores(options(directories, label="JOY"))
 
 
-@pytest.mark.parametrize("eos", [True, False])
-def test_a_reward_model_without_padding_token_scores_all_the_same(directories: dict[str, Path], eos: bool) -> None:
-    """GPT-2's tokenizer has none, and a batch of texts of different lengths needs one."""
+@pytest.mark.parametrize("case", ["EOS alone", "neither", "padding on the left"])
+def test_a_text_scores_the_same_alone_and_beside_longer_ones(directories: dict[str, Path], case: str) -> None:
+    """GPT-2's tokenizer has no padding token, and its positions count what is in front."""
     reward = GPT2ForSequenceClassification(
         GPT2Config(
             vocab_size=VOCAB_SIZE,
@@ -134,8 +134,11 @@ def test_a_reward_model_without_padding_token_scores_all_the_same(directories: d
     ).eval()
     reward.save_pretrained(directories["reward"])
     tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    if not eos:
+    if case == "padding on the left":
+        tokenizer.padding_side = "left"
+    else:
+        tokenizer.pad_token = None
+    if case == "neither":
         tokenizer.eos_token = None
     tokenizer.save_pretrained(directories["reward"])
     score = classic._scores(options(directories, label="LABEL_1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,3 +52,10 @@ def test_prompts_become_a_dataset(special: bool) -> None:
     dataset = tokenized(prompts, tokenizer, add_special_tokens=special)
     assert list(dataset["query"]) == prompts
     assert list(dataset["input_ids"]) == [tokenizer(p, add_special_tokens=special)["input_ids"] for p in prompts]
+
+
+@pytest.mark.parametrize("prompts", ["hello", []], ids=repr)
+def test_what_is_no_list_of_prompts_is_named(prompts: Any) -> None:
+    """One text is a sequence of texts, letter by letter."""
+    with pytest.raises(ValueError, match=r"prompts is .*, expected a list of texts"):
+        tokenized(prompts, tiny_tokenizer())
