@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ppo_core import compute_rewards, fused_logprobs, gae, masked_moments, whiten
+from tests.benchmarks.step.worker import peak_mib
 
 GAMMA, LAM = 1.0, 0.95
 HEAD = (1024, 576, 49152)
@@ -166,15 +167,9 @@ def peak(which: str) -> float:
     small = (inputs[0][:2].detach().requires_grad_(), inputs[1][:8].detach().requires_grad_(), inputs[2][:2] % 8)
     run = HEADS[which]
     run(*small)
-    before = _high_water()
+    before = peak_mib()
     run(*inputs)
-    return _high_water() - before
-
-
-def _high_water() -> float:
-    """Peak resident size of this process in MiB (Linux; ``ru_maxrss`` would begin with the parent's)."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return peak_mib() - before
 
 
 def _in_a_process(*arguments: str) -> str:

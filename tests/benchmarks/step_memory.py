@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -24,14 +23,9 @@ import torch
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.learning import forward
 from ppo_runtime.models.heads import LMHead, logits_at
+from tests.benchmarks.step.worker import peak_mib
 from tests.operations import Operations
 from tests.runtime.support.tiny import tiny_tokenizer
-
-
-def peak_mib() -> float:
-    """Peak resident size of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def dense(hidden: Any, weight: Any, tokens: Any, bias: Any, *, softcap: Any, scale: Any, **_: Any) -> Any:
@@ -47,7 +41,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     forward.KEPT_LOGITS = options.kept_mib * 2**20
     if options.head == "dense":
         forward.fused_logprobs = dense
-        forward.SCORING_TOKENS = 10**9
+        forward.SCORING_TOKENS["cpu"] = 10**9
     model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model, dtype=torch.float32)
     config = PPOConfig(
         batch_size=options.batch, mini_batch_size=options.mini_batch, ppo_epochs=options.epochs, accel="eager"
