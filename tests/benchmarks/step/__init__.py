@@ -14,7 +14,7 @@ left out, one is made for the time of the run. Without `--peer` ours is measured
 Modules import each other relatively: TRL's wheel brings a package `tests` of its own, so that a worker runs as
 `step.worker`, from this folder's parent.
 
-workload  the rows that are trained on and the prompts that are continued, the same for both sides
+workload  the rows that are trained on, the prompts that are continued and the trainer, the same for both sides
 worker    one side, one workload, one process: seconds, peak memory, the rate of a matrix product
 ours      the trainer of this repository, on a workload
 peer      TRL's, on the same; imports nothing of this repository but the workload

@@ -8,39 +8,16 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+import trl
 
-from .workload import EPOCHS, LEARNING_RATE, RATIO_THRESHOLD, Batch, Work, orders
+from .workload import Batch, Work, build_trainer, orders
 
 
 def make_trainer(
     directory: str, work: Work, *, accel: str = "auto", optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 ) -> Any:
     """A trainer with a fresh policy in float32; ``accel`` is ours and says nothing here."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.pad_token = tokenizer.eos_token
-
-    def load() -> Any:
-        return AutoModelForCausalLMWithValueHead.from_pretrained(directory, torch_dtype=torch.float32)
-
-    model, reference = load(), load() if work.shared is None else None
-    config = PPOConfig(
-        batch_size=work.batch,
-        mini_batch_size=work.mini_batch,
-        ppo_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE,
-        ratio_threshold=RATIO_THRESHOLD,
-        seed=0,
-    )
-    return PPOTrainer(
-        config,
-        model,
-        reference,
-        tokenizer,
-        optimizer=None if optimizer is None else optimizer(model.parameters()),
-        num_shared_layers=work.shared,
-    )
+    return build_trainer(trl, directory, work, optimizer, {"torch_dtype": torch.float32})
 
 
 def backend(trainer: Any) -> str:

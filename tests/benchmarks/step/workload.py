@@ -1,11 +1,13 @@
-"""The rows that are trained on and the prompts that are continued, the same token ids for whoever runs them."""
+"""What is measured, the same for whoever runs it: token ids of rows and prompts, and a trainer's settings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 EPOCHS = 4
 LEARNING_RATE = 1e-5
@@ -51,6 +53,41 @@ def make_batch(work: Work, vocabulary: int) -> Batch:
 
     queries, responses = texts(*PROMPTS), texts(SHORTEST, work.longest)
     return queries, responses, [torch.randn((), generator=generator) for _ in range(work.batch)]
+
+
+def build_trainer(
+    library: Any,
+    directory: str,
+    work: Work,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None,
+    precision: dict[str, torch.dtype],
+    **settings: Any,
+) -> Any:
+    """A trainer with a fresh policy, of a library that has TRL's names; its own optimiser if none is given."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.pad_token = tokenizer.eos_token
+
+    def load() -> Any:
+        return library.AutoModelForCausalLMWithValueHead.from_pretrained(directory, **precision)
+
+    model, reference = load(), load() if work.shared is None else None
+    config = library.PPOConfig(
+        batch_size=work.batch,
+        mini_batch_size=work.mini_batch,
+        ppo_epochs=EPOCHS,
+        learning_rate=LEARNING_RATE,
+        ratio_threshold=RATIO_THRESHOLD,
+        seed=0,
+        **settings,
+    )
+    return library.PPOTrainer(
+        config,
+        model,
+        reference,
+        tokenizer,
+        optimizer=None if optimizer is None else optimizer(model.parameters()),
+        num_shared_layers=work.shared,
+    )
 
 
 def sampling(work: Work, pad_token_id: int) -> dict[str, Any]:
