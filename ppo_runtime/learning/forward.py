@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo_core import kl as kl_estimators
@@ -174,7 +173,7 @@ def evaluate(model: Any, rows: Rows) -> Evaluation:
 def predicting_states(model: Any, rows: Rows) -> Tensor:
     """Last hidden states [N, H] that predict the N kept tokens, in row-major order."""
     if not _packs(model, rows):
-        with _beginning(model, rows, lambda states: padded(states, rows.input_ids.shape[1])):
+        with _beginning(model, rows, lambda states: pad_sequence(states, batch_first=True)):
             return at_predictors(row_states(model, rows), rows)
     with _beginning(model, rows, lambda states: torch.cat(states)[None]):
         hidden = packed_hidden_states(model, rows.input_ids, rows.attention_mask)
@@ -188,12 +187,6 @@ def _beginning(model: Any, rows: Rows, in_layout: Callable[[list[Tensor]], Tenso
     if rows.bottom is None:
         return nullcontext()
     return replayed(model, rows.bottom.depth, in_layout(rows.bottom.states))
-
-
-def padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Rows [length, H] as [B, width, H], 0 behind each."""
-    together = pad_sequence(list(rows), batch_first=True)
-    return F.pad(together, (0, 0, 0, width - together.shape[1]))
 
 
 def _packs(model: Any, rows: Rows) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_runtime.models.heads import hidden_states, mask_positions
+from ppo_runtime.models.heads import hidden_states, mask_positions, probe_rows
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
 
@@ -137,7 +137,6 @@ def _boundary(model: nn.Module, depth: int) -> tuple[Tensor, set[int]]:
 
 def _probe(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and positions [2, 5] of a few tokens."""
-    embeddings = transformers_model(model).get_input_embeddings().weight
-    ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]
-    mask = torch.ones_like(ids)
+    ids, _ = probe_rows(transformers_model(model))
+    mask = torch.ones_like(ids)  # without padding, whose states may be no numbers
     return ids, mask, mask_positions(mask)

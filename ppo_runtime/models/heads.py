@@ -62,7 +62,7 @@ def hidden_states(
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder; use seq2seq_hidden_states")
     trunk = inner.base_model
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is not None and takes_positions(inner):
+    if position_ids is not None and takes_positions(trunk):
         inputs["position_ids"] = position_ids
     with computing(inner):
         return trunk(**inputs).last_hidden_state
@@ -92,9 +92,9 @@ def seq2seq_hidden_states(
         ).last_hidden_state
 
 
-def takes_positions(inner: Any) -> bool:
-    """Whether the trunk of a transformers model is told where its tokens stand."""
-    return "position_ids" in inspect.signature(inner.base_model.forward).parameters
+def takes_positions(module: nn.Module) -> bool:
+    """Whether a forward pass, a trunk's or a whole model's, is told where its tokens stand."""
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def mask_positions(attention_mask: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def probe_logits(model: nn.Module) -> tuple[Tensor, Tensor]:
     In whichever mode the model is; one row begins with padding.
     """
     inner = _splittable(model)
-    ids, mask = _probe(inner)
+    ids, mask = probe_rows(inner)
     if inner.config.is_encoder_decoder:
         hidden, real = seq2seq_hidden_states(model, ids, mask, ids), torch.ones_like(mask).bool()
     else:
@@ -158,16 +158,14 @@ def check_split(model: nn.Module) -> None:
             "torch.compile"
         )
     inner = _splittable(model)
-    ids, mask = _probe(inner)
+    ids, mask = probe_rows(inner)
     with torch.no_grad(), dropout_off(model):
         logits, real = probe_logits(model)
         with computing(model):
             if inner.config.is_encoder_decoder:
                 expected = outer(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
             else:
-                positions = {"position_ids": mask_positions(mask)}
-                if "position_ids" not in inspect.signature(inner.forward).parameters:
-                    positions = {}
+                positions = {"position_ids": mask_positions(mask)} if takes_positions(inner) else {}
                 expected = outer(input_ids=ids, attention_mask=mask, **positions).logits
     name = type(inner).__name__
     if logits.shape != expected.shape:
@@ -193,7 +191,7 @@ def check_split(model: nn.Module) -> None:
 def reads_padding(model: nn.Module) -> bool:
     """Whether a decoder-only model's logits depend on what stands in the padding before a row, as RWKV's do."""
     inner = _splittable(model)
-    ids, mask = _probe(inner)
+    ids, mask = probe_rows(inner)
     bare = ids[1:, 2:]
     with torch.no_grad(), dropout_off(model):
         hidden = hidden_states(model, ids, mask, mask_positions(mask))[1:, 2:]
@@ -202,7 +200,7 @@ def reads_padding(model: nn.Module) -> bool:
     return not (hidden - alone).abs().max().item() <= 0.05 * alone.abs().max().item()
 
 
-def _probe(inner: Any) -> tuple[Tensor, Tensor]:
+def probe_rows(inner: Any) -> tuple[Tensor, Tensor]:
     """Token ids and mask [2, 5], the second row with two tokens of padding in front."""
     embeddings = inner.get_input_embeddings().weight
     ids = torch.arange(10, device=embeddings.device).reshape(2, 5) % embeddings.shape[0]

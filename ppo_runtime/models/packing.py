@@ -38,7 +38,9 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     known = _found.setdefault(inner, {})
     implementation = str(getattr(inner.config, "_attn_implementation", None))
     if implementation not in known:
-        known[implementation] = not inner.config.is_encoder_decoder and takes_positions(inner) and _proved(model)
+        known[implementation] = (
+            not inner.config.is_encoder_decoder and takes_positions(inner.base_model) and _proved(model)
+        )
         if not known[implementation]:
             logger.info("%s reads rows padded: it does not keep rows apart that lie end to end", type(inner).__name__)
     return known[implementation]

@@ -6,7 +6,6 @@ prompts are read once, and choosing a token takes few passes over the vocabulary
 distribution by other random numbers, which are the same however rows are batched.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ppo_runtime.models.heads import mask_positions
+from ppo_runtime.models.heads import mask_positions, takes_positions
 from ppo_runtime.models.inner import cache_argument, transformers_model
 from ppo_runtime.rollout.drawing import Uniforms, draw
 from ppo_runtime.rollout.ending import Ending
@@ -114,7 +113,7 @@ class Pass:
         self.inner = inner
         self.cache = DynamicCache(config=inner.config)
         self._constant: dict[str, Any] = {cache_argument(inner): self.cache, "use_cache": True, "logits_to_keep": 1}
-        self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self._takes_positions = takes_positions(inner)
 
     def prompts(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Read prompts [B, L], equal ones once."""
