@@ -8,13 +8,22 @@ stays in the cache for all that is done to it.
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ppo_core._checks import check_floating, check_integer, check_same_device, check_without_axis, widen
+
+
+@runtime_checkable
+class Product(Protocol):
+    """The product of two matrices: ``torch.mm``, or a kernel that is faster on some machine."""
+
+    def __call__(self, a: Tensor, b: Tensor, /, *, out: Tensor | None = None) -> Tensor:
+        """a @ b, without gradient; written to ``out`` where that is given, and returned."""
+        ...
 
 
 class HeadOutput(NamedTuple):
@@ -35,6 +44,7 @@ def fused_logprobs(
     softcap: float | None,
     chunk_size: int,
     keep_logits: bool,
+    product: Product,
 ) -> HeadOutput:
     """log p[token] and -sum_v p_v log p_v of p = softmax(logits / temperature), differentiable in both.
 
@@ -57,6 +67,7 @@ def fused_logprobs(
         keep_logits: hold the logits, rows * vocab numbers more in the dtype of the result, from the forward to the
             backward pass, which then makes no product for them (1 + 2 in all, like a dense head, instead of 1 + 3).
             Worth its memory only where a gradient follows.
+        product: what multiplies matrices, ``torch.mm`` unless the machine has something faster.
 
     Returns:
         Log-probabilities (<= 0) and entropies (in [0, log vocab]), in nats, float32 or wider also under autocast.
@@ -88,7 +99,9 @@ def fused_logprobs(
     cap = None if softcap is None else softcap / temperature
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype) * factor
     offset = None if bias is None else bias.to(dtype) * factor
-    logprobs, entropy, *_ = _apply(_Head, rows, weight, tokens.reshape(-1), offset, cap, chunk_size, keep_logits)
+    logprobs, entropy, *_ = _apply(
+        _Head, rows, weight, tokens.reshape(-1), offset, cap, chunk_size, keep_logits, product
+    )
     return HeadOutput(logprobs.reshape(tokens.shape), entropy.reshape(tokens.shape))
 
 
@@ -96,9 +109,11 @@ def fused_logprobs(
 _RULED_OUT = -1e4
 
 
-def _logits(rows: Tensor, part: Tensor, offset: Tensor | None, cap: float | None, out: Tensor | None) -> Tensor:
+def _logits(
+    product: Product, rows: Tensor, part: Tensor, offset: Tensor | None, cap: float | None, out: Tensor | None
+) -> Tensor:
     """logits / temperature of the vocabulary entries whose weight is ``part``, [rows, entries]."""
-    u = torch.mm(rows, part.T, out=out)
+    u = product(rows, part.T, out=out)
     if offset is not None:
         u = u.add_(offset)
     return u if cap is None else u.tanh_().mul_(cap)
@@ -109,7 +124,14 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, weight: Tensor, tokens: Tensor, offset: Tensor | None, cap: float | None, chunk: int, keep: bool
+        rows: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        offset: Tensor | None,
+        cap: float | None,
+        chunk: int,
+        keep: bool,
+        product: Product,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # Per row, with u relative to the maximum so far: sum exp(u), sum u exp(u), and u of the sampled token.
         top = torch.full_like(rows[:, 0], torch.finfo(rows.dtype).min)
@@ -118,7 +140,7 @@ class _Head(torch.autograd.Function):
         for start in range(0, weight.shape[0], chunk):
             here = slice(start, start + chunk)
             part = weight[here].to(rows.dtype)
-            u = _logits(rows, part, _part(offset, here), cap, _tile(kept, here))
+            u = _logits(product, rows, part, _part(offset, here), cap, _tile(kept, here))
             inside, index = _locate(tokens, start, part.shape[0])
             chosen = torch.where(inside, u.gather(1, index).squeeze(1), chosen)
             higher = torch.maximum(top, u.amax(1))
@@ -134,7 +156,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        rows, weight, tokens, offset, ctx.cap, ctx.chunk, _ = inputs
+        rows, weight, tokens, offset, ctx.cap, ctx.chunk, _, ctx.product = inputs
         # Zeros in the place of a gradient that nobody asked for would be as large as what is kept.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
@@ -146,9 +168,9 @@ class _Head(torch.autograd.Function):
         incoming = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         by_rows, by_weight, by_offset = _apply(
-            _HeadGradient, *ctx.saved_tensors, *incoming, ctx.cap, ctx.chunk, *wanted
+            _HeadGradient, *ctx.saved_tensors, *incoming, ctx.cap, ctx.chunk, *wanted, ctx.product
         )
-        return by_rows, by_weight, None, by_offset, None, None, None
+        return by_rows, by_weight, None, by_offset, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -174,6 +196,7 @@ class _HeadGradient(torch.autograd.Function):
         rows_wanted: bool,
         weight_wanted: bool,
         offset_wanted: bool,
+        product: Product,
     ) -> tuple[Tensor | None, ...]:
         by_rows = torch.zeros_like(rows) if rows_wanted else None
         by_weight = weight.new_empty(weight.shape) if weight_wanted else None
@@ -184,7 +207,7 @@ class _HeadGradient(torch.autograd.Function):
             part = weight[here].to(rows.dtype)
             u = _tile(kept, here)
             if u is None:
-                u = _logits(rows, part, _part(offset, here), cap, None)
+                u = _logits(product, rows, part, _part(offset, here), cap, None)
             slope = None if cap is None else (u / cap).square_().mul_(-cap).add_(cap)
             # What is kept stays as it is: the graph may be retained, and another backward pass read it again.
             logp = torch.sub(u, logsumexp[:, None], out=None if kept is not None else u).clamp_min_(_RULED_OUT)
@@ -195,11 +218,11 @@ class _HeadGradient(torch.autograd.Function):
             if slope is not None:
                 grad = grad.mul_(slope)
             if by_rows is not None:
-                by_rows = by_rows.addmm_(grad, part)
+                by_rows = by_rows.add_(product(grad, part))
             if by_weight is not None and by_weight.dtype == grad.dtype:
-                torch.mm(grad.T, rows, out=by_weight[here])
+                product(grad.T, rows, out=by_weight[here])
             elif by_weight is not None:
-                by_weight[here] = grad.T @ rows
+                by_weight[here] = product(grad.T, rows)
             if by_offset is not None:
                 by_offset[here] = grad.sum(0)
         return by_rows, by_weight, by_offset

@@ -4,13 +4,14 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from ppo_runtime.accel.backends import AccelChoice, Requested, accelerate_frozen, choose, fall_back, tell
+from ppo_runtime.accel.products import fast_products
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.learning.forward import Reference, evaluate, lay_out
@@ -186,7 +187,13 @@ def make_reference(
     ref_model.eval()
     inner = ref_model.pretrained_model if isinstance(ref_model, PreTrainedModelWrapper) else ref_model
     fast, choice = accelerate_frozen(inner, choice, _few_logprobs)
-    return ref_model, lambda: nullcontext(fast), choice
+
+    @contextmanager
+    def in_use() -> Iterator[Any]:
+        with fast_products(fast, config.accel):
+            yield fast
+
+    return ref_model, in_use, choice
 
 
 def _frames_of_ours() -> int:

@@ -16,6 +16,7 @@ from ppo_core.rewards import compute_rewards
 from ppo_core.scores import ScoreState
 from ppo_runtime import assembly
 from ppo_runtime.accel.heap import freed_memory_kept
+from ppo_runtime.accel.products import fast_products
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.learning.controllers import check_controller
@@ -61,8 +62,6 @@ from ppo_runtime.rollout.generating import Remembered, ResponseGenerator
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "PPO model"
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -326,7 +325,8 @@ class Trainer:
         already: ``broken_off`` then says so. Minibatches that wait for their update stay as well, unless
         the step was whole or has moved weights.
         """
-        with freed_memory_kept(), own_precision(self.device), self._undone_unless_whole() as progress:
+        fast = fast_products(self.model, self.config.accel)
+        with freed_memory_kept(), own_precision(self.device), fast, self._undone_unless_whole() as progress:
             return self._step(queries, responses, scores, response_masks, progress)
 
     def _step(

@@ -18,6 +18,7 @@ from ppo_core.logprobs import token_entropy
 from ppo_core.masking import masked_mean
 from ppo_core.moments import masked_moments, variance
 from ppo_core.rewards import compute_rewards
+from ppo_runtime.accel.products import fast_products
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.layout import model_inputs_of, rows_of
 from ppo_runtime.compat.recording import recorded_stats
@@ -96,7 +97,7 @@ class Piecewise(Trainer):
         found: list[tuple[Evaluation, Tensor | None]] = []
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
-        with own_precision(rows.mask.device), quiet(model):
+        with own_precision(rows.mask.device), fast_products(model, self.config.accel), quiet(model):
             for index in torch.arange(len(rows.mask), device=rows.mask.device).split(self.config.mini_batch_size):
                 part = rows.select(index)
                 hidden = row_states(model, part)
@@ -206,7 +207,9 @@ class Piecewise(Trainer):
             count, averages = 0, {}
             self.model.zero_grad(set_to_none=True)
         with self._dropped_unless_whole():
-            with own_precision(mask.device), without_dropout(self.model):  # a checkpointed layer runs again here
+            # A checkpointed layer runs again here.
+            fast = fast_products(self.model, self.config.accel)
+            with own_precision(mask.device), fast, without_dropout(self.model):
                 (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
             merge_into(averages, averages_of(losses))
             count += 1

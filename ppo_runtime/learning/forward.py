@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo_core import kl as kl_estimators
 from ppo_core.fused_head import HeadOutput, fused_logprobs
+from ppo_runtime.accel.products import current_product
 from ppo_runtime.models.bottom import frozen_depth, recorded, replayed, shared_depth
 from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
 from ppo_runtime.models.inner import transformers_model
@@ -223,6 +224,7 @@ def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
         scale=head.scale,
         softcap=head.softcap,
         chunk_size=HEAD_CHUNK,
+        product=current_product(),
         keep_logits=learns and tokens.numel() * head.weight.shape[0] * 4 <= KEPT_LOGITS,
     )
 

@@ -104,7 +104,7 @@ def head_inputs() -> tuple[Tensor, Tensor, Tensor]:
 def head_fused(hidden: Tensor, weight: Tensor, tokens: Tensor, keep_logits: bool = False) -> None:
     """Forward and backward through the fused head."""
     spec = {"temperature": 1.0, "scale": 1.0, "softcap": None, "chunk_size": CHUNK}
-    out = fused_logprobs(hidden, weight, tokens, **spec, keep_logits=keep_logits)
+    out = fused_logprobs(hidden, weight, tokens, **spec, keep_logits=keep_logits, product=torch.mm)
     torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), (hidden, weight))
 
 

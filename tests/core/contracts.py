@@ -21,6 +21,7 @@ from torch import Tensor
 
 import ppo_core
 from ppo_core.scores import ScoreState
+from tests.core.strategies import turned_product
 from tests.core.subject import subject
 
 VOCAB = 7
@@ -43,6 +44,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "softcap": (5.0, None),
     "chunk_size": (3, 1, VOCAB, VOCAB + 1),
     "keep_logits": (True, False),
+    "product": (torch.mm, turned_product),
     "scale_by_std": (True, False),
     "use_scaling": (True, False),
     "use_norm": (True, False),

@@ -130,3 +130,9 @@ def gradient(function: Any, x: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(value, x)[0]
+
+
+def turned_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a @ b as the transpose of b' @ a', which is summed and laid out in another order than by ``torch.mm``."""
+    found = (b.T.contiguous() @ a.T.contiguous()).T
+    return found if out is None else out.copy_(found)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from tests.core.close import assert_close
-from tests.core.strategies import NUMBERS, POSITIVE, UNIT, Case, gradient, tensors
+from tests.core.strategies import NUMBERS, POSITIVE, UNIT, Case, gradient, tensors, turned_product
 from tests.core.subject import only_ours, subject
 from tests.operations import Operations
 
-PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None}
+PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None, "product": torch.mm}
 either_way = pytest.mark.parametrize("keep_logits", [False, True])
 
 
@@ -35,6 +35,7 @@ def heads(draw, rows=None):
         tiles={
             "chunk_size": draw(st.sampled_from((1, n, n + 1, vocab, vocab + 1))),
             "keep_logits": draw(st.booleans()),
+            "product": draw(st.sampled_from((torch.mm, turned_product))),
         },
     )
 
@@ -286,6 +287,26 @@ def test_kept_logits_save_a_product():
         assert operations.count("mm", "addmm", "addmm_") == products
 
 
+@only_ours
+def test_products_are_made_by_what_is_given():
+    """Every product of a forward and a backward pass is made by the function that the caller names."""
+    hidden, weight = torch.randn(3, 2).requires_grad_(), torch.randn(5, 2).requires_grad_()
+    shapes = []
+
+    def product(a, b, *, out=None):
+        shapes.append((*a.shape, b.shape[1]))
+        found = (a.unsqueeze(2) * b).sum(1)
+        return found if out is None else out.copy_(found)
+
+    with Operations() as operations:
+        out = subject.fused_head.fused_logprobs(
+            hidden, weight, torch.tensor([0, 4, 2]), **PLAIN | {"product": product}, chunk_size=5, keep_logits=False
+        )
+        (out.logprobs + out.entropy).sum().backward()
+    assert shapes == [(3, 2, 5), (3, 2, 5), (3, 5, 2), (5, 3, 2)]
+    assert operations.count("mm", "addmm", "addmm_", "bmm") == 0
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -321,6 +342,7 @@ def test_compiled_equals_eager(keep_logits):
     def run(function):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         spec = {"temperature": 0.7, "scale": 1.0, "softcap": 2.0, "chunk_size": 4, "keep_logits": keep_logits}
+        spec["product"] = torch.mm
         out = function(*leaves[:2], tokens, leaves[2], **spec)
         return out, torch.autograd.grad(out.logprobs.sum() + out.entropy.square().sum(), leaves)
 

@@ -1032,6 +1032,11 @@ def head_keeps_unasked(*tensors, keep_logits, **spec):
     return fused_head_.fused_logprobs(*tensors, keep_logits=True, **spec)
 
 
+@mutant(HEAD, "test_fused_head::test_products_are_made_by_what_is_given", "multiplies by torch.mm whatever is given")
+def head_multiplies_as_ever(*tensors, product, **spec):
+    return fused_head_.fused_logprobs(*tensors, product=torch.mm, **spec)
+
+
 # Running them
 
 _QUICK = settings(

@@ -16,8 +16,10 @@ class Side(NamedTuple):
 
     seconds: float
     mib: float
-    efficiency: float
-    """Needed FLOPs / (seconds x the rate of a product in the same process); 1 is the machine's limit."""
+    of_mm: float
+    """Needed FLOPs / (seconds x the rate of torch.mm in the same process)."""
+    of_limit: float
+    """The same with the fastest product that was found there; 1 is the machine's limit."""
 
 
 class Row(NamedTuple):
@@ -29,9 +31,10 @@ class Row(NamedTuple):
     other: Side | None
 
 
-def efficiency(run: Run, call: str, needed_flops: float) -> float:
-    """Of one run, by the rate before and after it."""
-    return needed_flops / (mean(run["product_gflops"]) * 1e9 * run["seconds"][call])
+def efficiency(run: Run, call: str, needed_flops: float, ways: Iterable[str]) -> float:
+    """Of one run, by the fastest of these products before and after it."""
+    rate = max(mean(run["product_gflops"][way]) for way in ways)
+    return needed_flops / (rate * 1e9 * run["seconds"][call])
 
 
 def summary(runs: Sequence[Run]) -> list[Row]:
@@ -51,7 +54,8 @@ def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
         Side(
             median(run["seconds"][call] for run in side),
             median(run["peak_mib"][call] for run in side),
-            median(efficiency(run, call, needed) for run in side),
+            median(efficiency(run, call, needed, ["mm"]) for run in side),
+            median(efficiency(run, call, needed, run["product_gflops"]) for run in side),
         )
         if side
         else None
@@ -64,7 +68,17 @@ def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
 def render(runs: Sequence[Run]) -> str:
     """The table, and below it where a step of ours goes."""
     name = next((run["side"] for run in runs if run["side"] != OURS), PEER)
-    columns = ("ours s", f"{name} s", "ratio", "ours MiB", f"{name} MiB", "ratio", "ours of limit", f"{name} of limit")
+    columns = (
+        "ours s",
+        f"{name} s",
+        "ratio",
+        "ours MiB",
+        f"{name} MiB",
+        "ratio",
+        "ours of mm",
+        f"{name} of mm",
+        "ours of limit",
+    )
     lines = [("work", *columns), *(_cells(row) for row in summary(runs))]
     text = [f"Medians. Ratios: seconds of {name} / ours, memory of ours / {name}.", *_aligned(lines)]
     if profiled := {run["work"]: run["parts"] for run in runs if "parts" in run}:
@@ -86,8 +100,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{ours.mib:.0f}",
         "-" if other is None else f"{other.mib:.0f}",
         "-" if other is None else f"{ours.mib / other.mib:.2f}",
-        f"{ours.efficiency:.2f}",
-        "-" if other is None else f"{other.efficiency:.2f}",
+        f"{ours.of_mm:.2f}",
+        "-" if other is None else f"{other.of_mm:.2f}",
+        f"{ours.of_limit:.2f}",
     )
 
 
@@ -109,7 +124,6 @@ def progress(run: Run) -> str:
     calls = ", ".join(
         f"{call} {seconds:.2f} s {run['peak_mib'][call]:.0f} MiB" for call, seconds in run["seconds"].items()
     )
-    rates, loads = (
-        f"{first:.{d}f} -> {last:.{d}f}" for (first, last), d in ((run["product_gflops"], 0), (run["load"], 2))
-    )
-    return f"{run['work']} {run['side']} ({run['backend']}): {calls}; product {rates} GFLOP/s; load {loads}"
+    rates = ", ".join(f"{way} {first:.0f} -> {last:.0f}" for way, (first, last) in run["product_gflops"].items())
+    before, after = run["load"]
+    return f"{run['work']} {run['side']} ({run['backend']}): {calls}; {rates} GFLOP/s; load {before:.2f} -> {after:.2f}"
