@@ -126,7 +126,7 @@ def test_every_part_of_a_step_is_seen_and_the_step_stays_as_it_is():
 
 def test_a_worker_measures_a_step(directory, monkeypatch):
     monkeypatch.setitem(w.WORKS, "W1", TINY)
-    monkeypatch.setattr(worker, "product_rate", lambda: 100.0)
+    monkeypatch.setattr(worker, "product_rates", lambda: {"mm": 100.0})
     found = measure(ours, "W1", directory, accel="eager", profile=True)
     assert set(found["seconds"]) == set(found["peak_mib"]) == {"step"}
     assert set(found["parts"]) == set(PARTS)
@@ -140,7 +140,7 @@ def test_a_worker_measures_a_step(directory, monkeypatch):
 
 def test_a_worker_measures_generation(directory, monkeypatch):
     monkeypatch.setitem(w.WORKS, "W4", TINY._replace(new_tokens=5))
-    monkeypatch.setattr(worker, "product_rate", lambda: 100.0)
+    monkeypatch.setattr(worker, "product_rates", lambda: {"mm": 100.0})
     found = measure(ours, "W4", directory, accel="eager", profile=True)
     assert list(found["seconds"]) == ["generate", "generate, batch 4"]
     assert "parts" not in found
@@ -172,7 +172,7 @@ def run(side: str, seconds: float, mib: float, rate: float = 100.0, **more: Any)
         "side": side,
         "seconds": {"step": seconds},
         "peak_mib": {"step": mib},
-        "product_gflops": [rate - 10, rate + 10],
+        "product_gflops": {"mm": [rate - 10, rate + 10], "onednn": [2 * rate, 2 * rate]},
         **more,
     }
 
@@ -183,21 +183,22 @@ def test_medians_ratios_and_efficiency():
     (row,) = table.summary(runs)
     assert row.other is not None
     assert (row.ours.seconds, row.other.seconds) == (10.0, 20.0)
-    assert (row.ours.efficiency, row.other.efficiency) == pytest.approx((0.4, 0.2))
+    assert (row.ours.of_mm, row.other.of_mm) == pytest.approx((0.4, 0.2))
+    assert (row.ours.of_limit, row.other.of_limit) == pytest.approx((0.2, 0.1))
     shown = table.render(runs).splitlines()
-    assert shown[2].split() == ["W1", "step", "10.00", "20.00", "2.00x", "300", "400", "0.75", "0.40", "0.20"]
+    assert shown[2].split() == ["W1", "step", "10.00", "20.00", "2.00x", "300", "400", "0.75", "0.40", "0.20", "0.20"]
 
 
 def test_efficiency_is_by_the_rate_of_the_same_run():
     """A machine that is half as fast for one run takes twice as long, and is used no worse."""
     runs = [run("ours", 10.0, 1, rate=100.0, needed_flops=4e11), run("ours", 20.0, 1, rate=50.0, needed_flops=4e11)]
-    assert table.summary(runs)[0].ours.efficiency == pytest.approx(0.4)
+    assert table.summary(runs)[0].ours.of_mm == pytest.approx(0.4)
 
 
 def test_ours_alone_has_no_ratio_and_a_profile_has_a_line():
     runs = [run("ours", 10.0, 300, needed_flops=4e11, parts={"head": 1.5, "other": 2.25})]
     shown = table.render(runs).splitlines()
-    assert shown[2].split() == ["W1", "step", "10.00", "-", "-", "300", "-", "-", "0.40", "-"]
+    assert shown[2].split() == ["W1", "step", "10.00", "-", "-", "300", "-", "-", "0.40", "-", "0.20"]
     assert shown[-1].split() == ["W1", "1.50", "2.25", "3.75"]
     assert table.summary([run("peer", 1.0, 1)]) == []
 

@@ -68,17 +68,8 @@ def _row(runs: Sequence[Run], work: str, call: str) -> Row | None:
 def render(runs: Sequence[Run]) -> str:
     """The table, and below it where a step of ours goes."""
     name = next((run["side"] for run in runs if run["side"] != OURS), PEER)
-    columns = (
-        "ours s",
-        f"{name} s",
-        "ratio",
-        "ours MiB",
-        f"{name} MiB",
-        "ratio",
-        "ours of mm",
-        f"{name} of mm",
-        "ours of limit",
-    )
+    columns = ("ours s", f"{name} s", "ratio", "ours MiB", f"{name} MiB", "ratio")
+    columns += ("ours of torch.mm", f"{name} of torch.mm", "ours of limit")
     lines = [("work", *columns), *(_cells(row) for row in summary(runs))]
     text = [f"Medians. Ratios: seconds of {name} / ours, memory of ours / {name}.", *_aligned(lines)]
     if profiled := {run["work"]: run["parts"] for run in runs if "parts" in run}:
