@@ -27,12 +27,17 @@ def make_trainer(
     num_shared_layers: int | None = None,
     dropout: float = 0.0,
     peft_config: Any = None,
+    placed: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
-    """A trainer around a tiny random model; ``settings`` go to PPOConfig."""
+    """A trainer around a tiny random model; ``settings`` go to PPOConfig.
+
+    ``placed`` moves the model to where it shall be.
+    """
     set_seed(0)
     parent = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
     model = parent.from_pretrained(tiny_model(family, dropout=dropout), peft_config=peft_config)
+    model = model if placed is None else placed(model)
     return PPOTrainer(
         PPOConfig(**(SETTINGS | settings)),
         model,
