@@ -3,16 +3,20 @@
 Each is a function of its arguments alone, so that a script takes the ones it needs and writes the rest itself.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer, pipeline
 
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Scores = Callable[[list[str], list[str]], list[float]]
 """From prompts and their responses to one score each."""
@@ -46,6 +50,8 @@ def tokenized(prompts: Sequence[str], tokenizer: Any, *, add_special_tokens: boo
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts is {prompts!r}, expected a list of texts, one at least")
+    from datasets import Dataset
+
     ids = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     return Dataset.from_dict({"query": list(prompts), "input_ids": ids})
 

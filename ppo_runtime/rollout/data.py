@@ -1,13 +1,13 @@
 """The prompts' dataloader."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from ppo_runtime.common.wording import counted
@@ -101,7 +101,7 @@ def prompt_digest(dataset: Any) -> str | None:
     None where looking at a row could change anything, as a transform that draws random numbers does, or where a prompt
     is something else than whole numbers.
     """
-    if not isinstance(dataset, Dataset | list | tuple) or not len(dataset) or transforms(dataset):
+    if not (is_table(dataset) or isinstance(dataset, list | tuple)) or not len(dataset) or transforms(dataset):
         return None
     digest = sha256()
     for index in range(0, len(dataset), -(-len(dataset) // _DIGESTED)):
@@ -117,9 +117,15 @@ def prompt_digest(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
+def is_table(dataset: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``; whoever has one has imported that library, which takes 80 MiB."""
+    table = getattr(sys.modules.get("datasets"), "Dataset", None)
+    return isinstance(table, type) and isinstance(dataset, table)
+
+
 def transforms(dataset: Any) -> bool:
     """Whether a ``datasets.Dataset`` makes its rows only when they are read (``set_transform``)."""
-    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return is_table(dataset) and dataset.format["type"] == "custom"
 
 
 def prepare_dataloader(

@@ -4,19 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from ppo_runtime.common import inputs
-from ppo_runtime.rollout.data import transforms
+from ppo_runtime.rollout.data import is_table, transforms
 from ppo_runtime.rollout.room import Room
 
 _TOKENISE = "tokenise the text first: tokenizer(text)['input_ids']"
 _CHUNK = 1000
-_compute: Any = pyarrow.compute  # whose functions are made when it is imported
 
 
 def check_dataset(dataset: Any, *, vocab_size: int, room: Room) -> None:
@@ -103,7 +99,7 @@ def _suspects(dataset: Any, vocab_size: int, room: int | None) -> Iterator[tuple
     """The rows to look at one by one: all of a list, and of a table those chunks that a quick look does not clear."""
     if isinstance(dataset, list | tuple):
         yield from enumerate(dataset)
-    if not isinstance(dataset, Dataset) or transforms(dataset):
+    if not is_table(dataset) or transforms(dataset):
         return
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {_names(dataset.column_names)}, expected 'input_ids'; {_TOKENISE}")
@@ -117,11 +113,12 @@ def _suspects(dataset: Any, vocab_size: int, room: int | None) -> Iterator[tuple
 
 def _clear(ids: Any, masks: Any = None, *, vocab_size: int, room: int | None) -> bool:
     """Whether every row of these columns is a prompt that a step can take, without what its mask calls padding."""
+    types, compute = _arrow()
     columns = [ids] if masks is None else [ids, masks]
     flat = [_flat(column) for column in columns]
-    if any(values is None for values in flat) or not pa.types.is_integer(ids.type.value_type):
+    if any(values is None for values in flat) or not types.is_integer(ids.type.value_type):
         return False
-    lengths = [_compute.list_value_length(column) for column in columns]
+    lengths = [compute.list_value_length(column) for column in columns]
     if not lengths[0].equals(lengths[-1]):
         return False
     tokens, counts = flat[0], lengths[0].to_numpy()
@@ -137,14 +134,22 @@ def _clear(ids: Any, masks: Any = None, *, vocab_size: int, room: int | None) ->
 
 def _flat(column: Any) -> Any:
     """All entries of a column of lists of numbers, one after another; None if it is another kind or has gaps."""
-    kind, types = column.type, pa.types
+    (types, compute), kind = _arrow(), column.type
     if not (types.is_list(kind) or types.is_large_list(kind)) or column.null_count:
         return None
     entry = kind.value_type
-    entries = _compute.list_flatten(column)
+    entries = compute.list_flatten(column)
     if not (types.is_integer(entry) or types.is_floating(entry) or types.is_boolean(entry)) or entries.null_count:
         return None
     return entries.to_numpy()
+
+
+def _arrow() -> tuple[Any, Any]:
+    """pyarrow's types and functions, imported where a table is at hand: they take 30 MiB."""
+    import pyarrow
+    import pyarrow.compute
+
+    return pyarrow.types, pyarrow.compute
 
 
 def _names(columns: Any) -> str:

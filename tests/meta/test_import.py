@@ -73,3 +73,10 @@ def test_the_core_imports_only_what_it_needs():
     modules = imported(allowed())
     assert {"ppo_core", "torch", "attr", "jaxtyping"} <= modules
     assert not modules & {"ppo_runtime", "transformers", "datasets", "numpy", "hypothesis", "beartype", "scipy"}
+
+
+def test_a_trainer_does_without_tables():
+    """Importing the trainer costs none of the 100 MiB of libraries that only some of its users' prompts lie in."""
+    probe = "import sys; from ppo_runtime import PPOTrainer; print({'datasets', 'pandas', 'pyarrow'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
