@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_runtime.accel.backends import TOLERANCE, AccelError
 from ppo_runtime.accel.probing import first_line
+from ppo_runtime.accel.products import filled
 from ppo_runtime.common.memory import memory
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or rows.dtype is not torch.float32
         if plain or not rows.numel():
             return type(layer).forward(layer, rows)
-        return torch.ops.mkldnn._linear_pointwise(rows, blocks, added, "none", [], "")
+        flat = rows.reshape(-1, rows.shape[-1])
+        found = torch.ops.mkldnn._linear_pointwise(filled(flat), blocks, added, "none", [], "")
+        return found[: len(flat)].view(*rows.shape[:-1], found.shape[-1])
 
     return forward
 

@@ -5,7 +5,8 @@ about 100 GFLOP/s per core on an AMD EPYC of 2025, where the oneDNN that torch b
 such products, so it takes half the time. Weights stay as they are: nothing is packed and nothing goes stale.
 
 The operator is torch's own, but private to its compiler: whether it is there, and gives what torch.mm gives, is tried
-before it is relied on.
+before it is relied on. It compiles a kernel for every shape and keeps a thousand of them, at 0.6 MiB each; rows of text
+come in any number, so that they are filled up to one of few.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ppo_core.fused_head import Product
@@ -74,7 +76,9 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``torch.mm(a, b, out=out)`` without gradient, by oneDNN where that is faster."""
     if not (_plain(a) and _plain(b) and a.numel() * b.shape[-1] >= SMALLEST):
         return torch.mm(a, b, out=out)
-    found = _by_onednn(a, b)
+    # Rows of text times a weight, or columns of text times rows of it, as for the gradient of a weight.
+    rows = a.is_contiguous()
+    found = _by_onednn(filled(a), b)[: len(a)] if rows else _by_onednn(filled(a.T).T, filled(b))
     return found if out is None else out.copy_(found)
 
 
@@ -95,7 +99,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.turned = turned
         flat = rows.reshape(-1, rows.shape[-1])
-        found = _by_onednn(flat, weight if turned else weight.T, bias)
+        found = _by_onednn(filled(flat), weight if turned else weight.T, bias)[: len(flat)]
         return found.view(*rows.shape[:-1], found.shape[-1])
 
     @staticmethod
@@ -104,11 +108,12 @@ class _Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         by_rows = by_weight = by_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        whole = filled(flat)
         if ctx.needs_input_grad[0]:
-            by_rows = _by_onednn(flat, weight.T if ctx.turned else weight).view(rows.shape)
+            by_rows = _by_onednn(whole, weight.T if ctx.turned else weight)[: len(flat)].view(rows.shape)
         if ctx.needs_input_grad[1]:
-            inputs = rows.reshape(-1, rows.shape[-1])
-            by_weight = _by_onednn(inputs.T, flat) if ctx.turned else _by_onednn(flat.T, inputs)
+            inputs = filled(rows.reshape(-1, rows.shape[-1]))
+            by_weight = _by_onednn(inputs.T, whole) if ctx.turned else _by_onednn(whole.T, inputs)
         if ctx.needs_input_grad[2]:
             by_bias = flat.sum(0)
         return by_rows, by_weight, by_bias, None
@@ -130,6 +135,18 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias; both lie in rows or in columns."""
     return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).T, bias, "none", [], "")
+
+
+def rounded(count: int) -> int:
+    """The next of few numbers, at most an eighth above: eight of them between a power of two and the next."""
+    step = max(1, 2 ** (count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def filled(x: Tensor) -> Tensor:
+    """A matrix with rows of zeros below, up to a rounded number of them."""
+    more = rounded(len(x)) - len(x)
+    return functional.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _dense(x: Tensor) -> Tensor:

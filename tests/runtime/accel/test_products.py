@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ppo_runtime.accel import products
-from ppo_runtime.accel.products import current_product, fast_products, obstacle, product
+from ppo_runtime.accel.products import current_product, fast_products, obstacle, product, rounded
 from tests.operations import Operations
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, tiny_lora, tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
@@ -125,6 +125,27 @@ def test_a_product_of_matrices_however_they_lie(lies: str) -> None:
     for x in (found, given, out[2:7]):
         torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
     assert out[[0, 1, 7, 8]].isnan().all()
+
+
+@here
+@pytest.mark.usefixtures("small")
+def test_rows_of_any_number_make_few_shapes() -> None:
+    """Every shape has a kernel of its own, which is compiled and kept: of a hundred numbers of rows there are seven."""
+    layer = layers(bias=False)["linear"]
+    with fast_products(layer, "onednn"), Operations() as operations:
+        for rows in range(151, 251):
+            inputs = torch.randn(rows, 96, requires_grad=True)
+            layer(inputs).sum().backward()
+            hidden = inputs.detach()
+            product(product(hidden, layer.weight.detach().T), layer.weight.detach())
+            product(hidden.T, hidden)
+    made = {made[0] for name, made in operations.ran if name == "_linear_pointwise"}
+    few = {rounded(rows) for rows in range(151, 251)}
+    assert by_onednn(operations) == 600
+    assert len(few) == 7
+    assert made == {(rows, width) for rows in few for width in (96, 160)} | {(160, 96), (96, 96)}
+    for count in range(1, 3000):
+        assert count <= rounded(count) <= count * 9 / 8
 
 
 @here
