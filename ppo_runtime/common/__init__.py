@@ -7,6 +7,7 @@ memory            how much there is and is left, in a container too
 launcher          what torchrun tells each process
 wording           words for numbers
 inputs            checks of rows, scores and masks
+transfers         copies between devices, many tensors in one
 trees             plain values as JSON, exactly, and back
 dataclass_view    what HfArgumentParser and tyro need to see in it
 checked_settings  what makes, checks and assigns a configuration

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppo_runtime.common.transfers import on_cpu
+
 LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
@@ -50,11 +52,12 @@ def _is_number(value: Any) -> bool:
 
 
 def token_rows(name: str, rows: Any, *, vocab_size: int) -> list[Tensor]:
-    """Check a list of 1-d int64 token tensors with ids inside the vocabulary."""
+    """Check a list of 1-d int64 token tensors with ids inside the vocabulary; returns them on the CPU."""
     if isinstance(rows, Tensor) or not isinstance(rows, Sequence) or isinstance(rows, str):
         raise ValueError(f"{name} is a {type(rows).__name__}, expected a list of 1-d token tensors")
     if not rows:
         raise ValueError(f"{name} is an empty list, expected at least one row of tokens")
+    rows = on_cpu(rows)
     for index, row in enumerate(rows):
         where = f"{name}[{index}]"
         if not isinstance(row, Tensor):
@@ -98,7 +101,8 @@ def score_vector(scores: Any, *, count: int, name: str = "scores") -> Tensor:
         raise ValueError(f"{name} is a {type(scores).__name__}, expected a list of 0-d or 1-element tensors")
     if len(scores) != count:
         raise ValueError(f"{name} has {len(scores)} entries, expected {count} like queries")
-    return torch.tensor([_score(f"{name}[{i}]", score) for i, score in enumerate(scores)], dtype=torch.float32)
+    found = [_score(f"{name}[{i}]", score) for i, score in enumerate(on_cpu(scores))]
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _score(where: str, score: Any) -> float:
@@ -141,12 +145,13 @@ def batch_count(count: int, *, batch_size: int, drop_last: bool) -> None:
 
 
 def mask_rows(masks: Any, responses: Sequence[Tensor]) -> list[Tensor] | None:
-    """Check one mask per response, of its length, holding 0/1 or booleans; returns boolean tensors."""
+    """Check one mask per response, of its length, holding 0/1 or booleans; returns boolean tensors on the CPU."""
     if masks is None:
         return None
     if isinstance(masks, Tensor | str | bytes) or not isinstance(masks, Sequence):
         raise ValueError(f"response_masks is a {type(masks).__name__}, expected a list of 1-d tensors or None")
     same_count(len(responses), response_masks=masks)
+    masks = on_cpu(masks)
     for index, (mask, response) in enumerate(zip(masks, responses, strict=True)):
         if not isinstance(mask, Tensor) or mask.shape != response.shape:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -63,6 +63,8 @@ def rows_of(
         places,
         tokens[:, 1:],
         kept[:, 1:],
+        lengths=[model_inputs["input_ids"].shape[1]] * len(tokens),
+        times=[tokens.shape[1] - 1] * len(tokens),
         static=True,
     )
 

@@ -98,7 +98,7 @@ class Piecewise(Trainer):
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
         with own_precision(rows.mask.device), fast_products(model, self.config.accel), quiet(model):
-            for index in torch.arange(len(rows.mask), device=rows.mask.device).split(self.config.mini_batch_size):
+            for index in torch.arange(len(rows.mask)).split(self.config.mini_batch_size):
                 part = rows.select(index)
                 hidden = row_states(model, part)
                 logits = logits_at(lm_head(model), hidden[:, : part.mask.shape[1]]) if return_logits else None

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo_core import kl as kl_estimators
 from ppo_core.fused_head import HeadOutput, fused_logprobs
 from ppo_runtime.accel.products import current_product
+from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.models.bottom import frozen_depth, recorded, replayed, shared_depth
 from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
 from ppo_runtime.models.inner import transformers_model
@@ -68,17 +69,23 @@ class Rows(NamedTuple):
     """[B, T] response tokens."""
     mask: Tensor
     """[B, T] boolean, True on response tokens that count."""
+    lengths: Sequence[int]
+    """Input tokens of each row; known here, so that nobody has to wait for the device to tell."""
+    times: Sequence[int]
+    """Response tokens of each row up to the last that counts; likewise."""
     static: bool = False
     """Whether every pass keeps the full width, for compiled graphs, instead of that of its longest row."""
     bottom: Bottom | None = None
     """Where every pass begins, if not with the tokens."""
 
     def select(self, index: Tensor) -> "Rows":
-        """These rows only, cut to the longest among them unless ``static``."""
+        """These rows only, cut to the longest among them unless ``static``; the index comes from the CPU."""
+        places = index.tolist()
+        lengths, times = [self.lengths[row] for row in places], [self.times[row] for row in places]
         length, time = self.input_ids.shape[1], self.mask.shape[1]
         if not self.static:
-            length = int(self.attention_mask[index].sum(-1).max())
-            time = max(int(self._time_of(index).max()), 1)
+            length, time = max(lengths), max(*times, 1)
+        index = index.to(self.mask.device)  # once, and not with every tensor
         return Rows(
             self.input_ids[index, :length],
             self.attention_mask[index, :length],
@@ -86,19 +93,15 @@ class Rows(NamedTuple):
             self.predictors[index, :time],
             self.tokens[index, :time],
             self.mask[index, :time],
+            lengths,
+            times,
             self.static,
-            self.bottom and self.bottom._replace(states=[self.bottom.states[row] for row in index.tolist()]),
+            self.bottom and self.bottom._replace(states=[self.bottom.states[row] for row in places]),
         )
 
-    def widths(self) -> Tensor:
-        """[B] input tokens that each row takes in a forward pass."""
-        width = self.attention_mask.shape[1]
-        return self.attention_mask.sum(-1).masked_fill(torch.tensor(self.static, device=self.mask.device), width)
-
-    def _time_of(self, index: Tensor) -> Tensor:
-        """Length up to the last kept token, per row."""
-        mask = self.mask[index]
-        return torch.where(mask, torch.arange(1, mask.shape[1] + 1, device=mask.device), 0).amax(-1)
+    def widths(self) -> Sequence[int]:
+        """Input tokens that each row takes in a forward pass."""
+        return [self.input_ids.shape[1]] * len(self.lengths) if self.static else self.lengths
 
 
 class Evaluation(NamedTuple):
@@ -135,7 +138,8 @@ def lay_out(
     axis, and make the rows static. No token is ever cut off: see that rows fit before they come here.
     """
     # Wherever the rows come from, they meet here, and go to the device together.
-    queries, responses = [query.cpu() for query in queries], [response.cpu() for response in responses]
+    queries, responses = on_cpu(queries), on_cpu(responses)
+    kept = None if response_masks is None else on_cpu(response_masks)
     batch, time = len(queries), max(response_width, *(len(response) for response in responses))
     encoder_decoder = decoder_start_token_id is not None
     inputs = list(queries) if encoder_decoder else [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
@@ -148,7 +152,7 @@ def lay_out(
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         tokens[row, : len(response)] = response
-        mask[row, : len(response)] = True if response_masks is None else response_masks[row].cpu()
+        mask[row, : len(response)] = True if kept is None else kept[row]
         first = 0 if encoder_decoder else len(query) - 1
         predictors[row, : len(response)] = torch.arange(first, first + len(response))
     decoder_input_ids = None
@@ -162,6 +166,8 @@ def lay_out(
         predictors.to(device),
         tokens.to(device),
         mask.to(device),
+        lengths=[len(ids) for ids in inputs],
+        times=torch.where(mask, torch.arange(1, time + 1), 0).amax(-1).tolist(),
         static=input_width > 0 or response_width > 0,
     )
 
@@ -195,7 +201,7 @@ def _packs(model: Any, rows: Rows) -> bool:
     if rows.decoder_input_ids is not None or rows.static:
         return False
     width = transformers_model(model).get_input_embeddings().weight.shape[-1]
-    return packing_pays(rows.attention_mask, width) and keeps_rows_apart(model)
+    return packing_pays(rows.lengths, width) and keeps_rows_apart(model)
 
 
 def row_states(model: Any, rows: Rows) -> Tensor:
@@ -248,6 +254,7 @@ def score_rollout(policy: Any, reference: Reference, rows: Rows, *, kl_penalty: 
             part = rows.select(index)
             states, below = _with_bottom(policy, part, depth)
             bottoms |= dict(zip(index.tolist(), below, strict=bool(depth)))
+            index = index.to(rows.mask.device)
             mine, head = read_off(policy, states, part), lm_head(policy)
             with reference() as model:
                 ref_states = predicting_states(model, part._replace(bottom=Bottom(depth, below) if shared else None))
@@ -269,20 +276,20 @@ def _with_bottom(model: Any, rows: Rows, depth: int) -> tuple[Tensor, list[Tenso
         return predicting_states(model, rows), []
     with recorded(model, depth) as seen:
         states = predicting_states(model, rows)
-    lengths, found = rows.attention_mask.sum(-1).tolist(), seen[-1]  # the model may have been tried before
+    lengths, found = list(rows.lengths), seen[-1]  # the model may have been tried before
     if len(found) == 1:
         return states, list(found[0, : sum(lengths)].split(lengths))
     return states, [row[:length] for row, length in zip(found, lengths, strict=True)]
 
 
-def length_buckets(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
+def length_buckets(lengths: Sequence[int], most_tokens: int) -> Iterator[Tensor]:
     """Row indices in groups of similar length, each group at most ``most_tokens`` wide when padded (or one row)."""
-    order = lengths.argsort(descending=True, stable=True)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start = 0
     while start < len(order):
         # The first row of a group is its longest.
-        size = max(1, most_tokens // max(int(lengths[order[start]]), 1))
-        yield order[start : start + size]
+        size = max(1, most_tokens // max(lengths[order[start]], 1))
+        yield torch.tensor(order[start : start + size])
         start += size
 
 

@@ -56,11 +56,12 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | N
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not math.isfinite(float(norm)):
+    found = norm.cpu()  # waits for the device
+    if not math.isfinite(float(found)):
         return _clip_large(gradients, max_norm)
-    if max_norm is not None and float(norm) > max_norm:  # else they would be multiplied by 1
+    if max_norm is not None and float(found) > max_norm:  # else they would be multiplied by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.cpu(), Cause.NONE
+    return found, Cause.NONE
 
 
 def _clip_large(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[Tensor, Cause]:

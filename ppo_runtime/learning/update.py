@@ -64,6 +64,7 @@ class Targets(NamedTuple):
 
     def select(self, index: Tensor, time: int) -> "Targets":
         """These rows, cut to ``time`` tokens."""
+        index = index.to(self.advantages.device)  # once, and not with every tensor
         return Targets(*(x[index, :time] for x in self))
 
 
@@ -268,7 +269,7 @@ def plan_updates(batch: int, config: PPOConfig, generator: torch.Generator) -> P
 
 def tokens_per_update(plan: Plan, mask: Tensor) -> Tensor:
     """Kept tokens [updates] of every update of every epoch, on this rank."""
-    tokens = mask.sum(-1)
+    tokens = mask.sum(-1).cpu()
     return torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
 
 

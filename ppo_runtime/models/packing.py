@@ -8,6 +8,7 @@ trusted.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,13 +47,13 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     return known[implementation]
 
 
-def packing_pays(attention_mask: Tensor, width: int) -> bool:
-    """Whether rows end to end cost less than padded ones, of a trunk of this hidden size.
+def packing_pays(lengths: Sequence[int], width: int) -> bool:
+    """Whether rows of these lengths cost less end to end than padded, in a trunk of this hidden size.
 
     A layer's linear maps cost about 24 width^2 per token and its attention 4 width per pair of tokens, masked or not;
     end to end, all pairs of all rows are pairs.
     """
-    (count, longest), tokens = attention_mask.shape, int(attention_mask.sum())
+    count, longest, tokens = len(lengths), max(lengths), sum(lengths)
     return tokens * (6 * width + tokens) < count * longest * (6 * width + longest)
 
 

@@ -23,6 +23,7 @@ from ppo_core import averages, moments
 from ppo_core.averages import Average
 from ppo_core.moments import Moments
 from ppo_runtime.common.launcher import processes_started
+from ppo_runtime.common.transfers import on_cpu
 
 CAPACITY = 1024
 """How many metrics one gather carries. A fixed size keeps ranks whose keys differ from waiting for each other."""
@@ -109,32 +110,35 @@ def gather_metrics(
     vector = torch.zeros(1 + FIELDS * CAPACITY, dtype=torch.float64)
     vector[0] = _stamp("\n".join(kinds))
     fields = vector[1:].view(FIELDS, CAPACITY)
+    places: list[tuple[int, int]] = []
+    numbers: list[Tensor] = []
     for slot, key in enumerate(keys):
         for row, field in enumerate(metrics[key]):
             if field.ndim != 0:
                 raise ValueError(f"metrics[{key!r}] has shape {tuple(field.shape)}, expected a scalar; reduce it first")
-            fields[row, slot] = field.detach().cpu()  # not every device has float64
-    payloads: list[Tensor] = []
+            places.append((row, slot))
+            numbers.append(field.detach())
+    for place, number in zip(places, on_cpu(numbers), strict=True):
+        fields[place] = number  # widened here: not every device has float64
     for slot, name in enumerate(columns, len(keys)):
         if rows[name].ndim != 1:
             raise ValueError(f"{name} has shape {tuple(rows[name].shape)}, expected one axis; gather {name}.flatten()")
-        payloads.append(as_bytes(rows[name]))
-        fields[0, slot] = len(payloads[-1])
+        fields[0, slot] = rows[name].nbytes
     table = _gather(vector, world)
     if not (table[:, 0] == table[0, 0]).all():
         raise ValueError(_difference(kinds, world))
     table = table[:, 1:].view(-1, FIELDS, CAPACITY)
     merged = {key: _merged(metrics[key], table[:, :, slot]) for slot, key in enumerate(keys)}
     sizes = table[:, 0, len(keys) : len(kinds)].long()
-    return merged, _joined(dict(zip(columns, payloads, strict=True)), rows, sizes, world)
+    return merged, _joined({name: rows[name] for name in columns}, sizes, world)
 
 
 def _merged(metric: Metric, parts: Tensor) -> Metric:
-    """One metric of all ranks, [ranks, FIELDS]; moments in their own dtype."""
+    """One metric of all ranks, [ranks, FIELDS], on the CPU; moments in their own dtype."""
     ways: dict[type, Any] = {Average: averages.merge, Moments: moments.merge, Maximum: _larger}
     found: Any = reduce(ways[type(metric)], (type(metric)(*part[: len(metric)]) for part in parts))
     if isinstance(metric, Moments):
-        found = Moments(*(field.to(metric.mean.dtype).to(metric.mean.device) for field in found))
+        found = Moments(*(field.to(metric.mean.dtype) for field in found))
     return found
 
 
@@ -142,20 +146,18 @@ def _larger(a: Maximum, b: Maximum) -> Maximum:
     return Maximum(torch.maximum(a.value, b.value))
 
 
-def _joined(
-    payloads: Mapping[str, Tensor], rows: Mapping[str, Tensor], sizes: Tensor, world: World
-) -> dict[str, Tensor]:
+def _joined(rows: Mapping[str, Tensor], sizes: Tensor, world: World) -> dict[str, Tensor]:
     """The distributions of all ranks, gathered as bytes, since gloo knows only some dtypes."""
-    if world.size == 1 or not payloads:
-        return {name: rows[name].detach() for name in payloads}
+    if world.size == 1 or not rows:
+        return {name: x.detach() for name, x in rows.items()}
     totals = sizes.sum(-1)
     padded = torch.zeros(max(1, int(totals.max())), dtype=torch.uint8)
-    padded[: totals[world.rank]] = torch.cat(list(payloads.values()))
+    padded[: totals[world.rank]] = torch.cat([as_bytes(x) for x in rows.values()])
     table = _gather(padded, world)
     parts = [row[:total].split(size) for row, total, size in zip(table, totals, sizes.tolist(), strict=True)]
     return {
-        name: torch.cat([part[slot].clone().view(rows[name].dtype) for part in parts]).to(rows[name].device)
-        for slot, name in enumerate(payloads)
+        name: torch.cat([part[slot].clone().view(x.dtype) for part in parts]).to(x.device)
+        for slot, (name, x) in enumerate(rows.items())
     }
 
 
@@ -181,7 +183,7 @@ def merge_moments(m: Moments, world: World) -> Moments:
 
 def packed_moments(m: Moments) -> Tensor:
     """As a vector that can be gathered."""
-    return torch.stack([field.detach().cpu().double() for field in m]).flatten()
+    return torch.stack([field.double() for field in on_cpu([field.detach() for field in m])]).flatten()
 
 
 def folded_moments(m: Moments, parts: Tensor) -> Moments:

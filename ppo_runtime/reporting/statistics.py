@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppo_core.averages import Average, average, mean_of
 from ppo_core.moments import Moments, masked_moments, variance
+from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.learning.experience import Experience
 from ppo_runtime.learning.update import Outcome
 from ppo_runtime.ranks.gather import Maximum, World, gather_metrics
@@ -100,8 +101,8 @@ def rollout_parts(
             "objective/entropy": average(-logprobs.sum(-1), every),
             "ppo/mean_non_score_reward": average(non_score_rewards, mask),
             "ppo/{}_scores": _moments(scores, every),
-            "tokens/queries_len_{}": _moments(query_lengths, every),
-            "tokens/responses_len_{}": _moments(response_lengths, every),
+            "tokens/queries_len_{}": _moments(query_lengths, torch.ones_like(query_lengths, dtype=torch.bool)),
+            "tokens/responses_len_{}": _moments(response_lengths, torch.ones_like(response_lengths, dtype=torch.bool)),
         },
         distributions={
             "objective/kl_dist": kl_per_sequence,
@@ -133,11 +134,12 @@ def merged(parts: Parts, world: World) -> dict[str, Any]:
                 stats[name.format("std")] = float(spread.sqrt())
         else:
             stats[name] = float(metric.value if isinstance(metric, Maximum) else mean_of(metric))
-    return stats | {name: x.cpu().numpy() for name, x in distributions.items()}
+    arrays = (x.numpy() for x in on_cpu(list(distributions.values())))
+    return stats | dict(zip(distributions, arrays, strict=True))
 
 
 def _moments(x: Tensor, mask: Tensor) -> Moments:
-    return masked_moments(x.to(mask.device).float(), mask)
+    return masked_moments(x.float(), mask)
 
 
 def var_explained(error: float, returns_variance: float) -> float:

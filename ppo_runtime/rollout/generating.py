@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_runtime.accel.onednn import rollout_layers
 from ppo_runtime.common import inputs
+from ppo_runtime.common.transfers import together
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.models.context import Context, decoder_start
 from ppo_runtime.models.heads import reads_padding
@@ -129,21 +130,22 @@ class ResponseGenerator:
             with context, dropout_off(model), computing(model), self._layers(model, longest):
                 answered = self.engine(
                     model,
-                    [queries[place].to(self.model.device) for place in places],
+                    together([queries[place] for place in places], self.model.device),
                     theirs,
                     plan,
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
-            answered = inputs.token_rows("what engine= gave: responses", answered, vocab_size=vocabulary)
-            inputs.same_count(len(queries), **{"what engine= gave: responses": answered})
+            seen = inputs.token_rows("what engine= gave: responses", answered, vocab_size=vocabulary)
+            inputs.same_count(len(queries), **{"what engine= gave: responses": seen})
+            answered = [row.long() for row in answered]
             responses = [answer for _, answer in sorted(zip(places, answered, strict=True), key=itemgetter(0))]
             if not answers:
-                self.remembered.drawn.remember(responses, sampled=bool(settings["do_sample"]))
+                self.remembered.drawn.remember(seen, sampled=bool(settings["do_sample"]))
             if return_prompt and not has_encoder(self.model):
                 responses = [
                     torch.cat((query.to(response.device), response))
-                    for query, response in zip(queries, responses, strict=True)
+                    for query, response in zip(together(queries, responses[0].device), responses, strict=True)
                 ]
             answers.append(responses[0].unsqueeze(0) if single else responses)
         return tuple(answers) if generate_ref_response else answers[0]

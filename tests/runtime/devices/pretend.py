@@ -105,22 +105,34 @@ class Pretended(Tensor):
 class _Pretending(TorchDispatchMode):
     """Operators that have no pretended tensor to be told by: those that make tensors, and copies to the device."""
 
-    def __init__(self, waits: list[Wait]) -> None:
+    def __init__(self, waits: list[Wait], *, float64: bool) -> None:
         super().__init__()
-        self.waits = waits
+        self.waits, self.float64 = waits, float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, self.waits)
+        found = _run(func, args, kwargs or {}, self.waits)
+        leaves = tree_leaves((args, kwargs, found))
+        wide = any((x.dtype if isinstance(x, Tensor) else x) is torch.float64 for x in leaves)
+        if wide and not self.float64 and any(isinstance(x, Pretended) for x in leaves):
+            raise TypeError(f"{func}: this device has no float64")
+        return found
 
 
 @contextmanager
-def pretending() -> Iterator[list[Wait]]:
-    """Inside, there is the device; gives the waits so far. Attention is as it is on the device, for CPU tensors too."""
+def pretending(*, float64: bool = True) -> Iterator[list[Wait]]:
+    """Inside, there is the device, with or without float64 (as MPS); gives the waits so far.
+
+    Attention is as it is on the device, for tensors on the CPU too.
+    """
     waits: list[Wait] = []
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # what torch.tensor makes is moved by an operator
     try:
-        with sdpa_kernel(SDPBackend.MATH), patch.object(torch, "autocast", _autocast), _Pretending(waits):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            patch.object(torch, "autocast", _autocast),
+            _Pretending(waits, float64=float64),
+        ):
             yield waits
     finally:
         torch._C._set_only_lift_cpu_tensors(before)

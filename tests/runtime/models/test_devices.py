@@ -1,6 +1,6 @@
 """Rows come from any device, models stay where they are: tested without a second one.
 
-The meta device is one for what is refused by name; for what has to work, a tensor that refuses to meet others.
+The meta device is one for what is refused by name; for what has to work, :mod:`tests.runtime.devices.pretend`.
 """
 
 from __future__ import annotations
@@ -19,50 +19,14 @@ from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.compat.stats import TOKENS, gather_stats
 from ppo_runtime.ranks import gather as distributed
 from ppo_runtime.ranks.gather import Maximum, World, gather_averages, merge_moments
+from tests.runtime.devices.pretend import Pretended, pretending
 from tests.runtime.learning.test_guards import snapshot
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
 
-class Elsewhere(Tensor):
-    """Behaves like a tensor on a GPU: it meets no other before it has been moved, but can be copied into one."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is Tensor.cpu or (func is Tensor.to and "cpu" in map(str, args[1:])):
-                return args[0].as_subclass(Tensor)
-            flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-            kinds = {isinstance(x, cls) for x in flat if isinstance(x, Tensor) and x.ndim}
-        if len(kinds) > 1 and func is not Tensor.__setitem__:
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-class WithoutFloat64(Elsewhere):
-    """On a device that has no float64, such as MPS: it is moved first and widened then."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            into = func is Tensor.__setitem__ and args[0].dtype is torch.float64
-        if into or func is Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
-            raise TypeError(f"{func}: this device has no float64")
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def elsewhere(rows: list[Tensor]) -> list[Tensor]:
-    return [row.as_subclass(Elsewhere) for row in rows]
-
-
-def test_the_stand_in_refuses_to_meet_others() -> None:
-    there, here = torch.ones(2).as_subclass(Elsewhere), torch.ones(2)
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.cat((here, there))
-    with pytest.raises(RuntimeError, match="same device"):
-        here + there
-    assert (here + there.cpu()).tolist() == [2.0, 2.0]
-    assert type(there + there) is Elsewhere
+def away(rows: list[Tensor]) -> list[Tensor]:
+    return [Pretended(row) for row in rows]
 
 
 @pytest.mark.parametrize("moved", ["queries", "responses", "scores", "response_masks", "all"])
@@ -73,9 +37,10 @@ def test_rows_of_a_step_may_be_on_any_device(family: str, moved: str) -> None:
     batch = {"queries": queries, "responses": responses, "scores": scores, "response_masks": masks}
     expected = make_trainer(family, ppo_epochs=1).step(**batch)
     trainer = make_trainer(family, ppo_epochs=1)
-    found = trainer.step(**{name: elsewhere(x) if moved in (name, "all") else x for name, x in batch.items()})
-    torch.testing.assert_close(untimed(found), untimed(expected), rtol=0, atol=0)
-    assert all(type(x) is not Elsewhere for x in snapshot(trainer)["optimizer"])
+    with pretending():
+        found = trainer.step(**{n: away(x) if moved in (n, "all") else x for n, x in batch.items()})
+    torch.testing.assert_close(untimed(found), untimed(expected), rtol=1e-5, atol=1e-6)
+    assert all(type(x) is not Pretended for x in snapshot(trainer)["optimizer"])
 
 
 @pytest.mark.parametrize("moved", ["queries", "responses"])
@@ -83,10 +48,11 @@ def test_rows_of_the_pieces_may_be_on_any_device(moved: str) -> None:
     trainer = make_trainer()
     queries, responses, _ = make_batch()
     rows = {"queries": queries, "responses": responses}
-    rows[moved] = elsewhere(rows[moved])
-    found = trainer.prepare_model_inputs(**rows)
-    torch.testing.assert_close(found, trainer.prepare_model_inputs(queries, responses))
-    trainer.batched_forward_pass(trainer.model, rows["queries"], rows["responses"], found)
+    rows[moved] = away(rows[moved])
+    with pretending():
+        found = trainer.prepare_model_inputs(**rows)
+        torch.testing.assert_close(found, trainer.prepare_model_inputs(queries, responses))
+        trainer.batched_forward_pass(trainer.model, rows["queries"], rows["responses"], found)
 
 
 GATHERED: dict[str, Callable[[Callable[[float], Tensor]], Any]] = {
@@ -100,7 +66,10 @@ GATHERED: dict[str, Callable[[Callable[[float], Tensor]], Any]] = {
 def test_numbers_are_widened_where_there_is_float64(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_gather", lambda vector, world: torch.stack([vector] * world.size))
     expected = GATHERED[what](torch.tensor)
-    found = GATHERED[what](lambda number: torch.tensor(number).as_subclass(WithoutFloat64))
+    with pretending(float64=False):
+        found = GATHERED[what](lambda number: Pretended(torch.tensor(number)))
+        with pytest.raises(TypeError, match="no float64"):
+            Pretended(torch.ones(1)).double()
     for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         assert float(ours) == float(theirs)
 
