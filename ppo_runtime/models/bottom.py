@@ -1,19 +1,21 @@
 """The bottom layers of a decoder-only trunk in which nothing trains: run once, taken again by every later pass.
 
 All passes over the same rows agree there: those of all epochs, and the reference's where it shares the layers with the
-policy. Both are found out by gradients rather than by names: of what comes below a layer's output, what trains, and
-which tensors it is. Layers are left out by another `forward` for the length of a pass, so that whatever a model does
-around them stays its own.
+policy. Both are found out rather than told from names: by gradients, whether anything trains below a layer's output,
+and by what operators read, which tensors lie there. Layers are left out by another `forward` for the length of a pass,
+so that whatever a model does around them stays its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ppo_runtime.models.heads import hidden_states, mask_positions, probe_rows
 from ppo_runtime.models.inner import transformers_model
@@ -116,23 +118,36 @@ def _tried(model: nn.Module) -> int:
 
 
 def _boundary(model: nn.Module, depth: int) -> tuple[Tensor, set[int]]:
-    """The output of the first ``depth`` layers on a few tokens, and which parameters have a part in it."""
-    parameters = [p for p in transformers_model(model).parameters() if p.is_floating_point()]
-    flags = [p.requires_grad for p in parameters]
-    outputs: list[Any] = []
-    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: outputs.append(output))
+    """The output of the first ``depth`` layers on a few tokens, and which parameters have been read for it."""
+    reading = _Reading(transformers_model(model).parameters())
+    outputs: list[Tensor] = []
+
+    def at_boundary(layer: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output)
+        reading.goes_on = False
+
+    hook = _layers(model)[depth - 1].register_forward_hook(at_boundary)
     try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), dropout_off(model):
+        with torch.no_grad(), dropout_off(model), reading:
             hidden_states(model, *_probe(model))
-            reached = torch.autograd.grad(outputs[0].sum(), parameters, allow_unused=True)
     finally:
         hook.remove()
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
-    below = {id(p) for p, gradient in zip(parameters, reached, strict=True) if gradient is not None}
-    return outputs[0].detach(), below
+    return outputs[0], reading.read
+
+
+class _Reading(TorchDispatchMode):
+    """Sees which of some tensors operators take, as long as it goes on: no gradient of them has to be made for that."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {id(tensor) for tensor in tensors}
+        self.read: set[int] = set()
+        self.goes_on = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.goes_on:
+            self.read |= self.known & {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        return func(*args, **(kwargs or {}))
 
 
 def _probe(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig
 
+from ppo_runtime.accel import products
+from ppo_runtime.accel.products import fast_products
 from ppo_runtime.learning import forward
 from ppo_runtime.learning.forward import Bottom, Rows, evaluate, lay_out
 from ppo_runtime.models.bottom import frozen_depth, recorded, replayed, shared_depth
@@ -21,6 +23,7 @@ from ppo_runtime.models.heads import hidden_states, mask_positions
 from ppo_runtime.models.modes import without_dropout
 from ppo_runtime.models.references import create_reference_model, reference_context
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
+from tests.operations import Operations
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, VOCAB_SIZE, tiny_lora, tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
@@ -269,3 +272,24 @@ def test_the_depth_follows_what_changes_without_a_flag() -> None:
         parameter.requires_grad_("lora" in name and "default" in name)
     assert frozen_depth(model) == 2
     assert shared_depth(model, alone, 2) == 0
+
+
+def test_the_search_costs_passes_over_a_few_tokens_and_no_gradient() -> None:
+    """Nothing as large as the embeddings is made, which a gradient of what is frozen would be."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLMWithValueHead(tiny_model("llama", layers=LAYERS, vocab_size=5000))
+    reference = create_reference_model(model, SHARED)
+    with Operations() as operations:
+        depth = frozen_depth(model)
+        assert shared_depth(model, lambda: nullcontext(reference), depth) == depth == SHARED
+    assert operations.largest().numel < model.pretrained_model.get_input_embeddings().weight.numel() / 10
+
+
+def test_shared_layers_are_found_whatever_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    model = policy()
+    reference = create_reference_model(model, SHARED)
+    other = create_reference_model(model)
+    with fast_products(model, "onednn"), fast_products(reference, "onednn"):
+        assert shared_depth(model, lambda: nullcontext(reference), SHARED) == SHARED
+        assert shared_depth(model, lambda: nullcontext(other), SHARED) == 0
