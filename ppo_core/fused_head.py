@@ -165,7 +165,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         entropy = ctx.saved_tensors[4]
-        incoming = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
+        incoming = (torch.zeros_like(entropy) if grads[0] is None else grads[0], grads[1])
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         by_rows, by_weight, by_offset = _apply(
             _HeadGradient, *ctx.saved_tensors, *incoming, ctx.cap, ctx.chunk, *wanted, ctx.product
@@ -190,7 +190,7 @@ class _HeadGradient(torch.autograd.Function):
         logsumexp: Tensor,
         kept: Tensor | None,
         grad_logprobs: Tensor,
-        grad_entropy: Tensor,
+        grad_entropy: Tensor | None,
         cap: float | None,
         chunk: int,
         rows_wanted: bool,
@@ -201,7 +201,7 @@ class _HeadGradient(torch.autograd.Function):
         by_rows = torch.zeros_like(rows) if rows_wanted else None
         by_weight = weight.new_empty(weight.shape) if weight_wanted else None
         by_offset = torch.empty_like(offset) if offset is not None and offset_wanted else None
-        constant = grad_logprobs + grad_entropy * entropy
+        constant = grad_logprobs if grad_entropy is None else grad_logprobs + grad_entropy * entropy
         for start in range(0, weight.shape[0], chunk):
             here = slice(start, start + chunk)
             part = weight[here].to(rows.dtype)
@@ -211,8 +211,11 @@ class _HeadGradient(torch.autograd.Function):
             slope = None if cap is None else (u / cap).square_().mul_(-cap).add_(cap)
             # What is kept stays as it is: the graph may be retained, and another backward pass read it again.
             logp = torch.sub(u, logsumexp[:, None], out=None if kept is not None else u).clamp_min_(_RULED_OUT)
-            p = logp.exp()
-            grad = logp.mul_(-grad_entropy[:, None]).sub_(constant[:, None]).mul_(p)
+            if grad_entropy is None:  # as where the entropy is a statistic: half of the walks over the tile
+                grad = logp.exp_().mul_(-constant[:, None])
+            else:
+                p = logp.exp()
+                grad = logp.mul_(-grad_entropy[:, None]).sub_(constant[:, None]).mul_(p)
             inside, index = _locate(tokens, start, part.shape[0])
             grad = grad.scatter_add_(1, index, torch.where(inside, grad_logprobs, 0.0)[:, None])
             if slope is not None:
