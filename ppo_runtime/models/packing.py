@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # What another pass costs a layer on a CPU besides its products: calls, and weights and gradients walked through once
 # more, in floating-point operations and in tokens.
-_CALLS, _WALK = 5e7, 64
+_CALLS, _WALK = 2e8, 64
 _MOST_GROUPS = 8
 
 # By model, and by its attention's implementation, which a user may set anew.
