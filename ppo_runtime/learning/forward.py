@@ -231,7 +231,8 @@ def row_states(model: Any, rows: Rows) -> Tensor:
 def at_predictors(hidden: Tensor, rows: Rows) -> Tensor:
     """Of whole rows' hidden states those that predict a kept token."""
     batch = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1).expand_as(rows.mask)
-    return hidden[batch[rows.mask], rows.predictors[rows.mask]]
+    kept = rows.mask.nonzero(as_tuple=True)  # whose size the device has to tell, once
+    return hidden[batch[kept], rows.predictors[kept]]
 
 
 def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:

@@ -35,7 +35,7 @@ def packed_hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Te
 
     For a model of which :func:`keeps_rows_apart` is True.
     """
-    real = attention_mask.bool()
+    real = attention_mask.nonzero(as_tuple=True)  # whose size the device has to tell, once
     return hidden_states(model, input_ids[real][None], None, mask_positions(attention_mask)[real][None])[0]
 
 

@@ -74,14 +74,14 @@ def _batch(
     mask = torch.cat((mask, mask.new_ones(rows, longest)), 1)
     lengths = mask[:, :width].sum(-1)
     ending = Ending(plan.eos_token_ids, plan.criteria, prompt_width=width)
-    ends = list(plan.eos_token_ids)
+    ends = torch.tensor(plan.eos_token_ids if fewest > 0 else [], dtype=torch.long, device=device)
 
     passing = Pass(inner)
     scores = passing.prompts(ids, mask[:, :width])
     live = torch.arange(rows, device=device)
     numbers = torch.ones(rows, dtype=torch.bool, device=device)
     for step in range(longest):
-        if ends and step < fewest:
+        if step < fewest:
             scores[:, ends] = -torch.inf
         if uniforms is None:
             chosen = scores.argmax(-1)
@@ -89,7 +89,7 @@ def _batch(
             chosen, good = draw(warpers(tokens, scores), uniforms(step)[live])
             numbers[live] &= good
         tokens[live, width + step] = chosen
-        if ends or plan.criteria:
+        if plan.eos_token_ids or plan.criteria:
             stay = (~ending(tokens[:, : width + step + 1], None)[live]).nonzero().squeeze(-1)  # waits for the device
             if not len(stay):
                 break

@@ -26,6 +26,7 @@ def make_trainer(
     optimizer_of: Any = None,
     num_shared_layers: int | None = None,
     dropout: float = 0.0,
+    layers: int = 2,
     peft_config: Any = None,
     placed: Any = None,
     **settings: Any,
@@ -36,7 +37,7 @@ def make_trainer(
     """
     set_seed(0)
     parent = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
-    model = parent.from_pretrained(tiny_model(family, dropout=dropout), peft_config=peft_config)
+    model = parent.from_pretrained(tiny_model(family, dropout=dropout, layers=layers), peft_config=peft_config)
     model = model if placed is None else placed(model)
     return PPOTrainer(
         PPOConfig(**(SETTINGS | settings)),
