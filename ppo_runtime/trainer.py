@@ -24,6 +24,7 @@ from ppo_runtime.learning.experience import make_experience
 from ppo_runtime.learning.forward import Rows, score_rollout
 from ppo_runtime.learning.guards import SkipLog
 from ppo_runtime.learning.optimisers import (
+    check_fits,
     check_kind_of_scheduler,
     check_optimizer,
     check_scheduler,
@@ -336,6 +337,7 @@ class Trainer:
         times: dict[str, float] = {}
         config, model = self.config, self.model
         with all_or_none(self.world, carries=1) as ballot:
+            check_fits(self.optimizer, model)
             self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)

@@ -1,4 +1,4 @@
-"""A user's optimiser and scheduler, checked when the trainer is made: later, weights would have moved."""
+"""Optimiser and scheduler, checked before they step: later, weights would have moved."""
 
 import inspect
 import logging
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ppo_runtime.models.inner import pretrained_model
 
@@ -26,7 +27,7 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: no optimiser, or one whose step wants a closure.
-        ValueError: none of the policy's trainable parameters is in it.
+        ValueError: none of the policy's trainable parameters is in it, or it does not fit them (`check_fits`).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -44,6 +45,68 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:
             f"optimizer holds none of the {count} parameters of model that train, and so would train nothing; make "
             "it of model.parameters(), after the model has been wrapped, moved and given its adapters"
         )
+    check_fits(optimizer, model)
+
+
+def check_fits(optimizer: Any, model: torch.nn.Module) -> None:
+    """Refuse an optimiser that would step past the end of what it holds; cheap enough for every step.
+
+    A fused kernel takes the number of entries and the order of memory from the parameter alone: moments of a smaller
+    one are read and written beyond their end, and so is whatever lies between the rows of a view.
+
+    Raises:
+        ValueError: it is one of torch's own and holds a moment of another shape than its parameter's, or it is fused
+            and a parameter or a moment is not contiguous.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper such as accelerate's
+    if not steps_as_torch(optimizer):
+        return
+    for group in optimizer.param_groups:
+        fused = bool(group.get("fused"))
+        for parameter in (one for one in group["params"] if one.requires_grad):
+            if fused and not parameter.is_contiguous():
+                raise ValueError(
+                    f"the fused optimizer steps {_name(parameter, model)} of shape {tuple(parameter.shape)} and "
+                    f"strides {parameter.stride()}, expected contiguous memory, which alone its kernel reads: call "
+                    "parameter.data = parameter.data.contiguous(), or give the trainer an optimizer with fused=False"
+                )
+            for key, moment in moments_of(optimizer.state.get(parameter, {})):
+                if not fits(moment, parameter, factored=not fused):
+                    raise ValueError(
+                        f"optimizer holds {key} of shape {tuple(moment.shape)} for {_name(parameter, model)} of shape "
+                        f"{tuple(parameter.shape)}, expected the same: one of them has changed since. Make a new "
+                        "optimizer of model.parameters() and assign it to trainer.optimizer, or begin its moments anew "
+                        "with trainer.optimizer.state.clear()"
+                    )
+                if fused and not moment.is_contiguous():
+                    raise ValueError(
+                        f"the fused optimizer holds {key} of {_name(parameter, model)} with strides {moment.stride()}, "
+                        "expected contiguous memory, which alone its kernel reads: load a state of contiguous "
+                        "moments, or begin them anew with trainer.optimizer.state.clear()"
+                    )
+
+
+def fits(moment: Tensor, parameter: Tensor, *, factored: bool = True) -> bool:
+    """Whether a moment has a parameter's shape, or that shape with axes of 1 where it may be factored."""
+    if not factored:
+        return moment.shape == parameter.shape
+    sizes = zip(moment.shape, parameter.shape, strict=False)
+    return moment.ndim == parameter.ndim and all(size in (1, whole) for size, whole in sizes)
+
+
+def moments_of(state: Any) -> list[tuple[str, Tensor]]:
+    """The tensors that an optimiser holds for one parameter, numbers such as a count of steps left out."""
+    return [(key, value) for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
+
+
+def steps_as_torch(optimizer: Any) -> bool:
+    """Whether its step is one of torch's own, of whose moments the shapes are known."""
+    return type(optimizer).step.__module__.startswith("torch.optim")
+
+
+def _name(parameter: Tensor, model: torch.nn.Module) -> str:
+    names = (name for name, one in model.named_parameters() if one is parameter)
+    return "the parameter " + next(names, "(not the model's)")
 
 
 def say_what_stays(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:

@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppo_runtime.common.redact import without_secrets
+from ppo_runtime.learning.optimisers import fits, moments_of, steps_as_torch
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -122,17 +122,13 @@ def _groups(trainer: Trainer) -> list[dict[str, Any]]:
 
 def _check_moments(source: Path, state: Mapping[str, Any], trainer: Trainer, advice: str) -> None:
     """Refuse moments of another shape, where torch's own optimisers say what it must be."""
-    if not type(trainer.optimizer).__module__.startswith("torch.optim"):
+    if not steps_as_torch(trainer.optimizer):
         return
     parameters = [parameter for group in _groups(trainer) for parameter in group["params"]]
     places = [place for group in state["param_groups"] for place in group["params"]]
     for place, parameter in zip(places, parameters, strict=True):
-        for name, moment in state["state"].get(place, {}).items():
-            if not isinstance(moment, torch.Tensor) or moment.ndim == 0:
-                continue
-            # A factored moment has an axis of 1 where the parameter has a longer one.
-            sizes = zip(moment.shape, parameter.shape, strict=False)
-            if moment.ndim != parameter.ndim or any(size not in (1, whole) for size, whole in sizes):
+        for name, moment in moments_of(state["state"].get(place, {})):
+            if not fits(moment, parameter):
                 raise ValueError(
                     f"{source} holds {name} of shape {tuple(moment.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}; {advice}"

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ppo_runtime.common.trees import plain
-from ppo_runtime.learning.optimisers import check_kind_of_scheduler
+from ppo_runtime.learning.optimisers import check_fits, check_kind_of_scheduler
 from ppo_runtime.trainer import Trainer
 
 
@@ -25,7 +25,7 @@ def check_worth_keeping(trainer: Trainer) -> None:
     """Refuse what no run could go on from.
 
     Raises:
-        ValueError: the last step was broken off, or weights or moments are not finite.
+        ValueError: the last step was broken off, or weights or moments are not finite or do not fit together.
     """
     if trainer.broken_off is not None:
         raise ValueError(
@@ -34,6 +34,7 @@ def check_worth_keeping(trainer: Trainer) -> None:
         )
     if trainer.lr_scheduler is not None:
         check_kind_of_scheduler(trainer.lr_scheduler)
+    check_fits(trainer.optimizer, trainer.model)
     weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}
     plain(trainer.optimizer.state_dict(), "optimizer", moments)
