@@ -153,7 +153,9 @@ def make_reference(
     lm_head(model)  # what can be refused is, before anything is widened
     if ref_model is None and model.is_peft_model:
         check_stays(model)
-        choice = fall_back(choice, "the reference is the policy itself without its adapter; a ref_model can be packed")
+        choice = fall_back(
+            choice, "the reference is the policy itself without its adapter; a ref_model can be packed or compiled"
+        )
         widen(model, None)
         check_split(model)
         tell_of_a_difference(model)
@@ -168,7 +170,8 @@ def make_reference(
     if (trains_half(model) or is_widened(model)) and (ref_model is None or is_half(ref_model) or is_widened(ref_model)):
         choice = fall_back(
             choice,
-            "policy and reference compute in bfloat16; load the policy with dtype=torch.float32 to have it packed",
+            "policy and reference compute in bfloat16; load the policy with dtype=torch.float32 to have it packed or "
+            "compiled",
         )
     if ref_model is None:
         ref_model = create_reference_model(model, num_shared_layers)
@@ -214,6 +217,6 @@ def _few_logprobs(model: Any) -> torch.Tensor:
         None,
         pad_token_id=0,
         decoder_start_token_id=decoder_start(model) if config.is_encoder_decoder else None,
-        device=torch.device("cpu"),
+        device=next(model.parameters()).device,
     )
     return evaluate(model, rows).logprobs

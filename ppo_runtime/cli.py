@@ -71,7 +71,8 @@ def demo(
     ] = None,
     target: Annotated[float | None, typer.Option(help=f"KL to hold, nats per continuation{_else('target')}")] = None,
     accel: Annotated[
-        str | None, typer.Option(help=f"Packed weights: auto, eager, onednn, or ipex or not at all{_else('accel')}")
+        str | None,
+        typer.Option(help=f"Packed weights: auto, eager, onednn; or ipex or compile, or not at all{_else('accel')}"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output, with the options that it was begun with.")

@@ -7,6 +7,7 @@ run, and the extension is imported in a process of its own.
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -57,6 +58,7 @@ def diagnose() -> Iterator[Finding]:
         yield Finding("versions", f"not known ({first_line(error)})", UNEXPECTED)
     for name, check, advice in (
         ("frozen models", _backend, None),
+        ("C++ compiler", _compiler, None),
         ("threads", _threads, "reinstall torch"),
         ("memory", _memory, None),
         ("demo: modules", _modules, f"reinstall what the error names, or everything: {INSTALL}"),
@@ -140,6 +142,11 @@ def _backend() -> Finding:
         return Finding("frozen models", f"{value}; tried just now: it imports, packs and agrees with eager torch")
     value = f"accel=auto takes eager torch: {EXTENSION} can't be used here ({problem})"
     return Finding("frozen models", value, f"nothing needs doing for eager torch; for the extension {INTEL}")
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return f"{shutil.which(name) or f'no {name} found'}, for accel=compile alone"
 
 
 def _threads() -> str:

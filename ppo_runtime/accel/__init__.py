@@ -1,6 +1,7 @@
 """What a processor computes faster with: packed weights, other products of matrices, memory that is used again.
 
-backends  eager torch or Intel's extension for frozen models, and back to eager whatever fails
+backends  eager torch or another backend for frozen models, and back to eager whatever fails
+compiled  a frozen model's layers through torch.compile, with the model's own weights
 heap      freed memory kept for the next pass
 onednn    linear layers packed for the length of a rollout
 products  matrix products by oneDNN, forward and backward, for what trains

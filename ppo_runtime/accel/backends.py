@@ -1,7 +1,9 @@
-"""Chooses what runs the models that never change, such as the reference: eager torch, or Intel's extension.
+"""Chooses what runs the models that never change: eager torch, Intel's extension, or torch.compile if asked for.
 
 :func:`choose` decides from metadata alone: versions, machine, processor. :func:`accelerate_frozen` then packs the
-linear layers of a frozen model: packed weights go stale after an optimiser step, so what trains is never packed.
+linear layers of a frozen model, or compiles its layers: packed weights go stale after an optimiser step, so what trains
+is never packed. What is compiled is compared with eager torch like what is packed, see
+:mod:`ppo_runtime.accel.compiled`.
 
 The extension is archived and what it stands on moves, so anything may go wrong with it at any time, and nothing of that
 may cost a run that did not insist on it. In this order, each step cheaper than those behind it:
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_runtime.accel import intel, probing
+from ppo_runtime.accel.compiled import REMEDY, compiled_twin
 from ppo_runtime.accel.intel import EXTENSION, INSTALL
 from ppo_runtime.accel.probing import first_line, try_once
 from ppo_runtime.common import extras
@@ -43,8 +46,8 @@ from ppo_runtime.models.modes import dropout_off
 
 logger = logging.getLogger(__name__)
 
-Requested = Literal["auto", "eager", "ipex", "onednn"]
-Backend = Literal["eager", "ipex"]
+Requested = Literal["auto", "eager", "ipex", "onednn", "compile"]
+Backend = Literal["eager", "ipex", "compile"]
 
 TOLERANCE = 1e-3
 """Of the outputs compared, log-probabilities for a language model. Another order of summation makes 1e-6 in a small
@@ -59,7 +62,7 @@ class _LanguageModel(Protocol):
 
 
 class AccelError(RuntimeError):
-    """The extension was insisted on and can't be used; the message says why and what to do."""
+    """What was insisted on can't be used; the message says why and what to do."""
 
 
 @attrs.frozen
@@ -77,12 +80,13 @@ class AccelChoice:
 
 
 def choose(requested: Requested, *, strict: bool) -> AccelChoice:
-    """Decide between eager torch and the extension, without importing the extension.
+    """Decide between eager torch, the extension and torch.compile, without importing the extension.
 
     Args:
-        requested: "eager"; "ipex"; "auto", which is the extension wherever it would work; or "onednn", which is eager
-            torch here and packs for rollouts, see :mod:`ppo_runtime.accel.onednn`.
-        strict: refuse to fall back from "auto" or "ipex" to eager.
+        requested: "eager"; "ipex"; "auto", which is the extension wherever it would work; "onednn", which is eager
+            torch here and packs for rollouts, see :mod:`ppo_runtime.accel.onednn`; or "compile", which "auto" never
+            is, since it takes up to a minute.
+        strict: refuse to fall back from any of them to eager.
 
     Raises:
         ValueError: ``requested`` is none of these.
@@ -96,6 +100,8 @@ def choose(requested: Requested, *, strict: bool) -> AccelChoice:
     if requested == "onednn":
         reason = "eager torch for frozen models: 'onednn' packs for rollouts alone"
         return AccelChoice(requested, strict, "eager", reason, versions)
+    if requested == "compile":
+        return AccelChoice(requested, strict, "compile", f"torch.compile of torch {versions['torch']}", versions)
     obstacle = intel.obstacle(versions)
     if obstacle is None:
         reason = f"{EXTENSION} {versions[EXTENSION]} fits torch {versions['torch']}"
@@ -110,7 +116,7 @@ def fall_back(choice: AccelChoice, obstacle: str) -> AccelChoice:
 
     Args:
         choice: eager already, it stays as it is.
-        obstacle: why the extension can't be used, and what to do.
+        obstacle: why that can't be used, and what to do.
 
     Raises:
         AccelError: ``choice.strict``.
@@ -133,17 +139,18 @@ def accelerate_frozen(
     Under "eager" that is ``model`` itself. Under "ipex" it is a copy with packed float32 linear layers and, for a
     language model, with the very output head of ``model``: whoever computes log-probabilities from hidden states
     needs that weight plain. A copy's other weights are blocked garbage to a reader: use it to compute, never to save.
+    Under "compile" it is a twin of the very tensors of ``model``, whose layers are compiled.
     Whatever is in the way of that falls back to eager, with ``model`` as it was: weights, flags and random numbers.
 
     Args:
         model: frozen; in whichever mode, which it keeps.
         choice: of :func:`choose`.
-        outputs: what a model computes for a few rows, always the same. Those of the packed copy have to agree with
+        outputs: what a model computes for a few rows, always the same. Those of the other model have to agree with
             those of ``model``; called without gradients and with dropout off.
 
     Raises:
         ValueError: a parameter requires grad.
-        AccelError: ``choice.strict``, and the copy could not be made or does not agree.
+        AccelError: ``choice.strict``, and the other model could not be made or does not agree.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trainable:
@@ -152,15 +159,16 @@ def accelerate_frozen(
             "model, since packed weights don't follow an optimiser; call model.requires_grad_(False) if it never trains"
         )
     broken = False
-    if choice.backend == "ipex":
+    if choice.backend != "eager":
+        accelerated, obstacle = (_accelerated if choice.backend == "ipex" else _compiled), None
         try:
-            obstacle = _unsuitable(model)
+            obstacle = _unsuitable(model) if choice.backend == "ipex" else None
         except Exception as error:  # of the model's own methods
             obstacle = f"{type(model).__name__} can't be looked through ({first_line(error)}); set accel='eager' for it"
         if obstacle is None:
-            packed, report = _accelerated(model, choice, outputs)
-            if packed is not None:
-                model, choice = packed, attrs.evolve(choice, reason=f"{choice.reason}; {report}")
+            other, report = accelerated(model, choice, outputs)
+            if other is not None:
+                model, choice = other, attrs.evolve(choice, reason=f"{choice.reason}; {report}")
             else:
                 obstacle, broken = report, True
         if obstacle is not None:
@@ -170,8 +178,8 @@ def accelerate_frozen(
 
 
 def tell(choice: AccelChoice, *, broken: bool = False) -> None:
-    """Log what runs the frozen models: a warning if the extension was asked for by name, or is broken."""
-    asked_in_vain = choice.requested == "ipex" and choice.backend == "eager"
+    """Log what runs the frozen models: a warning if something else was asked for by name, or is broken."""
+    asked_in_vain = choice.requested in ("ipex", "compile") and choice.backend == "eager"
     logger.log(logging.WARNING if asked_in_vain or broken else logging.INFO, "acceleration: %s", choice.reason)
 
 
@@ -258,6 +266,25 @@ def _accelerated(
     return packed, f"{count} linear layers packed"
 
 
+def _compiled(
+    model: nn.Module, choice: AccelChoice, outputs: Callable[[nn.Module], Tensor]
+) -> tuple[nn.Module | None, str]:
+    """A compiled twin that agrees and what was compiled; or None and the obstacle."""
+    name = type(model).__name__
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin, count, trust = compiled_twin(model)
+            if not count:
+                return None, f"{name} keeps no list of layers to compile; accel='eager' is the same for it"
+            problem = _disagreement(model, twin, outputs)
+    except Exception as error:
+        return None, f"{name} could not be compiled ({first_line(error)}); {REMEDY}"
+    if problem is not None:
+        return None, f"{name} compiled is not what it was ({problem}); set accel='eager' for it"
+    trust.gives_way = not choice.strict
+    return twin, f"{count} layers compiled"
+
+
 def _pack(model: nn.Module) -> tuple[nn.Module, int]:
     """A packed copy of the model, and how many of its linear layers really were packed."""
     extension, problem = intel.load()
@@ -291,10 +318,10 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     return {head for head in heads if head is not None}
 
 
-def _disagreement(model: nn.Module, packed: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> str | None:
+def _disagreement(model: nn.Module, other: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> str | None:
     """How the two models' outputs differ; None if they agree, which a NaN never does."""
-    with torch.no_grad(), dropout_off(model, packed):
-        plain, fast = outputs(model).double(), outputs(packed).double()
+    with torch.no_grad(), dropout_off(model, other):
+        plain, fast = outputs(model).double(), outputs(other).double()
     if plain.shape != fast.shape:
         return f"its outputs have the shape {tuple(fast.shape)}, expected {tuple(plain.shape)}"
     difference = float((fast - plain).abs().max())

@@ -78,7 +78,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         lam=0.95,
         max_grad_norm=1.0,
         accel=options.accel,
-        accel_strict=options.accel == "ipex",  # who asks for it by name on a command line wants to know
+        accel_strict=options.accel in ("ipex", "compile"),  # who asks for it by name on a command line wants to know
         project_kwargs={"logging_dir": str(output)},
     )
     trainer = Trainer(config, model, tokenizer, dataset=tokenized(prompts["train"], tokenizer))

@@ -232,6 +232,14 @@ def test_the_extension_is_tried_and_not_just_looked_up(problem: str | None, monk
         assert "pip install 'ppo-core[ipex]'" in str(finding.advice)
 
 
+def test_what_compiles_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++-9")
+    assert doctor._compiler() == "no c++-9 found, for accel=compile alone"
+    (tmp_path / "c++-9").touch(0o755)
+    assert doctor._compiler() == f"{tmp_path / 'c++-9'}, for accel=compile alone"
+
+
 def test_findings_are_printed_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next may take a minute, and the one who waits wants to know for what."""
     shown = io.StringIO()

@@ -437,7 +437,7 @@ def test_a_policy_that_is_its_own_reference_has_nothing_to_pack(
             make_reference(policy, None, None, PPOConfig(accel="auto", accel_strict=True))
     assert (choice.backend, choice.reason.partition(",")[0]) == (
         "eager",
-        "eager torch: the reference is the policy itself without its adapter; a ref_model can be packed",
+        "eager torch: the reference is the policy itself without its adapter; a ref_model can be packed or compiled",
     )
     (said,) = [record for record in caplog.records if record.name == "ppo_runtime.accel.backends"]
     assert (said.levelname, said.getMessage()) == ("WARNING", f"acceleration: {choice.reason}")

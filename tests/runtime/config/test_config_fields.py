@@ -112,7 +112,7 @@ def test_what_cannot_be_honoured_says_what_to_use(settings: dict[str, Any], mess
         PPOConfig(**settings)
 
 
-@pytest.mark.parametrize("accel", ["auto", "eager", "ipex"])
+@pytest.mark.parametrize("accel", ["auto", "eager", "ipex", "onednn", "compile"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_accel_chooses_the_backend(accel: str, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request arrives where backends are chosen; test_accel has what comes of it."""
