@@ -4,7 +4,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -193,7 +193,8 @@ def make_reference(
 
     @contextmanager
     def in_use() -> Iterator[Any]:
-        with fast_products(fast, config.accel):
+        # What is compiled has its own.
+        with nullcontext() if choice.backend == "compile" else fast_products(fast, config.accel):
             yield fast
 
     return ref_model, in_use, choice

@@ -6,6 +6,9 @@ into the model is what the twin computes with.
 Layers are compiled, not the trunk around them: they are alike and so share their graphs, which takes seconds where a
 trunk of 30 takes minutes, and a pass may still leave out the bottom ones. Shapes are dynamic: rows end to end, padded
 rows and a single row are a graph each, whatever their lengths.
+
+It is measured to save little on a CPU, since the products of matrices stay as they are: 3% of a reference's pass of 135
+million parameters beside torch's own. Where oneDNN's take less time, "auto" is the faster one.
 """
 
 import copy
@@ -18,6 +21,7 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ppo_runtime.accel.probing import first_line
 from ppo_runtime.models.inner import transformers_model
@@ -62,7 +66,8 @@ def _forward(layer: nn.Module, trust: Trust) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if trust.failed or torch.is_grad_enabled() or any(map(_altered, parts)):
+        # What watches operators would see none of a graph's.
+        if trust.failed or torch.is_grad_enabled() or is_in_torch_dispatch_mode() or any(map(_altered, parts)):
             return plain(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)

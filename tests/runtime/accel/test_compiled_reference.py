@@ -18,6 +18,7 @@ from ppo_runtime.accel.backends import AccelError, accelerate_frozen, choose
 from ppo_runtime.accel.compiled import compiled_twin
 from ppo_runtime.assembly import make_reference
 from ppo_runtime.models.heads import hidden_states
+from tests.operations import Operations
 from tests.runtime.support.tiny import tiny_lora, tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
@@ -82,6 +83,8 @@ def check_steps(family: str, **more: Any) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_steps_beside_a_compiled_reference_are_the_eager_ones(family: str) -> None:
     check_steps(family)
+    if family == "llama":
+        check_steps(family, num_shared_layers=1)
     # Padded rows, rows end to end and a row alone, of one layer that stands for all; for T5 of either stack's two.
     assert counters["stats"]["unique_graphs"] <= (6 if family == "t5" else 3)
 
@@ -148,6 +151,9 @@ def test_passes_that_a_graph_would_get_wrong_are_eager(compiler: Compiler) -> No
     assert passes() == 2
     hidden_states(twin, torch.arange(6).reshape(2, 3), None)
     assert compiler.passes == 2, "with gradients, as the search for frozen layers is made"
+    with Operations() as operations:
+        assert passes() == 0, "an operator inside a graph is not seen"
+    assert operations.ran
     hook = part.register_forward_hook(lambda *_: seen.append(None))
     assert (passes(), len(seen)) == (1, 1)
     hook.remove()
