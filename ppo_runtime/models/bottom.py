@@ -1,8 +1,8 @@
 """The bottom layers of a decoder-only trunk in which nothing trains: run once, taken again by every later pass.
 
 All passes over the same rows agree there: those of all epochs, and the reference's where it shares the layers with the
-policy. Both are found out rather than told from names: by gradients, whether anything trains below a layer's output,
-and by what operators read, which tensors lie there. Layers are left out by another `forward` for the length of a pass,
+policy. Both are found out by what operators read rather than told from names: of what lies below a layer's output,
+whether anything trains, and which tensors it is. Layers are left out by another `forward` for the length of a pass,
 so that whatever a model does around them stays its own.
 """
 
@@ -59,6 +59,9 @@ def recorded(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
 @contextmanager
 def replayed(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
     """Passes inside leave the first ``depth`` layers out and go on from their outputs [B, L, H]."""
+    if any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules()):
+        # Re-entrant checkpointing gives a layer's parameters a gradient only where its input has one.
+        states = states.detach().requires_grad_(torch.is_grad_enabled())
     with ExitStack() as stack:
         for layer in _layers(model)[:depth]:
             stack.enter_context(_instead(layer, states))
@@ -88,25 +91,31 @@ def _layers(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def _tried(model: nn.Module) -> int:
-    """The depth that gradients tell of, if going on from there makes what the whole trunk makes.
+    """How many bottom layers read nothing that trains, if going on from there makes what the whole trunk makes.
 
     Layers whose outputs are more than a tensor hand on what upper ones may need.
     """
     layers = _layers(model)
     if not layers:
         return 0
+    reading = _Reading(parameter for parameter in model.parameters() if parameter.requires_grad)
     outputs: list[Any] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    frozen: list[bool] = []
+
+    def behind(layer: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output)
+        frozen.append(not reading.read)
+
+    hooks = [layer.register_forward_hook(behind) for layer in layers]
     try:
-        with torch.enable_grad(), dropout_off(model):
-            whole = hidden_states(model, *_probe(model)).detach()
+        with torch.no_grad(), dropout_off(model), reading:
+            whole = hidden_states(model, *_probe(model))
     finally:
         for hook in hooks:
             hook.remove()
     if len(outputs) != len(layers) or not all(isinstance(output, Tensor) for output in outputs):
         return 0
-    trains = [output.requires_grad for output in outputs]
-    depth = trains.index(True) if True in trains else len(layers)
+    depth = sum(frozen)
     if not depth:
         return 0
     try:

@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from ppo_runtime.accel import backends as accel
 from tests.runtime.support.fake_extension import FITTING, pretend
+from tests.runtime.support.tiny import tiny_lora
+from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = accel.choose("auto", strict=False)
@@ -276,3 +280,18 @@ print(json.dumps(facts))
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_shared_layers": 1}, {"peft_config": tiny_lora()}, {}], ids=["shared", "adapter", "whole"]
+)
+def test_a_step_with_whatever_auto_takes_is_one_in_eager_torch(settings: dict[str, Any]) -> None:
+    """A packed reference, where there is one, has none of the policy's layers, and no gradient."""
+    found = []
+    for requested in ("auto", "eager"):
+        trainer = make_trainer("gpt2", accel=requested, **settings)
+        found.append(untimed(trainer.step(*make_batch())))
+    for name, value in found[1].items():
+        torch.testing.assert_close(
+            torch.as_tensor(found[0][name]), torch.as_tensor(value), rtol=1e-2, atol=1e-3, equal_nan=True, msg=name
+        )

@@ -122,18 +122,20 @@ def test_a_reference_shares_what_are_the_same_tensors() -> None:
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["end to end", "padded"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["", "checkpointing", "re-entrant checkpointing"])
 @pytest.mark.parametrize("family", [family for family in CAUSAL_FAMILIES if family != "opt"])
 def test_going_on_from_the_bottom_is_the_whole_pass(
-    family: str, checkpointing: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, checkpointing: bool | None, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = policy(family), rows()
     create_reference_model(model, SHARED)
     depth = frozen_depth(model)
-    if checkpointing:
+    if checkpointing is not None:
         # transformers 5.24 has it by another name.
         inner = model.pretrained_model
-        (getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable)()
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": checkpointing})
+        assert frozen_depth(model) == depth
     with recorded(model, depth) as seen:
         hidden_states(model, batch.input_ids, batch.attention_mask, mask_positions(batch.attention_mask))
     lengths = batch.attention_mask.sum(-1).tolist()
@@ -255,13 +257,13 @@ def test_upper_layers_that_need_the_lower_ones_run_with_them(monkeypatch: pytest
 
 
 def test_the_depth_follows_what_changes_without_a_flag() -> None:
-    """Re-entrant checkpointing asks for embeddings that require grad; another adapter becomes active."""
+    """Checkpointing asks for embeddings that require grad, though nothing there trains; another adapter is active."""
     model = AutoModelForCausalLMWithValueHead(
         peft.get_peft_model(tiny_model("llama", layers=LAYERS), adapter_in([2, 3]))
     )
     assert frozen_depth(model) == 2
     model.pretrained_model.enable_input_require_grads()
-    assert frozen_depth(model) == 0
+    assert frozen_depth(model) == 2
     model.pretrained_model.disable_input_require_grads()
 
     model.pretrained_model.add_adapter("other", adapter_in([0, 1], init_lora_weights=False))
