@@ -28,10 +28,15 @@ from ppo_runtime.models.packing import keeps_rows_apart, packed_hidden_states, p
 # rows of similar length waste less.
 SCORING_TOKENS = {"cpu": 1024}
 SCORING_TOKENS_ELSEWHERE = 4096
-# Vocabulary entries per tile of the fused head.
-HEAD_CHUNK = 2048
-# Bytes of logits that one pass keeps for its gradient, as long as they fit; beyond that they are computed again.
-KEPT_LOGITS = 256 * 2**20
+# Vocabulary entries per tile of the fused head. On a CPU a tile shall stay in the cache. Elsewhere it is a dozen
+# kernels to launch whatever its width, so few and wide ones, as far as their memory is small beside a model's (256 MiB
+# for 4096 tokens). Figures for a CPU are measured, the others reckoned: no GPU was at hand.
+HEAD_CHUNK = {"cpu": 2048}
+HEAD_CHUNK_ELSEWHERE = 8192
+# Bytes of logits that one pass keeps for its gradient, as long as they fit; beyond that they are computed again, which
+# is one product of four. Again reckoned, not measured, for other devices than a CPU.
+KEPT_LOGITS = {"cpu": 256 * 2**20}
+KEPT_LOGITS_ELSEWHERE = 2**30
 # Rows per tile where a whole distribution is needed (kl_penalty="full").
 FULL_KL_ROWS = 64
 
@@ -237,6 +242,8 @@ def at_predictors(hidden: Tensor, rows: Rows) -> Tensor:
 
 def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
     """The fused head on a model's own head parameters, at temperature 1; logits kept for the gradient if they fit."""
+    device = hidden.device.type
+    kept = KEPT_LOGITS.get(device, KEPT_LOGITS_ELSEWHERE)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     return fused_logprobs(
         hidden,
@@ -246,9 +253,9 @@ def head_output(head: LMHead, hidden: Tensor, tokens: Tensor) -> HeadOutput:
         temperature=1.0,
         scale=head.scale,
         softcap=head.softcap,
-        chunk_size=HEAD_CHUNK,
+        chunk_size=HEAD_CHUNK.get(device, HEAD_CHUNK_ELSEWHERE),
         product=current_product(),
-        keep_logits=learns and tokens.numel() * head.weight.shape[0] * 4 <= KEPT_LOGITS,
+        keep_logits=learns and tokens.numel() * head.weight.shape[0] * 4 <= kept,
     )
 
 

@@ -38,7 +38,7 @@ def dense(hidden: Any, weight: Any, tokens: Any, bias: Any, *, softcap: Any, sca
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One step in this process."""
     torch.manual_seed(0)
-    forward.KEPT_LOGITS = options.kept_mib * 2**20
+    forward.KEPT_LOGITS["cpu"] = options.kept_mib * 2**20
     if options.head == "dense":
         forward.fused_logprobs = dense
         forward.SCORING_TOKENS["cpu"] = 10**9
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     for name, default in {"batch": 16, "mini-batch": 4, "response": 128, "epochs": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kept-mib", type=int, default=forward.KEPT_LOGITS // 2**20)
+    parser.add_argument("--kept-mib", type=int, default=forward.KEPT_LOGITS["cpu"] // 2**20)
     parser.add_argument("--head", choices=("fused", "dense"), help="measure this one, in this process")
     options = parser.parse_args()
     if options.head is not None:

@@ -499,8 +499,8 @@ def test_defect_18_logits_of_the_batch_are_never_held(monkeypatch: pytest.Monkey
     vocabulary = 2000
 
     def check() -> None:
-        monkeypatch.setattr(forward, "HEAD_CHUNK", 64)
-        monkeypatch.setattr(forward, "KEPT_LOGITS", 0)
+        monkeypatch.setitem(forward.HEAD_CHUNK, "cpu", 64)
+        monkeypatch.setitem(forward.KEPT_LOGITS, "cpu", 0)
         trainer = wide_trainer(vocabulary)
         queries, responses, scores = make_batch()
         tokens = sum(map(len, responses))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_core.losses import PolicyLoss
 from ppo_runtime import PPOConfig, PPOTrainer
+from ppo_runtime.learning import forward
 from ppo_runtime.learning.forward import Rows
 from ppo_runtime.learning.update import clipped_objective
 from tests.runtime.devices.pretend import DEVICE, MixedDevicesError, Pretended, placed, pretending
@@ -211,3 +212,29 @@ def test_a_model_half_way_there_is_refused_by_name() -> None:
         model.v_head.summary.weight = torch.nn.Parameter(torch.zeros(1, 16))
         with pytest.raises(ValueError, match="model has parameters on cpu and lazy:0, expected one device"):
             PPOTrainer(trainer.config, model, None, trainer.tokenizer)
+
+
+def test_tiles_of_the_head_are_wide_and_passes_long_where_launching_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the device is asked of where the tensors are."""
+    asked: dict[str, list[Any]] = {}
+    fused, bucketed = forward.fused_logprobs, forward.length_buckets
+
+    def spy(hidden: Tensor, *args: Any, **settings: Any) -> Any:
+        asked.setdefault(hidden.device.type, []).append((settings["chunk_size"], settings["keep_logits"]))
+        return fused(hidden, *args, **settings)
+
+    def buckets(lengths: Any, most_tokens: int) -> Any:
+        asked.setdefault("passes", []).append(most_tokens)
+        return bucketed(lengths, most_tokens)
+
+    monkeypatch.setattr(forward, "fused_logprobs", spy)
+    monkeypatch.setattr(forward, "length_buckets", buckets)
+    monkeypatch.setitem(forward.HEAD_CHUNK, "cpu", 10)
+    monkeypatch.setitem(forward.KEPT_LOGITS, "cpu", 0)
+    for away in (False, True):
+        with pretending():
+            trainer_of("llama", away=away).step(*make_batch(4))
+    # Policy and reference without gradient, then two minibatches.
+    assert asked["cpu"] == [(10, False)] * 4
+    assert asked[DEVICE.type] == [(forward.HEAD_CHUNK_ELSEWHERE, learns) for learns in (False, False, True, True)]
+    assert asked["passes"] == [forward.SCORING_TOKENS["cpu"], forward.SCORING_TOKENS_ELSEWHERE]

@@ -43,8 +43,8 @@ def largest_in_a_step(family: str = "llama", *, lora: bool = False, **settings: 
 def test_no_tensor_of_a_step_has_a_vocabulary_for_every_token(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "HEAD_CHUNK", 128)
-    monkeypatch.setattr(forward, "KEPT_LOGITS", 0)
+    monkeypatch.setitem(forward.HEAD_CHUNK, "cpu", 128)
+    monkeypatch.setitem(forward.KEPT_LOGITS, "cpu", 0)
     monkeypatch.setattr(forward, "FULL_KL_ROWS", 4)
     largest, whole = largest_in_a_step(**case)
     assert largest.numel < whole / 2, f"{largest.operator} made {tuple(largest.shape)}"
@@ -59,8 +59,8 @@ def test_logits_are_kept_for_a_gradient_while_they_fit(
     learning: tuple[str, ...], room: int, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocabulary = 7, 300
-    monkeypatch.setattr(forward, "HEAD_CHUNK", 10)
-    monkeypatch.setattr(forward, "KEPT_LOGITS", rows * vocabulary * 4 + room)
+    monkeypatch.setitem(forward.HEAD_CHUNK, "cpu", 10)
+    monkeypatch.setitem(forward.KEPT_LOGITS, "cpu", rows * vocabulary * 4 + room)
     hidden = torch.randn(rows, WIDTH, requires_grad="hidden" in learning)
     weight = torch.randn(vocabulary, WIDTH, requires_grad="weight" in learning)
     head, tokens = LMHead(weight, None, None, 1.0), torch.arange(rows)
