@@ -22,7 +22,13 @@ from ppo_runtime.models.bottom import frozen_depth, recorded, replayed, shared_d
 from ppo_runtime.models.heads import LMHead, hidden_states, lm_head, logits_at, mask_positions, seq2seq_hidden_states
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
-from ppo_runtime.models.packing import keeps_rows_apart, packed_hidden_states, packing_pays, similar_rows
+from ppo_runtime.models.packing import (
+    keeps_rows_apart,
+    most_tokens_end_to_end,
+    packed_hidden_states,
+    packing_pays,
+    similar_rows,
+)
 
 # Tokens in one forward pass without gradients: enough to keep the device busy, and on a CPU no more than that, since
 # rows of similar length waste less.
@@ -218,7 +224,11 @@ def _packs(model: Any, rows: Rows) -> bool:
     """Whether a pass takes the rows end to end, without padding."""
     if rows.decoder_input_ids is not None or rows.static:
         return False
-    return packing_pays(rows.lengths, _width(model)) and keeps_rows_apart(model)
+    return (
+        packing_pays(rows.lengths, _width(model))
+        and sum(rows.lengths) <= most_tokens_end_to_end(model)
+        and keeps_rows_apart(model)
+    )
 
 
 def _width(model: Any) -> int:

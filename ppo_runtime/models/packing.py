@@ -8,6 +8,7 @@ trusted.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from weakref import WeakKeyDictionary
@@ -51,6 +52,15 @@ def keeps_rows_apart(model: nn.Module) -> bool:
         if not known[implementation]:
             logger.info("%s reads rows padded: it does not keep rows apart that lie end to end", type(inner).__name__)
     return known[implementation]
+
+
+def most_tokens_end_to_end(model: nn.Module) -> float:
+    """How many tokens one row may have whatever their positions: as many as the smallest square mask that is kept.
+
+    Some models look up who may attend to whom in a table over the context, by the tokens' places in the row.
+    """
+    sides = [buffer.shape[-2:] for buffer in transformers_model(model).base_model.buffers() if buffer.ndim > 1]
+    return min((width for height, width in sides if height == width > 1), default=math.inf)
 
 
 def packing_pays(lengths: Sequence[int], width: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -11,15 +12,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, RecurrentGemmaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    CTRLConfig,
+    FalconConfig,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    MambaConfig,
+    PhiConfig,
+    RecurrentGemmaConfig,
+)
 
 from ppo_runtime.learning import forward
 from ppo_runtime.learning.forward import Rows, evaluate, lay_out
 from ppo_runtime.models import packing
 from ppo_runtime.models.heads import hidden_states, mask_positions
-from ppo_runtime.models.packing import keeps_rows_apart, packed_hidden_states, packing_pays, similar_rows
+from ppo_runtime.models.packing import (
+    keeps_rows_apart,
+    most_tokens_end_to_end,
+    packed_hidden_states,
+    packing_pays,
+    similar_rows,
+)
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
-from tests.runtime.support.tiny import CAUSAL_FAMILIES, VOCAB_SIZE, tiny_config, tiny_lora, tiny_model
+from tests.runtime.support.tiny import CAUSAL_FAMILIES, TOKENS, VOCAB_SIZE, tiny_config, tiny_lora, tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
 LENGTHS = (3, 12, 1, 7)
@@ -204,3 +223,58 @@ def test_static_rows_keep_their_width(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mask_positions_begin_anew_in_each_row() -> None:
     _, mask = ragged()
     assert mask_positions(mask)[mask.bool()].tolist() == [i for length in LENGTHS for i in range(length)]
+
+
+_TOKENS: dict[str, Any] = TOKENS
+_GPT2: dict[str, Any] = TOKENS | {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.1}
+_LLAMA: dict[str, Any] = TOKENS | {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+# Those that keep masks or positions over their context, and their kin.
+WITH_A_CONTEXT: dict[str, Callable[[], Any]] = {
+    "gpt_neo": lambda: GPTNeoConfig(
+        **_TOKENS,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=4,
+    ),
+    "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
+    "codegen": lambda: CodeGenConfig(**(_GPT2 | {"n_head": 4}), rotary_dim=4),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(**_GPT2),
+    "ctrl": lambda: CTRLConfig(**_GPT2, dff=32),
+    "falcon": lambda: FalconConfig(**_LLAMA),
+    "phi": lambda: PhiConfig(**_LLAMA, intermediate_size=32),
+} | {family: lambda family=family: tiny_config(family) for family in CAUSAL_FAMILIES}
+
+
+@pytest.mark.parametrize("family", WITH_A_CONTEXT)
+def test_rows_that_fit_the_context_are_read_however_many_there_are(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLMWithValueHead(AutoModelForCausalLM.from_config(WITH_A_CONTEXT[family]()).eval())
+    rows = rows_of(((20, 20), (3, 10), (30, 30), (4, 3)))
+    assert sum(rows.lengths) > 64
+    alone = [evaluate(model, rows.select(torch.tensor([row]))) for row in range(4)]
+    monkeypatch.setattr(forward, "packing_pays", lambda *_: True)
+    monkeypatch.setattr(forward, "similar_rows", lambda *_: [[0, 1, 2, 3]])
+    together = evaluate(model, rows)
+    for row, expected in enumerate(alone):
+        time = expected.logprobs.shape[1]
+        torch.testing.assert_close(together.logprobs[row, :time], expected.logprobs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_over_the_context_bounds_a_row_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(WITH_A_CONTEXT["gpt_neo"]()).eval()
+    assert most_tokens_end_to_end(model) == 64
+    assert most_tokens_end_to_end(tiny_model("gpt2")) == float("inf")
+    monkeypatch.setattr(forward, "packing_pays", lambda *_: True)
+    assert forward._packs(model, rows_of(((20, 20), (10, 14))))
+    assert not forward._packs(model, rows_of(((20, 20), (10, 15))))
