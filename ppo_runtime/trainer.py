@@ -327,7 +327,15 @@ class Trainer:
         the step was whole or has moved weights.
         """
         fast = fast_products(self.model, self.config.accel)
-        with freed_memory_kept(), own_precision(self.device), fast, self._undone_unless_whole() as progress:
+        # Outermost, so that gradients are on and off as before however the rest ends.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            freed_memory_kept(),
+            own_precision(self.device),
+            fast,
+            self._undone_unless_whole() as progress,
+        ):
             return self._step(queries, responses, scores, response_masks, progress)
 
     def _step(

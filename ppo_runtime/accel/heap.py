@@ -21,31 +21,26 @@ _USUAL_MMAP, _USUAL_TRIM = 2**25, 2**26
 # Somebody has chosen already.
 _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
-_nested = 0
-
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Inside, the process keeps the memory that it frees; afterwards it hands it back as usual.
 
-    For the whole process, so for other threads too. Nothing happens without glibc, or where environment variables of
-    its own say what to keep.
+    For the whole process, so for other threads too: of several blocks the first to end ends it for all, which costs
+    them time alone. Nobody counts them: a count that an interrupt leaves wrong would stay so. Nothing happens without
+    glibc, or where environment variables of its own say what to keep.
     """
-    global _nested
     adjust = _mallopt()
     if adjust is None or any(name in os.environ for name in _CHOICES):
         yield
         return
-    _nested += 1
     try:
         adjust(_M_MMAP_THRESHOLD, _EVERYTHING)
         adjust(_M_TRIM_THRESHOLD, _EVERYTHING)
         yield
     finally:
-        _nested -= 1
-        if not _nested:
-            adjust(_M_MMAP_THRESHOLD, _USUAL_MMAP)
-            adjust(_M_TRIM_THRESHOLD, _USUAL_TRIM)
+        adjust(_M_MMAP_THRESHOLD, _USUAL_MMAP)
+        adjust(_M_TRIM_THRESHOLD, _USUAL_TRIM)
 
 
 @cache

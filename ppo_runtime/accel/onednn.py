@@ -22,6 +22,7 @@ from ppo_runtime.accel.backends import TOLERANCE, AccelError
 from ppo_runtime.accel.probing import first_line
 from ppo_runtime.accel.products import filled
 from ppo_runtime.common.memory import memory
+from ppo_runtime.models.stand_ins import has_own_forward, standing_in
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +90,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     For passes without gradients: others go through the layers as they were. Parameters, buffers and the state dict stay
     the model's own. Weights must not change inside.
     """
-    changed: list[Any] = []
-    try:
-        with torch.no_grad():
-            for layer in _layers(model):
-                # A module's own attribute goes before the method of its class.
-                vars(layer)["forward"] = _forward(layer)
-                changed.append(layer)
+    with standing_in(_layers(model), _forward):
         yield
-    finally:
-        for layer in changed:
-            vars(layer).pop("forward", None)
 
 
 def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -131,7 +123,7 @@ def _layers(model: nn.Module) -> list[Any]:
         layer
         for layer in modules
         if type(layer) in (nn.Linear, Conv1D)
-        and "forward" not in vars(layer)
+        and not has_own_forward(layer)
         and layer.weight.dtype is torch.float32
         and layer.weight.device.type == "cpu"
         and layer.weight.numel() >= _SMALLEST

@@ -16,7 +16,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_core.fused_head import Product
 from ppo_runtime.accel.probing import first_line
+from ppo_runtime.common.undoing import undoing
 from ppo_runtime.models.inner import is_compiled
+from ppo_runtime.models.stand_ins import has_own_forward, standing_in
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +54,11 @@ def fast_products(model: nn.Module, requested: str) -> Iterator[None]:
     if requested == "eager" or is_compiled(model) or obstacle(requested) is not None:
         yield
         return
-    changed: list[Any] = []
-    before = _current.set(product)
-    try:
-        for layer in model.modules():
-            if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
-                # A module's own attribute goes before the method of its class.
-                vars(layer)["forward"] = _forward(layer)
-                changed.append(layer)
+    linear = [x for x in model.modules() if type(x) in (nn.Linear, Conv1D) and not has_own_forward(x)]
+    with undoing() as undo, standing_in(linear, _forward):
+        undo.append(partial(_current.set, _current.get()))
+        _current.set(product)
         yield
-    finally:
-        _current.reset(before)
-        for layer in changed:
-            vars(layer).pop("forward", None)
 
 
 def current_product() -> Product:

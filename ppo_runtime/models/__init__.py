@@ -11,6 +11,7 @@ packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off
 own_reference   whether a policy without its adapter will do for a reference
 reward_adapter  a reward model as a second adapter
+stand_ins       another forward pass for layers, for the length of a block
 modes           dropout off, and every flag back afterwards
 precision       float32 weights for a half-precision policy
 devices         where models live; mixtures are named

@@ -9,7 +9,7 @@ so that whatever a model does around them stays its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ppo_runtime.models.heads import hidden_states, mask_positions, probe_rows
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
+from ppo_runtime.models.stand_ins import standing_in
 
 
 def frozen_depth(model: nn.Module) -> int:
@@ -62,25 +63,9 @@ def replayed(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
     if any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules()):
         # Re-entrant checkpointing gives a layer's parameters a gradient only where its input has one.
         states = states.detach().requires_grad_(torch.is_grad_enabled())
-    with ExitStack() as stack:
-        for layer in _layers(model)[:depth]:
-            stack.enter_context(_instead(layer, states))
+    # Nothing is there to be computed again.
+    with standing_in(_layers(model)[:depth], lambda _: lambda *_, **__: states, gradient_checkpointing=False):
         yield
-
-
-@contextmanager
-def _instead(layer: Any, states: Tensor) -> Iterator[None]:
-    """A layer that gives these states."""
-    before = {name: vars(layer)[name] for name in ("forward", "gradient_checkpointing") if name in vars(layer)}
-    layer.forward = lambda *_, **__: states
-    if "gradient_checkpointing" in before:
-        layer.gradient_checkpointing = False  # nothing is there to be computed again
-    try:
-        yield
-    finally:
-        del layer.forward
-        for name, value in before.items():
-            setattr(layer, name, value)
 
 
 def _layers(model: nn.Module) -> Sequence[nn.Module]:

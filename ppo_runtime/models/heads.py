@@ -65,7 +65,7 @@ def hidden_states(
     if position_ids is not None and takes_positions(trunk):
         inputs["position_ids"] = position_ids
     with computing(inner):
-        return trunk(**inputs).last_hidden_state
+        return trunk(**inputs, **_named(trunk)).last_hidden_state
 
 
 def seq2seq_hidden_states(
@@ -83,13 +83,20 @@ def seq2seq_hidden_states(
     if not inner.config.is_encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is decoder-only; use hidden_states")
     with computing(inner):
-        encoded = inner.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return inner.get_decoder()(
+        encoder, decoder = inner.get_encoder(), inner.get_decoder()
+        encoded = encoder(input_ids=input_ids, attention_mask=attention_mask, **_named(encoder)).last_hidden_state
+        return decoder(
             input_ids=decoder_input_ids,
             encoder_hidden_states=encoded,
             encoder_attention_mask=attention_mask,
             use_cache=False,
+            **_named(decoder),
         ).last_hidden_state
+
+
+def _named(module: nn.Module) -> dict[str, bool]:
+    """What makes its outputs go by names, where its configuration asks for a tuple."""
+    return {} if getattr(module.config, "return_dict", True) else {"return_dict": True}
 
 
 def takes_positions(module: nn.Module) -> bool:

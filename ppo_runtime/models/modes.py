@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from ppo_runtime.common.undoing import undoing
 
 
 @contextmanager
@@ -17,14 +20,12 @@ def dropout_off(*modules: nn.Module) -> Iterator[None]:
     For passes without gradients. Gradient checkpointing is inactive in evaluation mode, so the training
     forward needs `without_dropout` instead.
     """
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    try:
+    with undoing() as undo:
+        for part in (part for module in modules for part in module.modules()):
+            undo.append(partial(setattr, part, "training", part.training))
         for module in modules:
             module.eval()
         yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 @contextmanager
@@ -40,27 +41,20 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
     router jitter, which is where transformers' models keep them: attributes of modules, and fields of their `config`,
     which some read in every pass. A config that other models have as well is as it was on the way out.
     """
-    changed: list[tuple[Any, str, Any]] = []
-    try:
+    with undoing() as undo:
         parts = {part for module in modules for part in module.modules()}
         for part in parts:
             wanted: dict[str, Any] = dict.fromkeys(_random_attributes(part), 0.0)
             if getattr(part, "gradient_checkpointing", False) is True and not part.training:
                 wanted["training"] = True
             for name, value in wanted.items():
-                changed.append((part, name, getattr(part, name)))
+                undo.append(partial(setattr, part, name, getattr(part, name)))
                 setattr(part, name, value)
         for config in _configs(parts):
             for name in _random_attributes(config):
-                changed.append((config, name, getattr(config, name)))
+                undo.append(partial(object.__setattr__, config, name, getattr(config, name)))
                 object.__setattr__(config, name, 0.0)
         yield
-    finally:
-        for holder, name, value in changed:
-            if isinstance(holder, nn.Module):
-                setattr(holder, name, value)
-            else:
-                object.__setattr__(holder, name, value)
 
 
 def _configs(parts: Iterable[nn.Module]) -> list[Any]:

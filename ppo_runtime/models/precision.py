@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppo_runtime.common.undoing import undoing
 from ppo_runtime.models.inner import is_peft_model, pretrained_model, transformers_model
 
 logger = logging.getLogger(__name__)
@@ -43,15 +45,19 @@ def computing(model: Any) -> AbstractContextManager[Any]:
 
 @contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
-    """Computes as the models inside ask for, whatever autocast of the caller's is around.
+    """Computes as the models inside ask for, whatever autocast or default dtype of the caller's is around.
 
-    That would reach losses and advantages too, and what it has cast of weights would be read after their update.
+    Either would reach losses and advantages too, and what autocast has cast of weights would be read after their
+    update.
     """
-    try:
+    default = torch.get_default_dtype()
+    with undoing() as undo:
+        undo.append(torch.clear_autocast_cache)
+        if default is not torch.float32:  # it is the whole process's
+            undo.append(partial(torch.set_default_dtype, default))
+            torch.set_default_dtype(torch.float32)
         with torch.autocast(device.type, enabled=False):
             yield
-    finally:
-        torch.clear_autocast_cache()
 
 
 def is_widened(model: Any) -> bool:

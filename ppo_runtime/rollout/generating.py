@@ -127,7 +127,9 @@ class ResponseGenerator:
         answers: list[Any] = []
         for (model, context), lengths in zip(models, new_tokens, strict=True):
             theirs = Settings(model, generation_kwargs)
-            with context, dropout_off(model), computing(model), self._layers(model, longest):
+            # Inside, gradients are off, and an interrupt might leave them so.
+            as_before = torch.set_grad_enabled(torch.is_grad_enabled())
+            with as_before, context, dropout_off(model), computing(model), self._layers(model, longest):
                 answered = self.engine(
                     model,
                     together([queries[place] for place in places], self.model.device),

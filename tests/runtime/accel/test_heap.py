@@ -19,11 +19,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return told
 
 
-def test_the_process_is_as_usual_after_the_outermost_even_where_it_fails(calls: list[tuple[int, int]]) -> None:
+def test_the_process_is_as_usual_afterwards_even_where_a_block_fails(calls: list[tuple[int, int]]) -> None:
     def nested() -> None:
-        with heap.freed_memory_kept():
-            with heap.freed_memory_kept():
-                pass
+        with heap.freed_memory_kept(), heap.freed_memory_kept():
             assert {value for _, value in calls} == {heap._EVERYTHING}
             assert {name for name, _ in calls} == {MMAP, TRIM}
             raise ZeroDivisionError
