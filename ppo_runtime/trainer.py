@@ -270,7 +270,7 @@ class Trainer:
 
         Args:
             query_tensor: token ids (length,), or a list of such rows; a row is a tensor or a list of ints.
-            length_sampler: gives ``max_new_tokens`` of each generated batch.
+            length_sampler: gives ``max_new_tokens`` of every ``batch_size`` queries in their order; of every 4 if None.
             batch_size: queries generated together, in their order. None: as many as half of the free memory holds,
                 sorted by length where that takes several batches. With a decoder-only model and a plain choice of
                 tokens, what is sampled for a query does not depend on it.

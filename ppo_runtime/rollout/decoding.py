@@ -47,7 +47,8 @@ def decode(
         prompts = queries[batch]
         columns = None if uniforms is None else uniforms.columns(places[batch], prompts[0].device)
         most = settings["max_new_tokens"] if most is None else most
-        responses += _batch(inner, prompts, settings, plan, most, warpers, columns)
+        limits = None if plan.most is None else torch.tensor(plan.most[batch], device=prompts[0].device)
+        responses += _batch(inner, prompts, settings, plan, most, limits, warpers, columns)
     return responses
 
 
@@ -57,12 +58,14 @@ def _batch(
     settings: Settings,
     plan: Plan,
     most: int | None,
+    limits: Tensor | None,
     warpers: Any,
     uniforms: Callable[[int], Tensor] | None,
 ) -> list[Tensor]:
     """The responses of one batch.
 
-    Criteria see all of its rows at every step, as in transformers: those that are over go on with padding.
+    Criteria see all of its rows at every step, as in transformers: those that are over go on with padding, and so do
+    those that have come to a limit of their own.
     """
     ids, mask = padded(prompts, plan.pad_token_id, side="left")
     (rows, width), device = ids.shape, ids.device
@@ -89,8 +92,10 @@ def _batch(
             chosen, good = draw(warpers(tokens, scores), uniforms(step)[live])
             numbers[live] &= good
         tokens[live, width + step] = chosen
-        if plan.eos_token_ids or plan.criteria:
-            stay = (~ending(tokens[:, : width + step + 1], None)[live]).nonzero().squeeze(-1)  # waits for the device
+        if plan.eos_token_ids or plan.criteria or limits is not None:
+            over = ending(tokens[:, : width + step + 1], None)[live]
+            over = over if limits is None else over | (limits[live] <= step + 1)
+            stay = (~over).nonzero().squeeze(-1)  # waits for the device
             if not len(stay):
                 break
             if len(stay) < len(live):

@@ -53,7 +53,8 @@ def generate_responses(
         queries: prompts, on the model's device.
         settings: those in force.
         plan: padding, batches, and what ends a row.
-        new_tokens: most tokens of each batch of queries; None leaves that to the settings.
+        new_tokens: most tokens of each batch of queries; None leaves that to the settings. What is longer than
+            ``plan.most`` has it is cut off by the caller.
         ours: settings in place of others.
     """
     why = obstacle(model, settings, plan, new_tokens, ours)

@@ -32,6 +32,8 @@ from ppo_runtime.rollout.values import COUNT, token_ids, whole
 
 logger = logging.getLogger(__name__)
 
+# Queries that share a drawn length where nobody says how many are generated together: TRL's batch.
+_SHARING = 4
 # Tokens of a response whose length nobody has told.
 _SUPPOSED = 1024
 
@@ -106,6 +108,9 @@ class ResponseGenerator:
         check_settings(settings, self.model)
         _check_sampler(length_sampler)
         longest, places = self._longest_response(queries, settings, length_sampler), list(range(len(queries)))
+        sharing = _SHARING if batch_size is None else batch_size
+        if length_sampler is not None and (settings["num_beams"] or 1) > 1:
+            batch_size = sharing  # beams that end early are others than longer ones cut off
         if batch_size is None:
             prompt, beams = max(self._static, *map(len, queries)), settings["num_beams"] or 1
             batch_size = rows_together(self.model, prompt, longest, beams=beams)
@@ -122,10 +127,12 @@ class ResponseGenerator:
         elif generate_ref_response:
             models.append((self.model, reference_context(self.model)))
         # All lengths are drawn before anything is generated, so that one without room is refused in time.
-        new_tokens = [self._new_tokens(queries, settings, plan, length_sampler) for _ in models]
+        mosts = [self._most_tokens(queries, settings, plan, length_sampler, sharing) for _ in models]
         self._warn_of_sampling(settings)
         answers: list[Any] = []
-        for (model, context), lengths in zip(models, new_tokens, strict=True):
+        for (model, context), most in zip(models, mosts, strict=True):
+            lengths = [max(most[start : start + plan.batch_size]) for start in range(0, len(most), plan.batch_size)]
+            limits = most if length_sampler is not None and len({*most}) > 1 else None
             theirs = Settings(model, generation_kwargs)
             # Inside, gradients are off, and an interrupt might leave them so.
             as_before = torch.set_grad_enabled(torch.is_grad_enabled())
@@ -134,12 +141,15 @@ class ResponseGenerator:
                     model,
                     together([queries[place] for place in places], self.model.device),
                     theirs,
-                    plan,
+                    attrs.evolve(plan, most=limits),
                     lengths if length_sampler is not None else [None] * len(lengths),
                     theirs.overruled() | gaps(theirs),
                 )
             seen = inputs.token_rows("what engine= gave: responses", answered, vocab_size=vocabulary)
             inputs.same_count(len(queries), **{"what engine= gave: responses": seen})
+            if limits is not None:
+                seen = [row[:limit] for row, limit in zip(seen, limits, strict=True)]
+                answered = [row[:limit] for row, limit in zip(answered, limits, strict=True)]
             answered = [row.long() for row in answered]
             responses = [answer for _, answer in sorted(zip(places, answered, strict=True), key=itemgetter(0))]
             if not answers:
@@ -257,11 +267,22 @@ class ResponseGenerator:
             places=places,
         )
 
-    def _new_tokens(
-        self, queries: list[Tensor], settings: Settings, plan: Plan, length_sampler: Callable[[], int] | None
+    def _most_tokens(
+        self,
+        queries: list[Tensor],
+        settings: Settings,
+        plan: Plan,
+        length_sampler: Callable[[], int] | None,
+        sharing: int,
     ) -> list[int]:
-        """Most tokens of each batch's responses, where there is room for them."""
-        found: list[int] = []
+        """Most tokens of each response, in the plan's order, where there is room for them.
+
+        One length is drawn for every ``sharing`` queries in the caller's order, however many memory holds.
+        """
+        drawn: list[int] = []
+        if length_sampler is not None:
+            groups = range(0, len(queries), sharing)
+            drawn = [whole("what length_sampler gives", length_sampler(), COUNT) for _ in groups]
         lengths = [len(query) for query in queries]
         places = range(len(queries)) if plan.places is None else plan.places
         mosts = [0] * len(queries)
@@ -271,7 +292,7 @@ class ResponseGenerator:
             width = 1 if has_encoder(self.model) else max(plan.prompt_width, *(lengths[place] for place in batch))
             most = 1
             if length_sampler is not None:
-                most, what = whole("what length_sampler gives", length_sampler(), COUNT), "length_sampler's length"
+                what = "length_sampler's length"
             elif settings["max_new_tokens"] is not None:
                 most, what = settings["max_new_tokens"], "max_new_tokens"
             elif settings["max_length"] is not None:
@@ -282,10 +303,9 @@ class ResponseGenerator:
                         "which it counts too; pass max_new_tokens instead"
                     )
             for place in batch:
-                mosts[place] = most
-            found.append(most)
+                mosts[place] = drawn[place // sharing] if drawn else most
         Context.of(self.model).check(lengths, mosts, names=("query_tensor", "query_tensor"), response=what, first=0)
-        return found
+        return [mosts[place] for place in places]
 
     def _warn_of_sampling(self, settings: Settings) -> None:
         found = {name: text for name, text in departures(settings).items() if name not in self.remembered.said}

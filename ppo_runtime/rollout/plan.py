@@ -24,6 +24,8 @@ class Plan:
     """The least width of a batch of prompts."""
     places: Sequence[int] | None = None
     """Where each of the queries stands among the caller's, if they were put in another order."""
+    most: Sequence[int] | None = None
+    """Most tokens of each query's response, where rows of a batch differ; what an engine makes beyond is cut off."""
 
 
 def padded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -225,41 +224,37 @@ def test_mask_positions_begin_anew_in_each_row() -> None:
     assert mask_positions(mask)[mask.bool()].tolist() == [i for length in LENGTHS for i in range(length)]
 
 
-_TOKENS: dict[str, Any] = TOKENS
-_GPT2: dict[str, Any] = TOKENS | {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.1}
-_LLAMA: dict[str, Any] = TOKENS | {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.1}
+_LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 # Those that keep masks or positions over their context, and their kin.
-WITH_A_CONTEXT: dict[str, Callable[[], Any]] = {
-    "gpt_neo": lambda: GPTNeoConfig(
-        **_TOKENS,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=64,
-        window_size=4,
+WITH_A_CONTEXT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt_neo": (
+        GPTNeoConfig,
+        {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64, "window_size": 4}
+        | {"attention_types": [[["global", "local"], 1]]},
     ),
-    "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
-    "codegen": lambda: CodeGenConfig(**(_GPT2 | {"n_head": 4}), rotary_dim=4),
-    "gpt_bigcode": lambda: GPTBigCodeConfig(**_GPT2),
-    "ctrl": lambda: CTRLConfig(**_GPT2, dff=32),
-    "falcon": lambda: FalconConfig(**_LLAMA),
-    "phi": lambda: PhiConfig(**_LLAMA, intermediate_size=32),
-} | {family: lambda family=family: tiny_config(family) for family in CAUSAL_FAMILIES}
+    "gptj": (GPTJConfig, _GPT2 | {"rotary_dim": 4}),
+    "codegen": (CodeGenConfig, _GPT2 | {"n_head": 4, "rotary_dim": 4}),
+    "gpt_bigcode": (GPTBigCodeConfig, _GPT2),
+    "ctrl": (CTRLConfig, _GPT2 | {"dff": 32}),
+    "falcon": (FalconConfig, _LLAMA),
+    "phi": (PhiConfig, _LLAMA | {"intermediate_size": 32}),
+}
 
 
-@pytest.mark.parametrize("family", WITH_A_CONTEXT)
+def with_a_context(family: str) -> Any:
+    if family not in WITH_A_CONTEXT:
+        return tiny_model(family)
+    kind, fields = WITH_A_CONTEXT[family]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**(TOKENS | fields))).eval()
+
+
+@pytest.mark.parametrize("family", [*WITH_A_CONTEXT, *CAUSAL_FAMILIES])
 def test_rows_that_fit_the_context_are_read_however_many_there_are(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLMWithValueHead(AutoModelForCausalLM.from_config(WITH_A_CONTEXT[family]()).eval())
+    model = AutoModelForCausalLMWithValueHead(with_a_context(family))
     rows = rows_of(((20, 20), (3, 10), (30, 30), (4, 3)))
     assert sum(rows.lengths) > 64
     alone = [evaluate(model, rows.select(torch.tensor([row]))) for row in range(4)]
@@ -272,7 +267,7 @@ def test_rows_that_fit_the_context_are_read_however_many_there_are(
 
 
 def test_a_table_over_the_context_bounds_a_row_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = AutoModelForCausalLM.from_config(WITH_A_CONTEXT["gpt_neo"]()).eval()
+    model = with_a_context("gpt_neo")
     assert most_tokens_end_to_end(model) == 64
     assert most_tokens_end_to_end(tiny_model("gpt2")) == float("inf")
     monkeypatch.setattr(forward, "packing_pays", lambda *_: True)

@@ -307,7 +307,7 @@ def test_as_many_rows_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("memory_for", [1, 3, None])
 def test_answers_come_in_the_order_of_the_queries(memory_for: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever fits into memory, with one draw of a length for each batch."""
+    """Whatever fits into memory, with one draw of a length for every four queries."""
     from ppo_runtime.rollout import generating
 
     if memory_for is not None:
@@ -322,6 +322,60 @@ def test_answers_come_in_the_order_of_the_queries(memory_for: int | None, monkey
 
     rows = trainer.generate(QUERIES, sampler, do_sample=False, eos_token_id=None)
     assert [row[: len(query)].tolist() for row, query in zip(rows, QUERIES, strict=True)] == tokens(QUERIES)
-    assert len(drawn) == -(-len(QUERIES) // (memory_for or len(QUERIES)))
-    assert sorted({len(row) - len(query) for row, query in zip(rows, QUERIES, strict=True)}) == drawn
+    assert drawn == [3, 4]
+    assert [len(row) - len(query) for row, query in zip(rows, QUERIES, strict=True)] == [3] * 4 + [4] * 3
     assert len(trainer.generate(QUERIES, LengthSampler(2, 5), do_sample=True)) == len(QUERIES)
+
+
+@pytest.mark.parametrize("ends", [None, ENDS, [PAD_ID]], ids=["nothing", "EOS", "padding"])
+@pytest.mark.parametrize("by", ["us", "transformers", "beams"])
+def test_drawn_lengths_do_not_depend_on_memory(by: str, ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do the answers, which are those of a call with that length alone."""
+    from ppo_runtime.rollout import generating
+
+    trainer = make_trainer()
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": ends}
+    if by == "beams":
+        options["num_beams"] = 2
+    run = ours if by == "us" else by_transformers
+    found: list[list[list[int]]] = []
+    for rows in (1, 2, 3, 5, len(QUERIES)):
+        monkeypatch.setattr(generating, "rows_together", lambda *_, rows=rows, **__: rows)
+        lengths = iter([9, 2])
+        found.append(run(trainer, monkeypatch, length_sampler=lambda lengths=lengths: next(lengths), **options))
+    assert all(one == found[0] for one in found)
+    for places, length in ((slice(0, 4), 9), (slice(4, None), 2)):
+        alone = trainer.generate(QUERIES[places], return_prompt=False, batch_size=4, max_new_tokens=length, **options)
+        assert found[0][places] == tokens(alone)
+
+
+def test_sampled_answers_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ppo_runtime.rollout import generating
+
+    found: list[list[list[int]]] = []
+    for rows in (1, 3, len(QUERIES)):
+        monkeypatch.setattr(generating, "rows_together", lambda *_, rows=rows, **__: rows)
+        trainer = make_trainer()
+        found.append(ours(trainer, monkeypatch, length_sampler=LengthSampler(2, 16), **plain()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_rows_at_their_limit_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    token = decoding.Pass.token
+    monkeypatch.setattr(decoding.Pass, "token", lambda self, *rest: read.append(len(rest[0])) or token(self, *rest))
+    lengths = iter([4, 2])
+    make_trainer().generate(QUERIES, lambda: next(lengths), do_sample=False, eos_token_id=None)
+    assert read[-3:] == [7, 4, 4]  # the model is tried before
+
+
+def test_an_engine_that_knows_of_no_limits_is_cut_to_them() -> None:
+    def canned(model: Any, queries: Any, settings: Any, plan: Any, new_tokens: Any, ours: Any) -> list[Tensor]:
+        return [torch.arange(3, 12) for _ in queries]
+
+    trainer = make_trainer()
+    trainer.response_engine = canned
+    lengths = iter([4, 2])
+    rows = trainer.generate(QUERIES, lambda: next(lengths), return_prompt=False, do_sample=True, top_k=0)
+    assert [len(row) for row in rows] == [4] * 4 + [2] * 3
+    assert all(trainer.response_generator.remembered.drawn.returned(row) for row in rows)
