@@ -27,7 +27,6 @@ from ppo_runtime.models.packing import (
     most_tokens_end_to_end,
     packed_hidden_states,
     packing_pays,
-    similar_rows,
 )
 
 # Tokens in one forward pass without gradients: enough to keep the device busy, and on a CPU no more than that, since
@@ -185,20 +184,7 @@ def lay_out(
 
 def evaluate(model: Any, rows: Rows) -> Evaluation:
     """Log-probabilities, entropies and, where the model has a value head, values of the kept tokens."""
-    return read_off(model, _states_in_groups(model, rows), rows)
-
-
-def _states_in_groups(model: Any, rows: Rows) -> Tensor:
-    """The same as :func:`predicting_states`, by several passes where rows of similar length cost a CPU less."""
-    if rows.decoder_input_ids is not None or rows.static or rows.mask.device.type != "cpu":
-        return predicting_states(model, rows)
-    groups = [torch.tensor(group) for group in similar_rows(rows.lengths, _width(model))]
-    if len(groups) == 1:
-        return predicting_states(model, rows)
-    states = torch.cat([predicting_states(model, rows.select(group)) for group in groups])
-    order = torch.cat(groups)
-    owners = order.repeat_interleave(rows.mask.sum(-1)[order])
-    return states.index_select(0, owners.argsort(stable=True))
+    return read_off(model, predicting_states(model, rows), rows)
 
 
 def predicting_states(model: Any, rows: Rows) -> Tensor:
@@ -224,15 +210,12 @@ def _packs(model: Any, rows: Rows) -> bool:
     """Whether a pass takes the rows end to end, without padding."""
     if rows.decoder_input_ids is not None or rows.static:
         return False
+    width = transformers_model(model).get_input_embeddings().weight.shape[-1]
     return (
-        packing_pays(rows.lengths, _width(model))
+        packing_pays(rows.lengths, width)
         and sum(rows.lengths) <= most_tokens_end_to_end(model)
         and keeps_rows_apart(model)
     )
-
-
-def _width(model: Any) -> int:
-    return transformers_model(model).get_input_embeddings().weight.shape[-1]
 
 
 def row_states(model: Any, rows: Rows) -> Tensor:

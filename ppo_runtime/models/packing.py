@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,11 +20,6 @@ from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
 
 logger = logging.getLogger(__name__)
-
-# What another pass costs a layer on a CPU besides its products: calls, and weights and gradients walked through once
-# more, in floating-point operations and in tokens.
-_CALLS, _WALK = 2e8, 64
-_MOST_GROUPS = 8
 
 # By model, and by its attention's implementation, which a user may set anew.
 _found: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
@@ -64,37 +58,13 @@ def most_tokens_end_to_end(model: nn.Module) -> float:
 
 
 def packing_pays(lengths: Sequence[int], width: int) -> bool:
-    """Whether rows of these lengths cost less end to end than padded, in a trunk of this hidden size."""
-    return _cost(1, sum(lengths), width) < _cost(len(lengths), max(lengths), width)
+    """Whether rows of these lengths cost less end to end than padded, in a trunk of this hidden size.
 
-
-def similar_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Row indices in groups that cost a CPU least, one pass each and padded or end to end; one group if none pays."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    splits = [_split(order, count) for count in range(1, min(_MOST_GROUPS, len(order)) + 1)]
-    return min(
-        splits, key=lambda groups: sum(_cost_of_group([lengths[row] for row in group], width) for group in groups)
-    )
-
-
-def _split(rows: list[int], count: int) -> list[list[int]]:
-    """In parts that differ by one row at most."""
-    ends = [len(rows) * part // count for part in range(count + 1)]
-    return [rows[start:end] for start, end in pairwise(ends)]
-
-
-def _cost_of_group(lengths: Sequence[int], width: int) -> float:
-    least = min(_cost(1, sum(lengths), width), _cost(len(lengths), max(lengths), width))
-    return least + _cost(1, 1, width) * _WALK + _CALLS / (4 * width)
-
-
-def _cost(rows: int, length: int, width: int) -> int:
-    """What rows of one length cost a layer, in units of 4 width floating-point operations.
-
-    Its linear maps make about 24 width^2 of them per token and its attention 4 width per pair of tokens, masked or
-    not; end to end, all pairs of all rows are pairs.
+    A layer's linear maps cost about 24 width^2 per token and its attention 4 width per pair of tokens, masked or not;
+    end to end, all pairs of all rows are pairs.
     """
-    return rows * length * (6 * width + length)
+    count, longest, tokens = len(lengths), max(lengths), sum(lengths)
+    return tokens * (6 * width + tokens) < count * longest * (6 * width + longest)
 
 
 @torch.no_grad()

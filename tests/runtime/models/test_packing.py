@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import peft
@@ -34,7 +33,6 @@ from ppo_runtime.models.packing import (
     most_tokens_end_to_end,
     packed_hidden_states,
     packing_pays,
-    similar_rows,
 )
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, TOKENS, VOCAB_SIZE, tiny_config, tiny_lora, tiny_model
@@ -145,28 +143,6 @@ def test_packing_pays_where_it_computes_less(lengths: list[int], width: int) -> 
     assert packing_pays(lengths, width) == (cost([sum(lengths)]) < cost([max(lengths)] * len(lengths)))
 
 
-@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=20), width=st.integers(8, 2048))
-def test_every_row_is_in_one_group(lengths: list[int], width: int) -> None:
-    groups = similar_rows(lengths, width)
-    assert sorted(chain(*groups)) == list(range(len(lengths)))
-    assert all(groups)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "width", "groups"),
-    [
-        ([40] * 32, 256, 1),  # nothing is padded
-        ([2, 12], 256, 1),  # another pass costs more than ten tokens
-        ([500, 20] * 8, 512, 2),
-        ([20, 120, 240, 480] * 8, 512, 4),
-    ],
-)
-def test_rows_are_grouped_where_that_saves_padding(lengths: list[int], width: int, groups: int) -> None:
-    found = [[lengths[row] for row in group] for group in similar_rows(lengths, width)]
-    assert len(found) == groups
-    assert list(chain(*found)) == sorted(lengths)
-
-
 def rows_of(lengths: tuple[tuple[int, int], ...]) -> Rows:
     generator = torch.Generator().manual_seed(2)
     draw = [[torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in pair] for pair in lengths]
@@ -180,9 +156,8 @@ def test_gradients_do_not_depend_on_the_layout(family: str, monkeypatch: pytest.
     model = AutoModelForCausalLMWithValueHead(tiny_model(family))
     rows = rows_of(((2, 3), (9, 14), (1, 1)))
     found: list[dict[str, Tensor]] = []
-    for packs, groups in ((True, ([0, 1, 2],)), (True, ([2, 0], [1])), (False, ([2], [0, 1])), (False, ([0, 1, 2],))):
+    for packs in (True, False):
         monkeypatch.setattr(forward, "packing_pays", lambda *_, packs=packs: packs)
-        monkeypatch.setattr(forward, "similar_rows", lambda *_, groups=groups: groups)
         model.zero_grad()
         now = evaluate(model, rows)
         assert now.values is not None
@@ -190,12 +165,11 @@ def test_gradients_do_not_depend_on_the_layout(family: str, monkeypatch: pytest.
         (weights * (now.logprobs.exp() + now.values)).sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         found[-1]["logprobs"] = now.logprobs.detach()
-    *others, padded = found
-    for other in others:
-        assert other.keys() == padded.keys()
-        for name, expected in padded.items():
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-5 * max(1.0, scale), msg=name)
+    packed, padded = found
+    assert packed.keys() == padded.keys()
+    for name, expected in padded.items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-5 * max(1.0, scale), msg=name)
 
 
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
@@ -214,7 +188,6 @@ def test_a_step_does_not_depend_on_the_layout(family: str, monkeypatch: pytest.M
 def test_static_rows_keep_their_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "packed_hidden_states", None)
     monkeypatch.setattr(forward, "packing_pays", lambda *_: True)
-    monkeypatch.setattr(forward, "similar_rows", None)
     model = tiny_model("llama")
     evaluate(model, rows_of(((2, 3), (9, 14)))._replace(static=True))
 
