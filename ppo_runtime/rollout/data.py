@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def prompt_digest(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
-def is_table(dataset: Any) -> bool:
+def is_table(dataset: Any) -> TypeGuard[Any]:
     """Whether it is a ``datasets.Dataset``; whoever has one has imported that library, which takes 80 MiB."""
     table = getattr(sys.modules.get("datasets"), "Dataset", None)
     return isinstance(table, type) and isinstance(dataset, table)

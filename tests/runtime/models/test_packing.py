@@ -232,7 +232,6 @@ def test_rows_that_fit_the_context_are_read_however_many_there_are(
     assert sum(rows.lengths) > 64
     alone = [evaluate(model, rows.select(torch.tensor([row]))) for row in range(4)]
     monkeypatch.setattr(forward, "packing_pays", lambda *_: True)
-    monkeypatch.setattr(forward, "similar_rows", lambda *_: [[0, 1, 2, 3]])
     together = evaluate(model, rows)
     for row, expected in enumerate(alone):
         time = expected.logprobs.shape[1]
