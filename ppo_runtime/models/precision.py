@@ -6,6 +6,10 @@ weights are NaN after one step. So the trainer widens a policy with half-precisi
 copy of the policy agrees with it to the last bit. Both then compute in bfloat16 where autocast does, float16 policies
 too: float16 has no room for gradients without a loss scale.
 
+This is for models that come in half precision, and for GPUs. On a CPU with bfloat16 instructions it saves time, not
+memory: a step of 135 million parameters takes a fifth less processor time than in float32 with oneDNN's products, and a
+sixth more memory, since backward passes keep the weights that they have cast.
+
 What is frozen may be half: the base of a LoRA policy, whose adapters peft keeps in float32, or the reference of a
 float32 policy. Such a reference differs from the policy by rounding, and so the first KL is not quite 0.
 """
@@ -33,14 +37,32 @@ _COMPUTE = torch.bfloat16
 _MARK = "_ppo_runtime_autocast"
 
 
-def computing(model: Any) -> AbstractContextManager[Any]:
-    """The autocast that a model's forward passes belong in; none but for a model that was widened."""
+def computing(model: Any, *, weights_stay: bool = False) -> AbstractContextManager[Any]:
+    """The autocast that a model's forward passes belong in; none but for a model that was widened.
+
+    Args:
+        model: in whichever wrapper.
+        weights_stay: no weight changes before the end, so that each is cast once for all passes inside.
+    """
     inner = transformers_model(model)
     if not is_widened(inner):
         return nullcontext()
+    if weights_stay:
+        return _cast_once(inner.device)
     # Cast weights are dropped with the outermost autocast alone. Kept, they would outlive this pass inside another
     # one, even one that is off: those of a pass without gradients carry none, and an update leaves them as they were.
     return torch.autocast(inner.device.type, dtype=_COMPUTE, cache_enabled=False)
+
+
+@contextmanager
+def _cast_once(device: torch.device) -> Iterator[None]:
+    """What somebody else's autocast around has cast may be of older weights, and shall find none of these."""
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, dtype=_COMPUTE):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's `generate`."""
-        with computing(self):
+        with computing(self, weights_stay=True):
             return self.pretrained_model.generate(*args, **kwargs)
 
     def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:

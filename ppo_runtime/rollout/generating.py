@@ -136,7 +136,8 @@ class ResponseGenerator:
             theirs = Settings(model, generation_kwargs)
             # Inside, gradients are off, and an interrupt might leave them so.
             as_before = torch.set_grad_enabled(torch.is_grad_enabled())
-            with as_before, context, dropout_off(model), computing(model), self._layers(model, longest):
+            casting = computing(model, weights_stay=True)
+            with as_before, context, dropout_off(model), casting, self._layers(model, longest):
                 answered = self.engine(
                     model,
                     together([queries[place] for place in places], self.model.device),

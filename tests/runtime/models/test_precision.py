@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_runtime.accel.onednn import obstacle
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.models.heads import SplitError, check_split
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.precision import HALF, is_widened
 from ppo_runtime.models.references import create_reference_model
+from tests.operations import Operations
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import SETTINGS, make_batch
 
@@ -280,6 +282,49 @@ def test_every_update_computes_with_the_weights_of_the_one_before(family: str, d
             trainer.train_minibatch(*old, logprobs, None, values, mask, zeros + 1.0, zeros)
     assert len(seen) > 10
     assert max(seen) == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_rollout_casts_its_weights_once_and_packs_none(family: str) -> None:
+    """A decode step reads every weight, and a cast takes longer than the product it is for."""
+    torch.manual_seed(0)
+    trainer = trainer_of(parent_of(family).from_pretrained(tiny_model(family).to(torch.bfloat16)), accel="onednn")
+    queries, responses, scores = make_batch()
+    layers = [m for m in transformers_model(trainer.model).modules() if isinstance(m, torch.nn.Linear)]
+    weights = {(layer.weight.shape,) for layer in layers}
+    assert "computes in bfloat16, and float32 layers alone" in str(obstacle(transformers_model(trainer.model)))
+    trainer.generate(queries, max_new_tokens=2)  # the model has been tried from here on
+    casts: list[int] = []
+    for tokens in (4, 8):
+        with Operations() as operations:
+            trainer.generate(queries, max_new_tokens=tokens, min_new_tokens=tokens)
+        casts.append(sum(ran.made in weights for ran in operations.ran if ran.name == "_to_copy"))
+    assert len(layers) <= casts[0] == casts[1]
+    seen = linear_errors(trainer.model)
+    for _ in range(2):
+        trainer.step(queries, responses, scores)
+        trainer.generate(queries, max_new_tokens=2)
+    assert max(seen) == 0.0, "of the weights as they are then"
+
+
+def test_a_rollout_inside_an_autocast_reads_and_leaves_no_weights_of_another_time() -> None:
+    model = half_policy()
+    trainer = trainer_of(model)
+    query = torch.tensor([5, 6, 7])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.pretrained_model(query[None])  # its weights are cast and kept
+        for scale in (3.0, -1.0):
+            with torch.no_grad():
+                for parameter in model.pretrained_model.parameters():
+                    parameter.mul_(scale)
+            found = trainer.generate(query, max_new_tokens=4, do_sample=False)
+            with torch.autocast("cpu", enabled=False):
+                torch.clear_autocast_cache()
+                assert torch.equal(found, trainer.generate(query, max_new_tokens=4, do_sample=False))
+            logits = model.pretrained_model(query[None]).logits
+            assert logits.requires_grad, "what a rollout has cast carries no gradient"
+            weight = model.pretrained_model.get_input_embeddings().weight
+            assert torch.autograd.grad(logits.sum(), weight)[0].any()
 
 
 def test_checkpointed_layers_recompute_under_the_same_autocast() -> None:
