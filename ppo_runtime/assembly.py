@@ -85,6 +85,16 @@ def check_reference_kind(model: PreTrainedModelWrapper, ref_model: Any | None) -
         )
 
 
+def check_vocabularies(model: Any, ref_model: Any) -> None:
+    """Refuse a reference that knows other tokens than the policy."""
+    mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
+    if mine != theirs:
+        raise ValueError(
+            f"ref_model has a vocabulary of {theirs}, expected {mine} like model: log-probabilities of the same "
+            "token ids are compared; load both from the same family, and resize both before the trainer is made"
+        )
+
+
 def special_tokens(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     """Padding id and EOS ids; EOS pads where there is no padding token."""
     generation_config = getattr(model.pretrained_model, "generation_config", None)
@@ -175,12 +185,7 @@ def make_reference(
         )
     if ref_model is None:
         ref_model = create_reference_model(model, num_shared_layers)
-    mine, theirs = model.config.vocab_size, ref_model.config.vocab_size
-    if mine != theirs:
-        raise ValueError(
-            f"ref_model has a vocabulary of {theirs}, expected {mine} like model: log-probabilities of the same "
-            "token ids are compared; load both from the same family"
-        )
+    check_vocabularies(model, ref_model)
     check_apart(model, ref_model)
     lm_head(ref_model)
     widen(model, ref_model)

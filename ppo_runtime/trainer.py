@@ -48,7 +48,7 @@ from ppo_runtime.learning.update import (
 from ppo_runtime.models.devices import check_devices
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
-from ppo_runtime.models.precision import check_moments, own_precision
+from ppo_runtime.models.precision import check_moments, check_wide, own_precision
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_from_environment
 from ppo_runtime.ranks.seeding import mixed, set_seed
@@ -145,7 +145,9 @@ class Trainer:
         )
         check_trains(model)  # again: the reference may have frozen what it shares
         self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
-        say_what_stays(self.optimizer, model)
+        # What was said of the parts, once each.
+        self._said: set[str] = set()
+        say_what_stays(self.optimizer, model, self._said)
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor()
@@ -345,7 +347,7 @@ class Trainer:
         times: dict[str, float] = {}
         config, model = self.config, self.model
         with all_or_none(self.world, carries=1) as ballot:
-            check_fits(self.optimizer, model)
+            self._check_parts()
             self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
@@ -529,6 +531,15 @@ class Trainer:
         return lay_out_batch(
             queries, responses, masks, model=self.model, config=self.config, pad_token_id=self.pad_token_id
         )
+
+    def _check_parts(self) -> None:
+        """Refuse, or say, what models and optimiser have become since the trainer was made and would not train."""
+        check_trains(self.model)
+        check_wide(self.optimizer, self.model)
+        check_fits(self.optimizer, self.model)
+        if self.ref_model is not None:
+            assembly.check_vocabularies(self.model, self.ref_model)
+        say_what_stays(self.optimizer, self.model, self._said)
 
     def _check_step(
         self, queries: Any, responses: Any, scores: Any, response_masks: Any

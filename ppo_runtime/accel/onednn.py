@@ -22,6 +22,7 @@ from ppo_runtime.accel.backends import TOLERANCE, AccelError
 from ppo_runtime.accel.probing import first_line
 from ppo_runtime.accel.products import filled
 from ppo_runtime.common.memory import memory
+from ppo_runtime.models.inner import is_merged
 from ppo_runtime.models.precision import is_widened
 from ppo_runtime.models.stand_ins import has_own_forward, standing_in
 
@@ -74,7 +75,7 @@ def obstacle(model: nn.Module) -> str | None:
         return f"torch {torch.__version__} is built without oneDNN"
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return f"{name} is not on the CPU, for which alone oneDNN packs here"
-    if any(getattr(part, "merged", False) is True for part in model.modules()):
+    if is_merged(model):
         return f"{name} has an adapter that is merged, which peft takes out again whenever a pass asks for it"
     if is_widened(model):
         return f"{name} computes in bfloat16, and float32 layers alone are packed"

@@ -26,7 +26,6 @@ from ppo_runtime.compat.stats import TOKENS, gather_stats
 from ppo_runtime.learning.advantages import estimated, globally_whitened
 from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
 from ppo_runtime.learning.guards import Cause
-from ppo_runtime.learning.optimisers import check_fits
 from ppo_runtime.learning.step_inputs import start_token
 from ppo_runtime.learning.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 from ppo_runtime.models.heads import lm_head, logits_at
@@ -195,7 +194,7 @@ class Piecewise(Trainer):
         Returns:
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
         """
-        check_fits(self.optimizer, self.model)
+        self._check_parts()
         targets = Targets(old_logprobs, values, advantages, returns)
         kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
         if not (logprobs.requires_grad or vpreds.requires_grad):

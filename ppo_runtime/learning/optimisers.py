@@ -3,22 +3,28 @@
 import inspect
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_runtime.models.inner import pretrained_model
+from ppo_runtime.models.inner import is_merged, pretrained_model
 
 logger = logging.getLogger(__name__)
 
 
 def check_trains(model: torch.nn.Module) -> None:
-    """Refuse a policy of which nothing can be trained."""
+    """Refuse a policy of which nothing can be trained, or whose adapter would not see that it is."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "model has no parameter that trains, expected at least one with requires_grad; call "
             "model.requires_grad_(True), or make the parts that shall train trainable before the trainer is made"
+        )
+    if is_merged(model):
+        raise ValueError(
+            "model has an adapter that is merged into its weights, expected one beside them: no pass would reach it, "
+            "and so it would not train; call model.pretrained_model.unmerge_adapter() first"
         )
 
 
@@ -55,8 +61,8 @@ def check_fits(optimizer: Any, model: torch.nn.Module) -> None:
     one are read and written beyond their end, and so is whatever lies between the rows of a view.
 
     Raises:
-        ValueError: it is one of torch's own and holds a moment of another shape than its parameter's, or it is fused
-            and a parameter or a moment is not contiguous.
+        ValueError: it is one of torch's own and holds a moment of another shape or dtype than its parameter's, or it is
+            fused and a parameter or a moment is not contiguous.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper such as accelerate's
     if not steps_as_torch(optimizer):
@@ -77,6 +83,12 @@ def check_fits(optimizer: Any, model: torch.nn.Module) -> None:
                         f"{tuple(parameter.shape)}, expected the same: one of them has changed since. Make a new "
                         "optimizer of model.parameters() and assign it to trainer.optimizer, or begin its moments anew "
                         "with trainer.optimizer.state.clear()"
+                    )
+                if moment.dtype is not parameter.dtype:
+                    raise ValueError(
+                        f"optimizer holds {key} of {_name(parameter, model)} in {moment.dtype}, expected "
+                        f"{parameter.dtype} like the parameter: one of them has changed since. Turn the model back, "
+                        "with model.float() as a rule, or begin the moments anew with trainer.optimizer.state.clear()"
                     )
                 if fused and not moment.is_contiguous():
                     raise ValueError(
@@ -109,24 +121,41 @@ def _name(parameter: Tensor, model: torch.nn.Module) -> str:
     return "the parameter " + next(names, "(not the model's)")
 
 
-def say_what_stays(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Log a warning where the policy's language model, or a part of what trains, would stay as it is."""
+def say_what_stays(optimizer: torch.optim.Optimizer, model: torch.nn.Module, said: set[str]) -> None:
+    """Log a warning where the policy's language model, or a part of what trains, would stay as it is.
+
+    ``said`` are the sentences of earlier times, which are not said again.
+    """
+    for sentence in _what_stays(optimizer, model):
+        if sentence not in said:
+            said.add(sentence)
+            logger.warning("%s", sentence)
+
+
+def _what_stays(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Iterator[str]:
     held, count = _held(optimizer, model)
     if held < count:
-        logger.warning(
-            "optimizer holds %d of the %d parameters that train: the others will stay as they are", held, count
+        theirs = _theirs(optimizer)
+        first = next(n for n, one in model.named_parameters() if one.requires_grad and id(one) not in theirs)
+        yield (
+            f"optimizer holds {held} of the {count} parameters that train: the others will stay as they are (the "
+            f"first: {first}). Where that is not meant, assign trainer.optimizer one that is made of all of them"
         )
     if not any(parameter.requires_grad for parameter in pretrained_model(model).parameters()):
-        logger.warning(
+        yield (
             "nothing of the language model trains, only what is beside it (the value head): the policy will stay as it "
             "is. Make it trainable before the trainer is made, with model.requires_grad_(True), or for a stored "
             "adapter from_pretrained(..., is_trainable=True)"
         )
 
 
+def _theirs(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _held(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[int, int]:
     """How many of the model's parameters that train are the optimiser's, and how many there are."""
-    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    theirs = _theirs(optimizer)
     ours = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return sum(id(parameter) in theirs for parameter in ours), len(ours)
 

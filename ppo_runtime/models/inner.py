@@ -37,6 +37,11 @@ def is_compiled(model: Any) -> bool:
     return type(model).__name__ == "OptimizedModule"
 
 
+def is_merged(model: Any) -> bool:
+    """Whether an adapter of the model is merged into the weights that it was trained beside."""
+    return any(getattr(part, "merged", False) is True for part in model.modules())
+
+
 def has_encoder(model: Any) -> bool:
     """Whether a wrapper's or a PEFT model's transformers model, or that itself, is an encoder-decoder."""
     return bool(transformers_model(model).config.is_encoder_decoder)

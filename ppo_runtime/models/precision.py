@@ -110,6 +110,21 @@ def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                 )
 
 
+def check_wide(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse a policy that somebody has made half-precision since `widen` was done with it.
+
+    Raises:
+        ValueError: a parameter that trains and that the optimiser steps is in half precision.
+    """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in HALF and parameter.requires_grad and id(parameter) in stepped:
+            raise ValueError(
+                f"the parameter {name} is {parameter.dtype}, expected float32 as when the trainer was made: small "
+                "updates are lost to rounding in it; call model.float() on what trains"
+            )
+
+
 def widen(model: Any, reference: Any | None) -> None:
     """Make a policy that trains in half precision, and its half-precision reference, float32 in place, and say so.
 
