@@ -4,7 +4,7 @@ Every row is a process of its own, which loads the policy and its reference, mak
 resident size before and after, and the largest tensor that an operation of the step made (other than one shaped like
 the weights). "fused" is what `step` does, which keeps ``--kept-mib`` of logits at most from a forward to its backward
 pass; "dense" takes the logits of all tokens of a pass at once. Responses are of random length up to ``--response``,
-prompts of 8 to 24 random tokens, in float32.
+prompts of 8 to 24 random tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.head == "dense":
         forward.fused_logprobs = dense
         forward.SCORING_TOKENS["cpu"] = 10**9
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model, dtype=torch.float32)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    if options.checkpointing:
+        model.gradient_checkpointing_enable()
     config = PPOConfig(
         batch_size=options.batch, mini_batch_size=options.mini_batch, ppo_epochs=options.epochs, accel="eager"
     )
@@ -76,6 +78,8 @@ def main() -> None:
     for name, default in {"batch": 16, "mini-batch": 4, "response": 128, "epochs": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kept-mib", type=int, default=forward.KEPT_LOGITS["cpu"] // 2**20)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that the policy comes in")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward passes")
     parser.add_argument("--head", choices=("fused", "dense"), help="measure this one, in this process")
     options = parser.parse_args()
     if options.head is not None:

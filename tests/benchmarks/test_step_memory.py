@@ -13,7 +13,7 @@ from tests.runtime.support.tiny import tiny_model
 def test_both_heads_are_measured(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     command = [sys.executable, "-m", "tests.benchmarks.step_memory", "--model", str(tmp_path), "--batch", "4"]
-    command += ["--mini-batch", "2", "--response", "6"]
+    command += ["--mini-batch", "2", "--response", "6", "--dtype", "bfloat16", "--checkpointing"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [line["head"] for line in lines] == ["fused", "dense"]
