@@ -278,7 +278,8 @@ def _compiled(
                 return None, f"{name} keeps no list of layers to compile; accel='eager' is the same for it"
             problem = _disagreement(model, twin, outputs)
     except Exception as error:
-        return None, f"{name} could not be compiled ({first_line(error)}); {REMEDY}"
+        cause = getattr(error, "inner_exception", error)  # of which torch's compiler says less
+        return None, f"{name} could not be compiled ({first_line(cause)}); {REMEDY}"
     if problem is not None:
         return None, f"{name} compiled is not what it was ({problem}); set accel='eager' for it"
     trust.gives_way = not choice.strict
