@@ -21,6 +21,11 @@ def check_trains(model: torch.nn.Module) -> None:
             "model has no parameter that trains, expected at least one with requires_grad; call "
             "model.requires_grad_(True), or make the parts that shall train trainable before the trainer is made"
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "model was made inside torch.inference_mode(), expected parameters that gradients can be computed of; load "
+            "it outside"
+        )
     if is_merged(model):
         raise ValueError(
             "model has an adapter that is merged into its weights, expected one beside them: no pass would reach it, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ppo_runtime.common.undoing import undoing
 from ppo_runtime.models.heads import hidden_states, mask_positions, probe_rows
 from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import dropout_off
@@ -50,11 +52,23 @@ def shared_depth(model: nn.Module, reference: Callable[[], AbstractContextManage
 def recorded(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
     """The outputs [B, L, H] of the first ``depth`` layers in the passes inside, without gradient."""
     seen: list[Tensor] = []
-    hook = _layers(model)[depth - 1].register_forward_hook(lambda _, __, output: seen.append(output.detach()))
-    try:
+    with _watched(_layers(model)[depth - 1 : depth], lambda _, __, output: seen.append(output.detach())):
         yield seen
-    finally:
-        hook.remove()
+
+
+@contextmanager
+def _watched(layers: Sequence[nn.Module], hook: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Inside, the hook sees every pass of the layers; an interrupt while it is put there leaves none either."""
+    with undoing() as undo:
+        for layer in layers:
+            undo.append(partial(_unhook, layer, hook))
+            layer.register_forward_hook(hook)
+        yield
+
+
+def _unhook(layer: nn.Module, hook: Callable[..., None]) -> None:
+    for key in [key for key, one in layer._forward_hooks.items() if one is hook]:
+        del layer._forward_hooks[key]
 
 
 @contextmanager
@@ -91,13 +105,8 @@ def _tried(model: nn.Module) -> int:
         outputs.append(output)
         frozen.append(not reading.read)
 
-    hooks = [layer.register_forward_hook(behind) for layer in layers]
-    try:
-        with torch.no_grad(), dropout_off(model), reading:
-            whole = hidden_states(model, *_probe(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _watched(layers, behind), torch.no_grad(), dropout_off(model), reading:
+        whole = hidden_states(model, *_probe(model))
     if len(outputs) != len(layers) or not all(isinstance(output, Tensor) for output in outputs):
         return 0
     depth = sum(frozen)

@@ -90,6 +90,13 @@ def test_a_merged_adapter_trains_nothing_and_is_refused() -> None:
     assert not torch.equal(adapter, kept)
 
 
+def test_a_model_made_where_nothing_can_train_is_refused() -> None:
+    with torch.inference_mode():
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"made inside torch\.inference_mode\(\)"):
+        PPOTrainer(PPOConfig(**SETTINGS), model, None, tiny_tokenizer())
+
+
 def test_what_trains_beside_the_optimiser_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama"))
     bottom = model.pretrained_model.model.layers[0].requires_grad_(False)

@@ -17,7 +17,7 @@ from torch import nn
 import ppo_runtime
 from ppo_runtime.accel import heap, onednn, products
 from ppo_runtime.models import stand_ins
-from ppo_runtime.models.bottom import replayed
+from ppo_runtime.models.bottom import recorded, replayed
 from ppo_runtime.models.modes import dropout_off, without_dropout
 from ppo_runtime.models.precision import own_precision
 from ppo_runtime.models.stand_ins import has_own_forward, standing_in
@@ -30,6 +30,7 @@ BLOCKS: dict[str, Block] = {
     "packed": onednn.packed,
     "fast_products": lambda model: products.fast_products(model, "onednn"),
     "replayed": lambda model: replayed(model, 1, torch.ones(2, 5, 64)),
+    "recorded": lambda model: recorded(model, 1),
     "dropout_off": dropout_off,
     "without_dropout": without_dropout,
     "own_precision": lambda _: own_precision(torch.device("cpu")),
@@ -74,9 +75,10 @@ def made() -> Any:
 def state(model: Any) -> Any:
     """Whatever a block may change."""
     parts = [{name: value for name, value in vars(part).items() if name[0] != "_"} for part in model.modules()]
+    hooks = [list(part._forward_hooks.values()) for part in model.modules()]
     flags = [(p.requires_grad, p.dtype) for p in model.parameters()]
     modes = torch.is_grad_enabled(), torch.get_default_dtype(), products.current_product()
-    return copy.copy(parts), model.config.to_dict(), flags, modes
+    return copy.copy(parts), model.config.to_dict(), hooks, flags, modes
 
 
 @pytest.fixture(params=[torch.float32, torch.float64])
