@@ -121,13 +121,18 @@ def _matrix(layer: Any) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[Any]:
-    """The linear layers that can be packed: whoever has put a forward pass of their own into a layer keeps it."""
+    """The linear layers that can be packed: whoever has put a forward pass of their own into a layer keeps it.
+
+    So does whoever makes its weight when it is called (pruning, weight norm): until then there is the last call's.
+    """
     modules: list[Any] = list(model.modules())
     return [
         layer
         for layer in modules
         if type(layer) in (nn.Linear, Conv1D)
         and not has_own_forward(layer)
+        and not layer._forward_pre_hooks
+        and isinstance(layer.weight, nn.Parameter)
         and layer.weight.dtype is torch.float32
         and layer.weight.device.type == "cpu"
         and layer.weight.numel() >= _SMALLEST

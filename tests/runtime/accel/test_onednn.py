@@ -10,11 +10,13 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.accel import onednn
+from ppo_runtime.accel import onednn, products
 from ppo_runtime.accel.backends import AccelError, choose
 from ppo_runtime.accel.onednn import obstacle, packed, rollout_layers
+from ppo_runtime.accel.products import fast_products
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import SETTINGS, make_trainer
 
@@ -136,6 +138,44 @@ def test_an_adapters_base_layers_are_packed() -> None:
         # The keys' and values' are too small to be worth it.
         assert sum("forward" in vars(layer) for layer in base) > len(base) / 2
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def made_by_the_parent(model: nn.Module, layer: Any) -> None:
+    weight = layer.weight
+    del layer._parameters["weight"]
+    model.weight_of_layer, layer.weight = weight, weight.detach().clone()
+    model.register_forward_pre_hook(lambda *_: setattr(layer, "weight", 1.0 * weight))
+
+
+MADE: dict[str, Any] = {
+    "pruned": lambda _, layer: prune.random_unstructured(layer, "weight", 0.3),
+    "pruned bias": lambda _, layer: prune.random_unstructured(layer, "bias", 0.3),
+    "weight norm": lambda _, layer: nn.utils.weight_norm(layer),
+    "spectral norm": lambda _, layer: nn.utils.spectral_norm(layer),
+    "made by the parent": made_by_the_parent,
+}
+
+
+@here
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", MADE)
+@pytest.mark.parametrize("inside", [packed, lambda model: fast_products(model, "onednn")], ids=["packed", "products"])
+def test_a_weight_that_is_made_at_the_call_is_the_new_one(
+    inside: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 96)).eval()
+    MADE[how](model, model[0])
+    inputs = torch.randn(3, 96)
+    with torch.no_grad():
+        model(inputs)
+        for parameter in model.parameters():  # an optimiser's step
+            parameter.add_(torch.randn_like(parameter))
+        with inside(model):
+            assert "forward" in vars(model[1])
+            found = model(inputs)
+        torch.testing.assert_close(found, model(inputs), rtol=1e-4, atol=1e-4)
 
 
 def half() -> nn.Module:
