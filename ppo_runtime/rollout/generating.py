@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Queries that share a drawn length where nobody says how many are generated together: TRL's batch.
 _SHARING = 4
+# Functions of the caller's that see which rows are generated together, or are told their places.
+_SEEING_ROWS = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria")
 # Tokens of a response whose length nobody has told.
 _SUPPOSED = 1024
 
@@ -111,6 +113,8 @@ class ResponseGenerator:
         sharing = _SHARING if batch_size is None else batch_size
         if length_sampler is not None and (settings["num_beams"] or 1) > 1:
             batch_size = sharing  # beams that end early are others than longer ones cut off
+        if any(settings[name] for name in _SEEING_ROWS):
+            batch_size = sharing  # what they see must not hang on the memory that is free
         if batch_size is None:
             prompt, beams = max(self._static, *map(len, queries)), settings["num_beams"] or 1
             batch_size = rows_together(self.model, prompt, longest, beams=beams)
@@ -217,8 +221,10 @@ class ResponseGenerator:
     ) -> int:
         """Tokens of a response at most, as far as that can be told before a length is drawn."""
         if length_sampler is not None:
+            # A LengthSampler's; what others call so may be anything.
             lengths = getattr(length_sampler, "values", None)
-            return max(lengths) if isinstance(lengths, list) and lengths else _SUPPOSED
+            told = isinstance(lengths, list) and lengths and all(type(n) is int and n > 0 for n in lengths)
+            return max(lengths) if told else _SUPPOSED
         if settings["max_new_tokens"] is not None:
             return settings["max_new_tokens"]
         return max(1, (settings["max_length"] or _SUPPOSED) - max(map(len, queries)))

@@ -360,6 +360,57 @@ def test_sampled_answers_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("name", ["prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria"])
+def test_functions_of_the_callers_see_rows_in_their_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four at a time, whatever fits into memory, and the seed alone decides what is sampled."""
+    from ppo_runtime.rollout import generating
+
+    trainer = make_trainer()
+    found: list[Any] = []
+    for rows in (1, 3, len(QUERIES)):
+        seen: list[Any] = []
+
+        def prefix(row: int, ids: Tensor, seen: list[Any] = seen) -> list[int]:
+            seen.append((row, ids.tolist()))
+            return list(range(3, 90))
+
+        def processor(ids: Tensor, scores: Tensor, seen: list[Any] = seen) -> Tensor:
+            seen.append(ids.tolist())
+            return scores
+
+        def criterion(ids: Tensor, scores: Any, seen: list[Any] = seen, **_: Any) -> Tensor:
+            seen.append(ids.tolist())
+            return ids[:, -1] % 3 == 0
+
+        functions = {"prefix_allowed_tokens_fn": prefix, "logits_processor": [processor]}
+        functions["stopping_criteria"] = [criterion]
+        monkeypatch.setattr(generating, "rows_together", lambda *_, rows=rows, **__: rows)
+        torch.manual_seed(0)
+        options = plain(max_new_tokens=5, eos_token_id=None, pad_token_id=PAD_ID) | {name: functions[name]}
+        found.append((tokens(trainer.generate(QUERIES, **options)), seen))
+    assert found[0] == found[1] == found[2]
+    _, seen = found[0]
+    if name == "prefix_allowed_tokens_fn":
+        assert {row for row, _ in seen} == {0, 1, 2, 3}
+    else:
+        width = max(map(len, QUERIES[:4]))
+        together = [row[:width][-len(query) :] for row, query in zip(seen[0], QUERIES, strict=False)]
+        assert together == tokens(QUERIES[:4])
+
+
+@pytest.mark.parametrize("values", [[(1, 2), (3, 4)], [2.5], ["a", 3], [], [-4], [True], 7])
+def test_values_that_are_no_lengths_are_ignored(values: Any) -> None:
+    class Sampler:
+        def __init__(self) -> None:
+            self.values = values
+
+        def __call__(self) -> int:
+            return 2
+
+    rows = make_trainer().generate(QUERIES, Sampler(), return_prompt=False, do_sample=False, eos_token_id=None)
+    assert [len(row) for row in rows] == [2] * len(QUERIES)
+
+
 def test_rows_at_their_limit_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     token = decoding.Pass.token
