@@ -17,8 +17,8 @@ _STEPS = 64
 class Uniforms:
     """Uniform numbers in [0, 1) for every row and step of a call, from one number of torch's global generator.
 
-    The number of a row at a step depends on the row's place among the caller's queries alone: not on the rows it is
-    generated with, nor on where they end, nor on the device.
+    The number of a row at a step depends on the row's place among the caller's queries alone: not on how many these
+    are, nor on the rows it is generated with, nor on where they end, nor on the device.
     """
 
     def __init__(self, rows: int) -> None:
@@ -32,7 +32,8 @@ class Uniforms:
     def block(self, number: int) -> Tensor:
         """The numbers [_STEPS, rows] of so many steps."""
         generator = torch.Generator().manual_seed(mixed(self._seed, number))
-        return torch.rand(_STEPS, self._rows, dtype=torch.float64, generator=generator)
+        # Row by row, so that more rows come after those that are there without them.
+        return torch.rand(self._rows, _STEPS, dtype=torch.float64, generator=generator).T
 
 
 class Columns:

@@ -223,8 +223,9 @@ class ResponseGenerator:
         if length_sampler is not None:
             # A LengthSampler's; what others call so may be anything.
             lengths = getattr(length_sampler, "values", None)
-            told = isinstance(lengths, list) and lengths and all(type(n) is int and n > 0 for n in lengths)
-            return max(lengths) if told else _SUPPOSED
+            if isinstance(lengths, list) and all(type(length) is int and length > 0 for length in lengths):
+                return max(lengths, default=_SUPPOSED)
+            return _SUPPOSED
         if settings["max_new_tokens"] is not None:
             return settings["max_new_tokens"]
         return max(1, (settings["max_length"] or _SUPPOSED) - max(map(len, queries)))

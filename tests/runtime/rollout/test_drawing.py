@@ -52,3 +52,13 @@ def test_numbers_belong_to_a_row_and_a_step() -> None:
     assert whole.unique().numel() == whole.numel()
     assert 0 <= float(whole.min()) < 0.01
     assert 0.99 < float(whole.max()) < 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 100])
+def test_numbers_do_not_depend_on_how_many_rows_there_are(rows: int) -> None:
+    found: list[torch.Tensor] = []
+    for every in (rows, 101):
+        torch.manual_seed(4)
+        columns = Uniforms(every).columns(range(rows), torch.device("cpu"))
+        found.append(torch.stack([columns(step) for step in range(150)]))
+    assert torch.equal(*found)
