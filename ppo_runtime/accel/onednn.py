@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ppo_runtime.accel.backends import TOLERANCE, AccelError
 from ppo_runtime.accel.probing import first_line
 from ppo_runtime.accel.products import filled
-from ppo_runtime.common.memory import memory
+from ppo_runtime.common.memory import own_share
 from ppo_runtime.models.inner import is_merged
 from ppo_runtime.models.precision import is_widened
 from ppo_runtime.models.stand_ins import has_own_forward, standing_in
@@ -81,7 +81,7 @@ def obstacle(model: nn.Module) -> str | None:
         return f"{name} computes in bfloat16, and float32 layers alone are packed"
     if not layers:
         return f"{name} has no plain float32 linear layers"
-    needed, available = sum(layer.weight.nbytes for layer in layers), memory()[1]
+    needed, available = sum(layer.weight.nbytes for layer in layers), own_share()
     if available is not None and needed > available / 2:
         return f"the packed weights would take {needed >> 20} MiB, more than half of the {available >> 20} MiB left"
     return None

@@ -22,3 +22,12 @@ def processes_started() -> int:
     if dist is not None and dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return number_in_environment("WORLD_SIZE", "the number of processes", least=1, default=1)
+
+
+def processes_here() -> int:
+    """Those of them on this machine: all, unless torchrun says how many."""
+    started = processes_started()
+    here = number_in_environment(
+        "LOCAL_WORLD_SIZE", "the number of processes on this machine", least=1, default=started
+    )
+    return min(here, started)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ppo_runtime.common.launcher import processes_here
+
 
 def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     """Bytes of memory in all and available, within the limits of a container; None where that can't be told."""
@@ -24,6 +26,12 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
         available = left if available is None else min(available, left)
     # Files read at different moments, or those of a tree that is not the kernel's own, need not fit together.
     return total, available if available is None or total is None else min(available, total)
+
+
+def own_share() -> int | None:
+    """Bytes that this process can take of what is available to all that train on this machine; None if unknown."""
+    available = memory()[1]
+    return None if available is None else available // processes_here()
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:

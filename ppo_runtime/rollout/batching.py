@@ -1,9 +1,10 @@
 """How many prompts are answered together, and in which order.
 
-As many rows as half of the free memory holds. A row is taken to need, for each token of its prompt and response, twice
-the model's keys and values (while the cache grows, the old and the new one are there), for each token of its prompt the
-activations of a layer, and four times the vocabulary in single precision for choosing a token. The longest prompt and
-the longest response count for all rows.
+As many rows as half of the free memory holds, or of this process's share of it where several train on a CPU. A row is
+taken to need, for each token of its prompt and response, twice the model's keys and values (while the cache grows, the
+old and the new one are there), for each token of its prompt the activations of a layer, and four times the vocabulary
+in single precision for choosing a token; where attention is eager, two numbers in single precision for every head and
+every pair of its prompt's tokens as well. The longest prompt and the longest response count for all rows.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_runtime.common.memory import memory
+from ppo_runtime.common.memory import own_share
 from ppo_runtime.models.inner import transformers_model
 
 # Where nobody can tell what is free.
@@ -47,7 +48,9 @@ def _row_bytes(inner: Any, prompt: int, response: int) -> int:
     width = _number(config, "head_dim", max(hidden // heads, 1))
     cached = 2 * layers * _number(config, "num_key_value_heads", heads) * width * size
     choosing = 4 * _SINGLE * config.vocab_size
-    return 2 * cached * (prompt + response) + _ACTIVATIONS * hidden * size * prompt + choosing
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    attention = 2 * _SINGLE * heads * prompt**2 if eager else 0
+    return 2 * cached * (prompt + response) + _ACTIVATIONS * hidden * size * prompt + attention + choosing
 
 
 def _number(config: Any, name: str, default: int) -> int:
@@ -61,5 +64,5 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    available = memory()[1] if device.type == "cpu" else None
+    available = own_share() if device.type == "cpu" else None
     return _UNKNOWN if available is None else available

@@ -17,6 +17,8 @@ from rich.console import Console
 from ppo_runtime import doctor
 from ppo_runtime.accel import backends as accel
 from ppo_runtime.accel.backends import choose
+from ppo_runtime.common import memory as common_memory
+from ppo_runtime.common.memory import own_share
 from ppo_runtime.doctor import Finding, memory, pins, report, versions
 from tests.runtime.support.fake_extension import FITTING, pretend
 
@@ -208,6 +210,23 @@ def test_memory_without_proc_is_a_guess_at_most(tmp_path: Path) -> None:
     total, available = memory(tmp_path)
     assert total is None or total > 0
     assert available is None
+
+
+@pytest.mark.parametrize(
+    ("world", "here", "share"),
+    [(None, None, 9000), ("3", None, 3000), ("6", "2", 4500), ("2", "4", 4500), (None, "4", 9000)],
+)
+def test_processes_on_a_machine_share_what_is_available(
+    world: str | None, here: str | None, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", here)):
+        monkeypatch.delenv(name, raising=False)
+        if number is not None:
+            monkeypatch.setenv(name, number)
+    monkeypatch.setattr(common_memory, "memory", lambda: (10000, 9000))
+    assert own_share() == share
+    monkeypatch.setattr(common_memory, "memory", lambda: (10000, None))
+    assert own_share() is None
 
 
 @pytest.mark.parametrize("problem", [None, "NameError: name 'Moe' is not defined"])

@@ -229,7 +229,7 @@ def test_layers_that_do_not_agree_are_not_used(
 
 @here
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "memory", lambda: (2**30, 2**10))
+    monkeypatch.setattr(onednn, "own_share", lambda: 2**10)
     assert "more than half" in (obstacle(wide()) or "")
 
 

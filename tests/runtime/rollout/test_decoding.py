@@ -293,13 +293,15 @@ def test_as_many_rows_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = tiny_model("llama")
     free = 2**20
-    monkeypatch.setattr(batching, "memory", lambda: (None, free))
+    monkeypatch.setattr(batching, "own_share", lambda: free)
     some = rows_together(model, 10, 10)
     # Keys and values of 2 layers and one head of 8, twice; 12 hidden widths; scores.
     per_row = 2 * (2 * 2 * 1 * 8 * 4) * 20 + 12 * 16 * 4 * 10 + 4 * 4 * VOCAB_SIZE
     assert some == free // 2 // per_row
     assert rows_together(model, 10, 30) < some
     assert rows_together(model, 10, 10, beams=4) in (some // 4, some // 4 + 1)
+    model.set_attn_implementation("eager")
+    assert rows_together(model, 10, 10) == free // 2 // (per_row + 2 * 4 * model.config.num_attention_heads * 10**2)
     free = 1
     assert rows_together(model, 10, 10) == 1
     assert by_length([torch.arange(length) for length in (2, 5, 2, 3)]) == [1, 3, 0, 2]
