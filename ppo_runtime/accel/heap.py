@@ -3,6 +3,10 @@
 A pass frees its activations at once, glibc returns hundreds of megabytes to the system at the end of each, and the next
 pass gets them back page by page, cleared: a fifth of the time of a step on a CPU. torch has an allocator of its own for
 GPUs that keeps what is freed; for CPUs it leaves that to the C library.
+
+What was kept is not given back at the end either, but where it lies above all that is in use: to clear the rest would
+have the next step fault it in again. The process takes it for its next tensors, and counts it as free
+(:func:`ppo_runtime.common.memory.own_share`).
 """
 
 import ctypes
@@ -24,7 +28,7 @@ _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside, the process keeps the memory that it frees; afterwards it hands it back as usual.
+    """Inside, the process keeps the memory that it frees; afterwards what it frees then goes back as usual.
 
     For the whole process, so for other threads too: of several blocks the first to end ends it for all, which costs
     them time alone. Nobody counts them: a count that an interrupt leaves wrong would stay so. Nothing happens without

@@ -1,10 +1,14 @@
-"""How much memory there is, and how much of it is left, within the limits of a container."""
+"""How much memory there is, how much of it is left, and what of that is this process's, within a container's limits."""
 
+import ctypes
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ppo_runtime.common.launcher import processes_here
 
@@ -29,9 +33,35 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
 
 
 def own_share() -> int | None:
-    """Bytes that this process can take of what is available to all that train on this machine; None if unknown."""
+    """Bytes that this process can take: what it has freed and kept, and its part of what is left; None if unknown.
+
+    That is left to all processes that train on this machine.
+    """
     available = memory()[1]
-    return None if available is None else available // processes_here()
+    return None if available is None else available // processes_here() + kept()
+
+
+def kept() -> int:
+    """Bytes that this process has freed and its C library has kept; 0 where that is not glibc."""
+    ask = _mallinfo()
+    return 0 if ask is None else ask().fordblks
+
+
+class _MallInfo(ctypes.Structure):
+    """``struct mallinfo2`` of malloc.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
+
+
+@cache
+def _mallinfo() -> Any:
+    found = getattr(ctypes.CDLL(None), "mallinfo2", None) if platform.libc_ver()[0] == "glibc" else None
+    if found is not None:
+        found.restype = _MallInfo
+    return found
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ppo_runtime.accel import heap
+from ppo_runtime.common import memory
 
 MMAP, TRIM = heap._M_MMAP_THRESHOLD, heap._M_TRIM_THRESHOLD
 
@@ -55,3 +57,23 @@ def test_the_c_library_takes_what_it_is_told() -> None:
         pytest.skip("not glibc")
     assert all(adjust(name, heap._EVERYTHING) == 1 for name in (MMAP, TRIM))
     assert [adjust(MMAP, heap._USUAL_MMAP), adjust(TRIM, heap._USUAL_TRIM)] == [1, 1]
+
+
+def test_what_is_kept_can_be_had_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    if heap._mallopt() is None or memory._mallinfo() is None:
+        pytest.skip("not glibc, or an old one")
+    for name in heap._CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    with heap.freed_memory_kept():
+        size = 2**26
+        large = torch.ones(size, dtype=torch.uint8)
+        before = memory.kept()
+        del large
+        assert memory.kept() - before >= size
+
+
+def test_nobody_counts_for_another_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    assert memory._mallinfo.__wrapped__() is None
+    monkeypatch.setattr(memory, "_mallinfo", lambda: None)
+    assert memory.kept() == 0
