@@ -1,6 +1,7 @@
 """What a trainer is assembled from: checked models, special tokens, a reference, a controller and an optimiser."""
 
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from ppo_runtime.accel.backends import AccelChoice, Requested, accelerate_frozen, choose, fall_back, tell
+from ppo_runtime.accel.backends import AccelChoice, AccelError, Requested, accelerate_frozen, choose, fall_back, tell
 from ppo_runtime.accel.products import fast_products
+from ppo_runtime.accel.products import obstacle as products_obstacle
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.learning.forward import Reference, evaluate, lay_out
@@ -23,6 +25,8 @@ from ppo_runtime.models.precision import is_half, is_widened, trains_half, widen
 from ppo_runtime.models.references import check_apart, create_reference_model, is_own_base, reference_context
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.rollout.values import token_ids
+
+logger = logging.getLogger(__name__)
 
 
 def check_kinds(config: Any, model: Any, tokenizer: Any) -> None:
@@ -160,6 +164,7 @@ def make_reference(
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
     choice = choose(cast(Requested, config.accel), strict=config.accel_strict)
+    _check_products(config)
     lm_head(model)  # what can be refused is, before anything is widened
     if ref_model is None and model.is_peft_model:
         check_stays(model)
@@ -203,6 +208,15 @@ def make_reference(
             yield fast
 
     return ref_model, in_use, choice
+
+
+def _check_products(config: PPOConfig) -> None:
+    """Say that products by oneDNN were asked for by name in vain; an AccelError if that is strict."""
+    if config.accel != "onednn" or (why := products_obstacle("onednn")) is None:
+        return
+    if config.accel_strict:
+        raise AccelError(f"acceleration 'onednn' is strict, but {why}; or set PPOConfig(accel_strict=False)")
+    logger.warning("products of a step: eager torch: %s", why)
 
 
 def _frames_of_ours() -> int:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_runtime.accel.backends import TOLERANCE, AccelError
 from ppo_runtime.accel.probing import first_line
-from ppo_runtime.accel.products import filled
+from ppo_runtime.accel.products import by_name, filled
 from ppo_runtime.common.memory import own_share
 from ppo_runtime.models.inner import is_merged
 from ppo_runtime.models.precision import is_widened
@@ -112,7 +112,7 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
         found = torch.ops.mkldnn._linear_pointwise(filled(flat), blocks, added, "none", [], "")
         return found[: len(flat)].view(*rows.shape[:-1], found.shape[-1])
 
-    return forward
+    return by_name(layer, forward)
 
 
 def _matrix(layer: Any) -> Tensor:

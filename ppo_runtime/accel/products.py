@@ -47,14 +47,20 @@ def fast_products(model: nn.Module, requested: str) -> Iterator[None]:
     Nothing else about the model changes, and afterwards nothing at all has.
 
     Args:
-        model: in whichever mode; layers to which somebody has given a forward pass of their own keep it.
+        model: in whichever mode; layers to which somebody has given a forward pass of their own keep it, and those of
+            a compiled part are torch's affair.
         requested: PPOConfig's ``accel``. "eager" leaves products to torch, and "onednn" takes oneDNN's wherever they
             can be had, on a processor for which MKL was made too.
     """
     if requested == "eager" or is_compiled(model) or obstacle(requested) is not None:
         yield
         return
-    linear = [x for x in model.modules() if type(x) in (nn.Linear, Conv1D) and not has_own_forward(x)]
+    compiled = {id(layer) for part in model.modules() if _compiles(part) for layer in part.modules()}
+    linear = [
+        layer
+        for layer in model.modules()
+        if type(layer) in (nn.Linear, Conv1D) and id(layer) not in compiled and not has_own_forward(layer)
+    ]
     with undoing() as undo, standing_in(linear, _forward):
         undo.append(partial(_current.set, _current.get()))
         _current.set(product)
@@ -90,11 +96,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.turned = turned
-        flat = rows.reshape(-1, rows.shape[-1])
-        found = _by_onednn(filled(flat), weight if turned else weight.T, bias)[: len(flat)]
-        return found.view(*rows.shape[:-1], found.shape[-1])
+        rows_learn, weight_learns, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if weight_learns else None, weight if rows_learn else None)
+        ctx.turned, ctx.shape = turned, rows.shape
+        found = _by_onednn(filled(rows.reshape(-1, rows.shape[-1])), weight if turned else weight.T, bias)
+        # Cut by its size: a view could not be changed in place by whoever gets it.
+        return found.resize_(*rows.shape[:-1], found.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -104,13 +111,18 @@ class _Linear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         whole = filled(flat)
         if ctx.needs_input_grad[0]:
-            by_rows = _by_onednn(whole, weight.T if ctx.turned else weight)[: len(flat)].view(rows.shape)
+            by_rows = _by_onednn(whole, weight.T if ctx.turned else weight).resize_(ctx.shape)
         if ctx.needs_input_grad[1]:
             inputs = filled(rows.reshape(-1, rows.shape[-1]))
             by_weight = _by_onednn(inputs.T, whole) if ctx.turned else _by_onednn(whole.T, inputs)
         if ctx.needs_input_grad[2]:
             by_bias = flat.sum(0)
         return by_rows, by_weight, by_bias, None
+
+
+def by_name(layer: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A forward pass whose argument has the name that the layer's class gives it."""
+    return (lambda x: forward(x)) if type(layer) is Conv1D else (lambda input: forward(input))
 
 
 def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -123,7 +135,12 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
             return type(layer).forward(layer, rows)
         return _Linear.apply(rows, weight, layer.bias, turned)
 
-    return forward
+    return by_name(layer, forward)
+
+
+def _compiles(part: nn.Module) -> bool:
+    """Whether torch.compile makes a graph of a part, in place or around it: nothing in it may be another."""
+    return is_compiled(part) or getattr(part, "_compiled_call_impl", None) is not None
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

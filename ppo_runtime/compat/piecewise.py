@@ -29,7 +29,7 @@ from ppo_runtime.learning.guards import Cause
 from ppo_runtime.learning.step_inputs import start_token
 from ppo_runtime.learning.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
 from ppo_runtime.models.heads import lm_head, logits_at
-from ppo_runtime.models.modes import dropout_off, without_dropout
+from ppo_runtime.models.modes import dropout_off, recomputes, without_dropout
 from ppo_runtime.models.precision import own_precision
 from ppo_runtime.models.references import reference_context
 from ppo_runtime.ranks.gather import gather_averages
@@ -97,7 +97,8 @@ class Piecewise(Trainer):
         found: list[tuple[Evaluation, Tensor | None]] = []
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
-        with own_precision(rows.mask.device), fast_products(model, self.config.accel), quiet(model):
+        fast = fast_products(model, self._products(model) if torch.is_grad_enabled() else self.config.accel)
+        with own_precision(rows.mask.device), fast, quiet(model):
             for index in torch.arange(len(rows.mask)).split(self.config.mini_batch_size):
                 part = rows.select(index)
                 hidden = row_states(model, part)
@@ -209,7 +210,7 @@ class Piecewise(Trainer):
             self.model.zero_grad(set_to_none=True)
         with self._dropped_unless_whole():
             # A checkpointed layer runs again here.
-            fast = fast_products(self.model, self.config.accel)
+            fast = fast_products(self.model, self._products(self.model))
             with own_precision(mask.device), fast, without_dropout(self.model):
                 (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
             merge_into(averages, averages_of(losses))
@@ -258,6 +259,10 @@ class Piecewise(Trainer):
         doors.counted("queries", queries, batch_size=batch_size)
         queries, responses, scores, masks = self._check_step(queries, responses, scores, masks)
         return queries, responses, list(scores), masks
+
+    def _products(self, model: Any) -> str:
+        """What multiplies in a pass with gradient: what runs again in a backward pass of the caller's is torch's."""
+        return "eager" if recomputes(model) else self.config.accel
 
     def _step_optimizer(self) -> None:
         """One update; weights that a broken one leaves are no model until the next whole one."""

@@ -31,6 +31,11 @@ def check_trains(model: torch.nn.Module) -> None:
             "model has an adapter that is merged into its weights, expected one beside them: no pass would reach it, "
             "and so it would not train; call model.pretrained_model.unmerge_adapter() first"
         )
+    if any(getattr(part, "_disable_adapters", False) is True for part in model.modules()):  # peft has no public word
+        raise ValueError(
+            "model has an adapter that is switched off, expected one that is on: no pass would reach it, and so it "
+            "would not train; call model.pretrained_model.base_model.enable_adapter_layers() first"
+        )
 
 
 def check_optimizer(optimizer: Any, model: torch.nn.Module) -> None:

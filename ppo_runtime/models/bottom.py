@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ppo_runtime.common.undoing import undoing
 from ppo_runtime.models.heads import hidden_states, mask_positions, probe_rows
 from ppo_runtime.models.inner import transformers_model
-from ppo_runtime.models.modes import dropout_off
+from ppo_runtime.models.modes import dropout_off, recomputes
 from ppo_runtime.models.stand_ins import standing_in
 
 
@@ -74,7 +74,7 @@ def _unhook(layer: nn.Module, hook: Callable[..., None]) -> None:
 @contextmanager
 def replayed(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
     """Passes inside leave the first ``depth`` layers out and go on from their outputs [B, L, H]."""
-    if any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules()):
+    if recomputes(model):
         # Re-entrant checkpointing gives a layer's parameters a gradient only where its input has one.
         states = states.detach().requires_grad_(torch.is_grad_enabled())
     # Nothing is there to be computed again.

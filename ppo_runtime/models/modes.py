@@ -68,3 +68,8 @@ def _random_attributes(holder: Any) -> list[str]:
     named = (name for name in vars(holder) if "drop" in name or "jitter" in name)
     # Only what is on: an attribute left alone cannot make a compiled graph recompile.
     return [name for name in (*names, *named) if isinstance(value := vars(holder)[name], float) and value > 0]
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on anywhere, so that a backward pass makes forward passes."""
+    return any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules())

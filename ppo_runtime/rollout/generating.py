@@ -132,6 +132,11 @@ class ResponseGenerator:
             models.append((self.model, reference_context(self.model)))
         # All lengths are drawn before anything is generated, so that one without room is refused in time.
         mosts = [self._most_tokens(queries, settings, plan, length_sampler, sharing) for _ in models]
+        if plan.batch_size > sharing and not all(self._fits(queries, plan, most) for most in mosts):
+            # A batch runs up to its longest response, beside its longest prompt: those that share a length have room.
+            before, places = places, list(range(len(queries)))
+            plan = self._plan(settings, self._batch_size(queries, sharing), places)
+            mosts = [[most[before.index(place)] for place in places] for most in mosts]
         self._warn_of_sampling(settings)
         answers: list[Any] = []
         for (model, context), most in zip(models, mosts, strict=True):
@@ -314,6 +319,14 @@ class ResponseGenerator:
                 mosts[place] = drawn[place // sharing] if drawn else most
         Context.of(self.model).check(lengths, mosts, names=("query_tensor", "query_tensor"), response=what, first=0)
         return [mosts[place] for place in places]
+
+    def _fits(self, queries: list[Tensor], plan: Plan, mosts: list[int]) -> bool:
+        """Whether every batch has room for its longest prompt and its longest response together."""
+        room = Context.of(self.model).row
+        places = range(len(queries)) if plan.places is None else plan.places
+        widths = [max(plan.prompt_width, len(queries[place])) for place in places]
+        batches = [slice(start, start + plan.batch_size) for start in range(0, len(mosts), plan.batch_size)]
+        return room is None or all(max(widths[batch]) + max(mosts[batch]) <= room for batch in batches)
 
     def _warn_of_sampling(self, settings: Settings) -> None:
         found = {name: text for name, text in departures(settings).items() if name not in self.remembered.said}

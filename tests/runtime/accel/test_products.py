@@ -12,6 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ppo_runtime.accel import products
+from ppo_runtime.accel.backends import AccelError
+from ppo_runtime.accel.onednn import packed
 from ppo_runtime.accel.products import current_product, fast_products, obstacle, product, rounded
 from tests.operations import Operations
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, tiny_lora, tiny_model
@@ -289,3 +291,90 @@ def test_an_operator_that_gives_something_else_is_not_used(monkeypatch: pytest.M
         assert "could not multiply" in str(products._disagreement())
     finally:
         products._disagreement.cache_clear()
+
+
+@here
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("shape", [(5,), (17,), (3, 7)], ids=str)
+def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """Models clamp what a layer gives, and adapters add to it; as with torch's own."""
+    layer = layers(bias=True)["linear"]
+    inputs = torch.randn(*shape, 96, requires_grad=True)
+    expected = torch.autograd.grad(layer(inputs).clamp_(-0.1, 0.5).square().sum(), (inputs, *layer.parameters()))
+    with fast_products(layer, "onednn"):
+        found = torch.autograd.grad(layer(inputs).clamp_(-0.1, 0.5).square().sum(), (inputs, *layer.parameters()))
+        with torch.no_grad():
+            assert not layer(inputs).relu_().isnan().any()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@here
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("weight_learns", "rows_learn"), [(False, True), (True, False), (True, True)])
+def test_only_what_a_gradient_needs_is_kept(weight_learns: bool, rows_learn: bool) -> None:
+    layer = layers(bias=False)["linear"].requires_grad_(weight_learns)
+    inputs = torch.randn(3, 96, requires_grad=rows_learn)
+    kept: list[torch.Size] = []
+    with (
+        fast_products(layer, "onednn"),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x),
+    ):
+        layer(inputs)
+    assert ((3, 96) in kept, (160, 96) in kept) == (weight_learns, rows_learn)
+
+
+@here
+@pytest.mark.usefixtures("small")
+def test_layers_are_called_by_their_arguments_names() -> None:
+    parts = layers(bias=True)
+    rows = torch.randn(3, 96)
+    for block in (lambda part: fast_products(part, "onednn"), packed):
+        with torch.no_grad(), block(parts["linear"]), block(parts["turned"]):
+            assert parts["linear"](input=rows).shape == parts["turned"](x=rows).shape == (3, 160)
+
+
+@here
+@pytest.mark.compiled
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_parts_are_left_alone(in_place: bool) -> None:
+    inner, outer = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = nn.Sequential(nn.Sequential(inner, nn.ReLU()), outer)
+    rows = torch.randn(3, 8)
+    expected = model(rows)
+    if in_place:
+        model[0].compile(backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    with fast_products(model, "onednn"):
+        torch.testing.assert_close(model(rows), expected)
+        assert "forward" not in vars(inner)
+        assert "forward" in vars(outer)
+
+
+@here
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_losses_of_the_pieces_may_be_trained_on_by_the_caller(reentrant: bool) -> None:
+    """A backward pass outside runs checkpointed layers again, by whatever is there."""
+    trainer = make_trainer(accel="onednn")
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    queries, responses, _ = make_batch()
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    logprobs, _, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+    assert values is not None
+    old = [x.detach() for x in (logprobs, values)]
+    policy, value, _ = trainer.loss(*old, None, values, logprobs, mask, torch.randn_like(old[0]), old[1] + 1)
+    (policy + value).backward()
+    assert all(p.grad is not None for p in trainer.model.pretrained_model.model.layers.parameters())
+
+
+def test_products_that_were_asked_for_in_vain_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    make_trainer(accel="onednn")
+    assert "products of a step: eager torch: torch" in caplog.text
+    with pytest.raises(AccelError, match=r"'onednn' is strict, but torch .* has no oneDNN operator"):
+        make_trainer(accel="onednn", accel_strict=True)

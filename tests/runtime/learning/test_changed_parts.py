@@ -159,3 +159,17 @@ def test_outputs_as_tuples_are_read_by_their_names(family: str) -> None:
     for trainer in (plain, tuples):
         trainer.step(*make_batch())
     assert same(plain.model.state_dict(), tuples.model.state_dict())
+
+
+def test_an_adapter_that_is_switched_off_is_refused() -> None:
+    """As an interrupt may leave it: a step of the model without it would train nothing."""
+    trainer, batch = make_trainer(peft_config=tiny_lora("llama")), make_batch()
+    layers = trainer.model.pretrained_model.base_model
+    layers.disable_adapter_layers()
+    for parameter in trainer.model.parameters():
+        parameter.requires_grad_(parameter in trainer.optimizer.state or parameter.ndim == 2)
+    before = state(trainer)
+    with pytest.raises(ValueError, match=r"switched off.*enable_adapter_layers\(\) first"):
+        trainer.step(*batch)
+    assert same(state(trainer), before)
+    layers.enable_adapter_layers()
