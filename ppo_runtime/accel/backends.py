@@ -30,7 +30,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import attrs
 import torch
@@ -292,13 +292,9 @@ def _pack(model: nn.Module) -> tuple[nn.Module, int]:
     if extension is None:
         raise RuntimeError(problem)
     # The extension would make the copy itself, but rearranges some weights of the original before it does.
-    # Output heads stay as they are, so nothing is spent on copying and packing them, and what it does not pack (the
-    # embeddings above all) is held once.
+    # Output heads stay as they are, so nothing is spent on copying and packing them.
     heads = _heads(model)
-    layers = [part for part in model.modules() if type(part) is nn.Linear and part not in heads]
-    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in theirs}
-    packed = copy.deepcopy(model, memo | {id(head): nn.Identity() for head in heads}).eval()
+    packed = copy.deepcopy(model, {id(head): nn.Identity() for head in heads}).eval()
     with intel.quiet():
         packed = extension.optimize(
             packed,
