@@ -19,6 +19,8 @@ from tests.operations import Operations
 from tests.runtime.support.tiny import CAUSAL_FAMILIES, tiny_lora, tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
+pytestmark = pytest.mark.usefixtures("torchs_layer_norm")
+
 here = pytest.mark.skipif(obstacle("onednn") is not None, reason="no products by oneDNN")
 
 

@@ -18,6 +18,8 @@ from tests.runtime.devices.pretend import DEVICE, Wait, pretending
 from tests.runtime.devices.test_walk import trainer_of
 from tests.runtime.support.trainers import make_batch
 
+pytestmark = pytest.mark.usefixtures("torchs_layer_norm")
+
 OURS = ("ppo_core", "ppo_runtime")
 
 

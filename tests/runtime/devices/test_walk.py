@@ -19,6 +19,8 @@ from tests.runtime.devices.pretend import DEVICE, MixedDevicesError, Pretended, 
 from tests.runtime.support.tiny import ALL_FAMILIES, EOS_ID, tiny_lora
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
+pytestmark = pytest.mark.usefixtures("torchs_layer_norm")
+
 POLICIES = [*ALL_FAMILIES, "gpt2+lora", "llama+lora", "t5+lora"]
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 4}
 
