@@ -136,7 +136,7 @@ class ResponseGenerator:
             # A batch runs up to its longest response, beside its longest prompt: those that share a length have room.
             before, places = places, list(range(len(queries)))
             plan = self._plan(settings, self._batch_size(queries, sharing), places)
-            mosts = [[most[before.index(place)] for place in places] for most in mosts]
+            mosts = [[most for _, most in sorted(zip(before, each, strict=True))] for each in mosts]
         self._warn_of_sampling(settings)
         answers: list[Any] = []
         for (model, context), most in zip(models, mosts, strict=True):
