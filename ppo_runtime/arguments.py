@@ -12,11 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ppo_runtime.common.inputs import holds_numbers
-from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.rollout.sampling import plain
-
-# What a run leaves in its output directory.
-CHECKPOINT, MODEL, BROKEN_OFF, RECORD = "checkpoint", "model", "model-broken-off", "run.json"
 
 # Settings of ``trainer.generate`` that the loop decides itself.
 _TAKEN = {
@@ -107,40 +103,6 @@ def make_writable(name: str, directory: Path) -> None:
         raise ValueError(
             f"{name} is {str(directory)!r}, expected a directory that can be written ({error}); choose another"
         ) from error
-
-
-def check_places(output_dir: Path) -> None:
-    """Refuse a run whose results would find something else in their places at its end.
-
-    Raises:
-        ValueError: the checkpoint's, a model's or the record's place holds what they cannot replace.
-    """
-    check_replaceable(output_dir / CHECKPOINT)
-    for name in (MODEL, BROKEN_OFF):
-        if (place := output_dir / name).exists() and not place.is_dir():
-            raise ValueError(
-                f"{place} is a file, expected a directory for the policy; move it, or choose another output_dir"
-            )
-    if (place := output_dir / RECORD).is_dir():
-        raise ValueError(
-            f"{place} is a directory, expected a file for the run's record; move it, or choose another output_dir"
-        )
-
-
-def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_step: int) -> None:
-    """Refuse a fresh run where another one's checkpoint lies, which it would replace.
-
-    Args:
-        output_dir: of the run.
-        done: the steps of the checkpoint there; None without one.
-        resume: what the caller asked for.
-        current_step: of the trainer; one that has made steps goes on with its own run.
-    """
-    if done is not None and not resume and current_step == 0:
-        raise ValueError(
-            f"output_dir is {str(output_dir)!r}, which holds the checkpoint of a run after step {done}, expected a "
-            "directory without one for a new run; pass resume=True to go on with that run, or choose another output_dir"
-        )
 
 
 def score_list(values: Any, *, count: int) -> list[Tensor]:

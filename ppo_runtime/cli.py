@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from ppo_runtime import __version__
+from ppo_runtime.common.launcher import processes_started, speaks_for_all
 from ppo_runtime.demo.options import DEFAULTS, EMBEDDED_LEARNING_RATE, LEARNING_RATE, settle
 
 # Before torch is loaded: on a busy machine, threads that spin while they wait slow each other down.
@@ -38,11 +40,12 @@ def _setup(
 
 
 def _log_to_terminal() -> None:
+    level = logging.INFO if speaks_for_all() else logging.ERROR
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+        level=level, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )
     for noisy in ("httpx", "datasets", "matplotlib", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
 
 
 def _else(name: str) -> str:
@@ -92,10 +95,19 @@ def demo(
     _or_exit(_demo, given, output, resume)
 
 
+def _now() -> datetime:
+    """The time, the same on all ranks, whose output is one directory."""
+    if processes_started() == 1:
+        return datetime.now()
+    from ppo_runtime.ranks.gather import agree_largest, world_from_environment
+
+    return datetime.fromtimestamp(agree_largest(int(time.time()), world_from_environment()))
+
+
 def _demo(given: dict[str, Any], output: Path | None, resume: bool) -> None:
     if resume and output is None:
         raise ValueError("--resume is given without --output, expected the directory of the run to go on with")
-    output = output or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    output = output or Path("runs") / f"demo-{_now():%Y%m%d-%H%M%S}"
     options = settle(given, output=output, resume=resume)
     from ppo_runtime.demo.run import run_demo
 
@@ -130,7 +142,8 @@ def _or_exit(command: Any, *args: Any) -> None:
         command(*args)
     except (ValueError, TypeError, ImportError, OSError, AccelError) as error:
         # Text, since rich would take the brackets of "ppo-core[ipex]" or of a path for markup.
-        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"))
+        rank = "" if speaks_for_all() else f"rank {os.environ['RANK']}: "
+        Console(stderr=True).print(Text.assemble(rank, ("error:", "red"), f" {error}"))
         raise typer.Exit(2) from error
 
 

@@ -1,12 +1,10 @@
 """The training loop: prompts -> responses -> scores -> step, with a progress bar, metrics on disk and a clean stop."""
 
-import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ import attrs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppo_runtime import arguments
+from ppo_runtime import arguments, results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common import inputs
-from ppo_runtime.common.files import filled_whole, write_whole
-from ppo_runtime.common.redact import plain_settings
-from ppo_runtime.ranks.gather import agree_any
-from ppo_runtime.reporting.model_card import is_ours
+from ppo_runtime.common.signals import stop_asked
+from ppo_runtime.ranks.gather import agree_largest, all_or_none
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.rollout.data import collate
@@ -42,7 +38,9 @@ class TrainResult:
     """The scalar statistics of every step that this call made: about 2 KiB of memory for each. metrics.jsonl has them
     on disk."""
     interrupted: bool
-    """Whether it was stopped by Ctrl-C; what was done until then is on disk."""
+    """Whether a signal stopped it; what was done until then is on disk."""
+    signal: int = 0
+    """The number of that signal, the same on all ranks; 0 if it was not interrupted."""
 
 
 def train(
@@ -66,83 +64,98 @@ def train(
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
         generation_batch_size: prompts generated together; as many as memory holds if None.
         output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None. A
-            fresh trainer is refused where another run's checkpoint lies, unless it resumes it.
-        checkpoint_every: steps between checkpoints; None makes one at the end and on Ctrl-C only.
+            fresh trainer is refused where another run's results lie, unless it resumes that run.
+        checkpoint_every: steps between checkpoints; None makes one at the end and on a signal only.
         resume: go on from ``<output_dir>/checkpoint``, bit for bit; from the beginning, with a warning, if there is
-            none.
+            none. A run that has made all its steps is left as it is.
         console: where the progress bar goes; standard error if None.
 
     Returns:
-        The history, which grows by some 2 KiB a step. The first Ctrl-C finishes the step, leaves a checkpoint and the
-        model, and returns; the second stops at once and keeps the checkpoint before.
+        The history, which grows by some 2 KiB a step. Ctrl-C, SIGTERM or SIGHUP on any rank finishes the step on all of
+        them, leaves a checkpoint and the model, and returns. The second signal does what it does without ``train``:
+        Ctrl-C breaks the step off, SIGTERM ends the process; the checkpoint before stays. torchrun passes a signal on
+        to all ranks and kills after 30 seconds what has not ended: where a step takes longer, the run goes on from the
+        checkpoint before.
 
     Raises:
         ValueError, TypeError: an argument or the data cannot work; nothing has been generated or written then.
         ValueError: the score function returned something else than numbers; the model as trained so far is saved, if
             a step was made.
+        OSError: the disk is full, say; the checkpoint and the model of before are kept.
 
     Whatever ends a run early, ``model`` holds weights after whole steps. What an update was broken off in goes to
     ``model-broken-off``, and its card says so.
     """
-    if trainer.dataloader is None:
-        raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
-    arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
-    steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
-    every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)
-    generated = arguments.whole_number("generation_batch_size", generation_batch_size, optional=True)
-    options = arguments.generation_settings(generation_kwargs, GENERATION)
-    output = arguments.output_directory(output_dir)
-    for name, wanted in {"resume": resume, "checkpoint_every": every}.items():
-        if wanted and output is None:
-            raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
-    trainer.response_generator.check(**options)
-    _check_data(trainer, options)
-    checkpoint = None if output is None else output / arguments.CHECKPOINT
-    if output is not None and checkpoint is not None:
-        check_storable(trainer)
-        arguments.check_places(output)
-        done = steps_done(checkpoint)
-        arguments.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
-        arguments.make_writable("output_dir", output)
+    world = trainer.world
+    with all_or_none(world):  # what one rank finds wrong ends all of them, before any waits for another
+        if trainer.dataloader is None:
+            raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
+        arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
+        steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
+        every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)
+        generated = arguments.whole_number("generation_batch_size", generation_batch_size, optional=True)
+        options = arguments.generation_settings(generation_kwargs, GENERATION)
+        output = arguments.output_directory(output_dir)
+        for name, wanted in {"resume": resume, "checkpoint_every": every}.items():
+            if wanted and output is None:
+                raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
+        trainer.response_generator.check(**options)
+        _check_data(trainer, options)
+        checkpoint = None if output is None else output / results.CHECKPOINT
+        if output is not None and checkpoint is not None:
+            check_storable(trainer)
+            results.check_places(output)
+            done = steps_done(checkpoint)
+            results.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
+    if output is not None:
+        with all_or_none(world):  # only now: the others have looked at the directory
+            arguments.make_writable("output_dir", output)
     if resume and checkpoint is not None:
         _resume(trainer, checkpoint, steps)
-    if trainer.current_step >= steps:
-        logger.warning(
-            "nothing is left to train after step %d, since steps is %d; ask for more steps", trainer.current_step, steps
-        )
-    elif trainer.world.rank == 0:
-        arguments.make_writable("logging_dir", trainer.config.logging_dir)
-        trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+    with all_or_none(world):
+        if trainer.current_step >= steps:
+            said = "nothing is left to train after step %d, since steps is %d; ask for more steps"
+            _say(trainer, said, trainer.current_step, steps)
+        elif world.rank == 0:
+            arguments.make_writable("logging_dir", trainer.config.logging_dir)
+            trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
-    interrupted, begun = False, trainer.current_step
+    interrupted, whole, begun = 0, False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.
     console = console or Console(stderr=True)
-    with closing(trainer):
+    with closing(trainer), stop_asked("this step", says=world.rank == 0) as stop:
         try:
-            with _stop_requested() as stop, _progress(console, disable=trainer.world.rank != 0) as bar:
+            with _progress(console, disable=world.rank != 0) as bar:
                 task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
-                for batch in _forever(trainer.dataloader, steps - trainer.current_step):
-                    stats = _one_step(trainer, score_fn, batch, options, generated)
+                batches = _forever(trainer.dataloader, steps - trainer.current_step)
+                for _ in range(steps - trainer.current_step):
+                    stats = _one_step(trainer, score_fn, batches, options, generated)
                     history.append(stats)
                     bar.update(task, advance=1, status=_status(stats))
-                    # Any rank's Ctrl-C stops all of them, after the same step.
-                    # In the last one it stops nothing: the run is whole.
-                    interrupted = agree_any(stop.is_set(), trainer.world) and trainer.current_step < steps
-                    due = every is not None and trainer.current_step % every == 0
-                    if checkpoint is not None and (due or interrupted or trainer.current_step == steps):
-                        save_checkpoint(trainer, checkpoint)
+                    due = trainer.current_step == steps or (every is not None and trainer.current_step % every == 0)
+                    if checkpoint is not None and due:
+                        _keep(trainer, checkpoint)
+                    # Any rank's signal stops all of them, after the same step, and one during a save at once.
+                    # In the last step it stops nothing: the run is whole.
+                    asked = agree_largest(stop.signal, world)
+                    interrupted = asked if trainer.current_step < steps else 0
                     if interrupted:
+                        if checkpoint is not None and not due:
+                            _keep(trainer, checkpoint)
                         break
+            whole = True
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted = int(signal.SIGINT)
         finally:
             # Without a step there is nothing new, and what lies there may be better than an untrained model.
             changed = trainer.current_step > begun or trainer.broken_off is not None
             if output is not None and (changed or trainer.current_step >= steps):
-                _save(trainer, output, steps=steps)
+                # Where something was broken off, the other ranks may be anywhere: none waits for them.
+                with all_or_none(world) if whole else nullcontext():
+                    results.save_results(trainer, output, steps=steps, changed=changed)
     if interrupted:
-        logger.warning("interrupted after step %d of %d", trainer.current_step, steps)
-    return TrainResult(history, interrupted)
+        _say(trainer, "interrupted after step %d of %d", trainer.current_step, steps)
+    return TrainResult(history, bool(interrupted), interrupted)
 
 
 @contextmanager
@@ -154,6 +167,12 @@ def closing(trainer: Trainer) -> Iterator[None]:
         trainer.close(failed=True)
         raise
     trainer.close()
+
+
+def _say(trainer: Trainer, text: str, *values: Any, level: int = logging.WARNING) -> None:
+    """Log on one rank what all of them know."""
+    if trainer.world.rank == 0:
+        logger.log(level, text, *values)
 
 
 def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
@@ -171,60 +190,46 @@ def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
 
 def _resume(trainer: Trainer, checkpoint: Path, steps: int) -> None:
     if steps_done(checkpoint) is None:
-        logger.warning("there is no checkpoint in %s to resume: the run starts from the beginning", checkpoint)
+        _say(trainer, "there is no checkpoint in %s to resume: the run starts from the beginning", checkpoint)
         return
     load_checkpoint(trainer, checkpoint)
-    logger.info("resumed after step %d of %d", trainer.current_step, steps)
+    _say(trainer, "resumed after step %d of %d", trainer.current_step, steps, level=logging.INFO)
+
+
+def _keep(trainer: Trainer, checkpoint: Path) -> None:
+    """Make a checkpoint, whose steps have their lines on disk before it is there."""
+    with all_or_none(trainer.world):
+        trainer.run_log.sync()
+    save_checkpoint(trainer, checkpoint)
 
 
 def _one_step(
     trainer: Trainer,
     score_fn: ScoreFunction,
-    batch: Any,
+    batches: Iterator[Any],
     generation_kwargs: dict[str, Any],
     generation_batch_size: int | None,
 ) -> dict[str, float]:
     started = time.perf_counter()
     config = trainer.config
-    queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
-    inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)
-    prompts = batch_texts(batch, queries, trainer.tokenizer)
-    responses = trainer.generate(
-        queries,
-        batch_size=generation_batch_size,
-        return_prompt=False,
-        **generation_kwargs,
-    )
-    texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    scores = arguments.score_list(score_fn(list(prompts), list(texts)), count=len(texts))
+    with all_or_none(trainer.world):  # the data, the engine and the score function may fail on one rank alone
+        batch = next(batches)
+        queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
+        inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)
+        prompts = batch_texts(batch, queries, trainer.tokenizer)
+        responses = trainer.generate(
+            queries,
+            batch_size=generation_batch_size,
+            return_prompt=False,
+            **generation_kwargs,
+        )
+        texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = arguments.score_list(score_fn(list(prompts), list(texts)), count=len(texts))
     stats = trainer.step(queries, responses, scores)
     stats["time/loop/step"] = time.perf_counter() - started
     stats |= score_statistics(inputs.score_vector(scores, count=len(scores)), trainer.world)
     trainer.log_stats(stats, {"query": prompts, "response": texts}, scores)
     return scalars(stats)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts as usual."""
-    stop = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    # Only the main thread may handle signals; a job in the background ignores them on purpose; and a handler that was
-    # not set from Python (None) could not be put back.
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield stop
-        return
-
-    def handle(_number: int, _frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-        logger.warning("finishing this step, then stopping; press Ctrl-C again to stop at once")
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _forever(dataloader: Any, steps: int) -> Iterator[Any]:
@@ -260,31 +265,3 @@ def _progress(console: Console, *, disable: bool) -> Progress:
         console=console,
         disable=disable,
     )
-
-
-def _save(trainer: Trainer, output_dir: Path, *, steps: int) -> None:
-    model = output_dir / (arguments.BROKEN_OFF if trainer.broken_off else arguments.MODEL)
-    if trainer.world.rank == 0:
-        with filled_whole(model, replaces=_not_a_users_card) as draft:
-            trainer.save_pretrained(draft)
-        run = {
-            "steps": max(steps, trainer.current_step),
-            "steps_done": trainer.current_step,
-            "broken_off": trainer.broken_off,
-            "kl_coef": trainer.kl_ctl.value,
-            "acceleration": attrs.asdict(trainer.acceleration),
-            "config": plain_settings(trainer.config),
-        }
-        write_whole(output_dir / arguments.RECORD, json.dumps(run, indent=2, default=str) + "\n")
-    if trainer.broken_off:
-        logger.warning(
-            "weights between two steps are in %s; those after step %d in the last checkpoint",
-            model,
-            trainer.current_step,
-        )
-    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
-        logger.warning("the saved model in %s holds weights that are not finite", model)
-
-
-def _not_a_users_card(file: Path) -> bool:
-    return file.name != "README.md" or is_ours(file.parent)

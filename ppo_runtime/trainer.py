@@ -23,6 +23,7 @@ from ppo_runtime.learning.controllers import check_controller
 from ppo_runtime.learning.experience import make_experience
 from ppo_runtime.learning.forward import Rows, score_rollout
 from ppo_runtime.learning.guards import SkipLog
+from ppo_runtime.learning.inspection import Inspection, Watched
 from ppo_runtime.learning.optimisers import (
     check_fits,
     check_kind_of_scheduler,
@@ -168,6 +169,7 @@ class Trainer:
         self._unscheduled: Any | None = None
         self.shuffle = torch.Generator().manual_seed(config.seed)
         self._say_skipped = SkipLog()
+        self._inspection = Inspection()
         self.run_log = RunLog()
 
     @property
@@ -338,11 +340,24 @@ class Trainer:
             own_precision(self.device),
             fast,
             self._undone_unless_whole() as progress,
+            self._inspection.watching(
+                watched := Watched(queries, responses, scores, response_masks),
+                progress,
+                step=self.current_step + 1,
+                config=self.config,
+                world=self.world,
+            ),
         ):
-            return self._step(queries, responses, scores, response_masks, progress)
+            return self._step(queries, responses, scores, response_masks, progress, watched.computed)
 
     def _step(
-        self, queries: Any, responses: Any, scores: Any, response_masks: Any, progress: Progress
+        self,
+        queries: Any,
+        responses: Any,
+        scores: Any,
+        response_masks: Any,
+        progress: Progress,
+        computed: dict[str, Any],
     ) -> dict[str, Any]:
         started = time.perf_counter()
         times: dict[str, float] = {}
@@ -357,11 +372,13 @@ class Trainer:
             ballot.mine[0] = sum(map(len, plan))
             with _clock(times, "forward_pass"):
                 scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
+                computed |= scored._asdict()
         same_updates(ballot.all[:, 0].int().tolist())
         kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
 
         with _clock(times, "compute_rewards"):
             rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=kl_coef)
+            computed |= rewards._asdict()
         with _clock(times, "compute_advantages"):
             batch, tokens = make_experience(
                 scored,
@@ -373,6 +390,7 @@ class Trainer:
                 config=config,
                 world=self.world,
             )
+        computed |= batch._asdict()
         self.best_score = upload_if_best(
             raw, self.best_score, self.current_step, self.push_to_hub, config=config, world=self.world
         )
@@ -390,6 +408,7 @@ class Trainer:
                 world=self.world,
                 progress=progress,
             )
+        self._say_skipped.stop_if_pointless(outcome.skipped, made=progress.begun)
         with _clock(times, "calc_stats"):
             stats = step_statistics(
                 batch,

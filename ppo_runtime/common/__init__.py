@@ -2,6 +2,7 @@
 
 redact            settings without tokens and passwords, for records and logs
 files             files that are whole, kills included
+signals           signals that ask a process to stop
 extras            optional packages: importing one, whether one is there, which release
 memory            how much there is and is left, in a container too
 launcher          what torchrun tells each process

@@ -18,28 +18,106 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager
 def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterator[Path]:
-    """A directory of the same name to write into, whose files go to ``directory`` once all of them are written.
+    """A directory of the same name to write into, which takes the place of ``directory`` once all of it is on disk.
 
-    An error in between leaves ``directory`` as it was. Other files in it stay, and so does one that ``replaces``, which
-    is asked about each new file's place there, refuses.
+    An error in between leaves ``directory`` as it was, and a kill leaves the files of one time, never of two. (One
+    between the two renames leaves none, and those of before under a hidden name beside it: they are put back by the
+    next use.) Other files in it stay, and so does one that ``replaces``, which is asked about each new file's place
+    there, refuses. A mount point cannot be renamed: its files are replaced one by one.
     """
-    # Within it, since beside it may be another disk, where it is a link or the root of one.
-    made, drafts = not directory.exists(), directory / ".draft"
+    target = directory.resolve()  # where it is a link, what it leads to may lie on another disk
+    _put_back(target)
+    mounted = os.path.ismount(target)
+    drafts = target / ".draft" if mounted else target.with_name(f".{target.name}.draft")
     draft = drafts / directory.name
     shutil.rmtree(drafts, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
-        for file in sorted(path for path in draft.rglob("*") if path.is_file()):
-            place = directory / file.relative_to(draft)
-            if not place.exists() or replaces(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
+        _sync_all(draft)
+        if mounted or not _renamed(draft, target, replaces):
+            _replace_each(draft, target, replaces)
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
-        if made and not any(directory.iterdir()):
-            directory.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _previous(target: Path) -> Path:
+    """Where a directory waits while another one takes its place."""
+    return target.with_name(f".{target.name}.previous")
+
+
+def _put_back(target: Path) -> None:
+    """Undo what a kill has left of a replacement."""
+    previous = _previous(target)
+    if previous.is_dir():
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            os.rename(previous, target)
+
+
+def _renamed(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> bool:
+    """Put a draft in the place of a directory; False where the system renames none such, as in an image's layers."""
+    if not target.exists():
+        os.rename(draft, target)
+        sync(target.parent)
+        return True
+    _carry_over(target, draft, replaces)
+    previous = _previous(target)
+    try:
+        os.rename(target, previous)
+    except OSError:
+        return False
+    try:
+        os.rename(draft, target)
+    except BaseException:
+        os.rename(previous, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+    return True
+
+
+def _carry_over(old: Path, new: Path, replaces: Callable[[Path], bool]) -> None:
+    """Give a draft the files that stay; links of the same disk, since they may be large."""
+    for entry in os.scandir(old):
+        source, place = Path(entry.path), new / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if not place.is_file():
+                place.mkdir(exist_ok=True)
+                _carry_over(source, place, replaces)
+        elif not os.path.lexists(place) or not replaces(source):
+            place.unlink(missing_ok=True)
+            try:
+                os.link(source, place, follow_symlinks=False)
+            except OSError:  # not every file system has hard links
+                shutil.copy2(source, place, follow_symlinks=False)
+
+
+def _replace_each(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> None:
+    for file in sorted(path for path in draft.rglob("*") if path.is_file()):
+        place = target / file.relative_to(draft)
+        if not place.exists() or replaces(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    sync(target)
+
+
+def _sync_all(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        if not path.is_symlink():
+            sync(path)

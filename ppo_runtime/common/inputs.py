@@ -14,6 +14,10 @@ from ppo_runtime.common.transfers import on_cpu
 LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
+class NotFinite(ValueError):
+    """A batch has led to numbers that are not finite, or will do so: it cannot be trained on."""
+
+
 def query_rows(name: str, queries: Any, *, vocab_size: int) -> tuple[list[Tensor], bool]:
     """Check one query or a list of them, rows of token ids as tensors, arrays or lists of ints; whether it was one."""
     single = hasattr(queries, "ndim") or (
@@ -120,9 +124,9 @@ def _score(where: str, score: Any) -> float:
     except OverflowError:
         value = math.inf  # an integer of more than 308 digits
     if not math.isfinite(value):
-        raise ValueError(f"{where} is {value}, expected a finite number; mend the score function or drop the row")
+        raise NotFinite(f"{where} is {value}, expected a finite number; mend the score function or drop the row")
     if abs(value) > LARGEST_SCORE:
-        raise ValueError(
+        raise NotFinite(
             f"{where} is {value:.6g}, expected a number that float32 can hold, up to 3.4e38; scale the scores"
         )
     return value

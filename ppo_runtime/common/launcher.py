@@ -31,3 +31,8 @@ def processes_here() -> int:
         "LOCAL_WORLD_SIZE", "the number of processes on this machine", least=1, default=started
     )
     return min(here, started)
+
+
+def speaks_for_all() -> bool:
+    """Whether this is the only process or the first of several, as far as the environment tells."""
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1") or os.environ.get("RANK", "0") in ("", "0")

@@ -108,6 +108,11 @@ def remember(options: DemoOptions) -> None:
     write_whole(options.output / _FILE, json.dumps(kept, indent=2) + "\n")
 
 
+def has_begun(output: Path) -> bool:
+    """Whether a run has begun in a directory, and so can be resumed."""
+    return (output / _FILE).is_file()
+
+
 def _begun_with(output: Path) -> dict[str, Any]:
     path = output / _FILE
     if not path.is_file():

@@ -26,10 +26,11 @@ from ppo_runtime.common.extras import require
 from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.demo.options import DemoOptions, remember
+from ppo_runtime.demo.options import DemoOptions, has_begun, remember
 from ppo_runtime.demo.report import Evaluation, history_of, make_report, samples, show
 from ppo_runtime.loop import train
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
+from ppo_runtime.ranks.gather import all_or_none, world_from_environment
 from ppo_runtime.ranks.seeding import set_seed
 from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
@@ -44,19 +45,23 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run the demo and write metrics.jsonl, curves.png, samples.json, report.json and model/ to ``options.output``.
 
     Returns:
-        The report: scores before and after on held-out prompts, of the first and last ten steps, KL, time and memory.
+        The report, on the first rank: scores before and after on held-out prompts, of the first and last ten steps, KL,
+        time and memory.
 
     Raises:
         ImportError: vaderSentiment or matplotlib is missing; the message names the extra.
         FileExistsError, FileNotFoundError: the output directory holds a run, or none to resume.
     """
-    started = time.perf_counter()
+    started, world = time.perf_counter(), world_from_environment()
+    if world.rank != 0:
+        console = Console(quiet=True)  # the first rank speaks for all
     score = sentiment()
     require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
     output = options.output
-    _check_output(output, resume=options.resume)
-    if options.resume and (report := _finished(options, console)) is not None:
-        return report
+    with all_or_none(world):  # none begins to write before the others have looked
+        _check_output(output, resume=options.resume)
+        if options.resume and (report := _finished(options, console)) is not None:
+            return report
     # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -84,6 +89,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     trainer = Trainer(config, model, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
     acceleration = trainer.acceleration
+    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
     console.print(
         # Text, not markup: paths, and what a model writes, may hold brackets of their own.
         Panel.fit(
@@ -92,7 +98,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
                 f"score        VADER sentiment of the continuation, -1 to 1\n"
                 f"reference    {'eager torch' if acceleration.backend == 'eager' else acceleration.reason}\n"
                 f"training     {counted(options.steps, 'step')} of {options.batch_size} continuations of "
-                f"{counted(options.new_tokens, 'token')}\n"
+                f"{counted(options.new_tokens, 'token')}{ranks}\n"
                 f"KL target    {options.target} nats per continuation\n"
                 f"output       {output}"
             ),
@@ -101,7 +107,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     )
     before = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, before")
     # Only now: what was refused leaves nothing behind, and no run goes on with it.
-    remember(options)
+    if world.rank == 0:
+        remember(options)
     result = train(
         trainer,
         lambda _, texts: score(texts),
@@ -112,8 +119,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         resume=options.resume,
         console=console,
     )
-    history = history_of(output)
-    if not history and not result.interrupted:
+    history = history_of(output) if world.rank == 0 else []
+    if world.rank == 0 and not history and not result.interrupted:
         raise ValueError(
             f"{output / 'metrics.jsonl'} has no step, expected those of the run, for its report; put the file back, or "
             "ask for more steps with --steps"
@@ -128,8 +135,10 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
                 style="yellow",
             )
         )
-        raise SystemExit(130)
+        raise SystemExit(128 + result.signal)  # as a shell has it
     after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
+    if world.rank != 0:
+        return {}
     report = make_report(options, history, before, after, seconds=time.perf_counter() - started)
     _write_json(output / "report.json", report | {"acceleration": attrs.asdict(trainer.acceleration)})
     _write_json(output / "samples.json", samples(prompts["eval"], before, after))
@@ -214,7 +223,8 @@ def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
 def _check_output(output: Path, *, resume: bool) -> None:
     """Refuse an output directory that cannot be written or made; a second run never mixes with a first by accident.
 
-    Nothing is made here, so that a call that is refused later leaves nothing behind.
+    Nothing is made here, so that a call that is refused later leaves nothing behind. A run that was killed before its
+    first checkpoint has left its options, and begins again with them.
     """
     ground = next(place for place in (output, *output.absolute().parents) if place.exists())
     if not ground.is_dir():
@@ -224,11 +234,11 @@ def _check_output(output: Path, *, resume: bool) -> None:
             f"output is {output}, expected a directory that can be made and written: {ground} cannot "
             "be written; choose another with --output"
         )
-    resumable = steps_done(output / "checkpoint") is not None
+    resumable = has_begun(output) or steps_done(output / "checkpoint") is not None
     empty = not output.exists() or not any(output.iterdir())
     if resume and not resumable:
-        left = "; start without --resume" if empty else ", only the rest of a run; remove it and start without --resume"
-        raise FileNotFoundError(f"output {output} holds no checkpoint to resume{left}")
+        left = "; start without --resume" if empty else ", only other files; choose another with --output, or remove it"
+        raise FileNotFoundError(f"output {output} holds no run to resume{left}")
     if not resume and not empty:
         onwards = f", or go on with its run: --resume --output {output}" if resumable else ""
         raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it{onwards}")

@@ -8,6 +8,7 @@ refusals     scored batches that cannot be trained on, by sequence and token
 experience   what is known of a batch before it is trained on
 update       epochs x updates x minibatches
 guards       updates that would do harm are left out
+inspection   batches that could not be trained on, kept
 controllers  the KL controllers as objects
 optimisers   a user's optimiser and scheduler, checked
 scheduling   a learning-rate scheduler's step, whole or not at all

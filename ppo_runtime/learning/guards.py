@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_core.averages import Average, mean_of
+from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.config import PPOConfig
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,21 @@ WHAT_TO_DO = {
     Cause.OVERFLOW: "the squares of its gradient overflow: set max_grad_norm, lower learning_rate, or scale the scores",
     Cause.EMPTY: "response_masks keep none of its tokens: keep some, or drop such rows",
 }
+
+
+NOT_FINITE = frozenset({Cause.LOSS, Cause.GRADIENT, Cause.OVERFLOW})
+"""Those that ``on_nonfinite`` is about."""
+INSPECTED = NOT_FINITE | {Cause.EMPTY}
+"""Those whose batch is kept for inspection."""
+PATIENCE = 10
+"""Steps in a row whose updates are all left out for such numbers; after them training stops, whatever is asked for: the
+weights have stayed as they are, and nothing else would change."""
+
+
+def stop_if_asked(cause: Cause, config: PPOConfig) -> None:
+    """Raise before an update is left out, if the configuration would rather stop; on all ranks or on none."""
+    if cause in NOT_FINITE and config.on_nonfinite == "stop":
+        raise NotFinite(f"an update cannot be made, and on_nonfinite is 'stop': {WHAT_TO_DO[cause]}")
 
 
 def cause_in_losses(averages: dict[str, Average], config: PPOConfig) -> Cause:
@@ -94,10 +110,27 @@ def _shrinking(gradient: Tensor) -> float:
 
 
 class SkipLog:
-    """Says of each cause, the first time it is met, what was left out and what to do."""
+    """Says of each cause, the first time it is met, what was left out and what to do; ends what is pointless."""
 
     def __init__(self) -> None:
         self._said: set[Cause] = set()
+        self._in_vain = 0
+
+    def stop_if_pointless(self, skipped: Counter[Cause], *, made: int) -> None:
+        """Raise where too many steps in a row had to leave out all updates; on all ranks or on none.
+
+        Args:
+            skipped: the updates that were left out in a step, by cause.
+            made: how many were made.
+        """
+        causes = NOT_FINITE & set(skipped)
+        self._in_vain = self._in_vain + 1 if causes and not made else 0
+        if self._in_vain >= PATIENCE:
+            self._in_vain = 0
+            raise NotFinite(
+                f"{PATIENCE} steps in a row had to leave out all their updates, the last one since "
+                f"{WHAT_TO_DO[max(causes)]}"
+            )
 
     def __call__(self, skipped: Counter[Cause], step: int) -> None:
         """Tell of the updates that were left out in a step, by cause."""

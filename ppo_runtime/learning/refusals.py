@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppo_core.advantages import Advantages
 from ppo_core.rewards import Rewards
+from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Scored
 
@@ -56,7 +57,7 @@ def refuse_unusable(
     for (what, remedy), x in zip(_REMEDY.items(), kinds, strict=True):
         if len(found := (mask & ~x.isfinite()).nonzero()):
             row, token = found[0].tolist()
-            raise ValueError(
+            raise NotFinite(
                 f"responses[{row}], token {token}: {what} is {float(x[row, token])}, expected a finite number; {remedy}"
             )
     most = math.sqrt(LARGEST / (max(int(mask.sum()), 1) * config.ppo_epochs * ranks)) / 2
@@ -67,14 +68,14 @@ def refuse_unusable(
     penalty = float(rewards.non_score_rewards[worst])
     if max(abs(score), abs(value), abs(penalty)) <= most:
         row, token = divmod(int(largest.nan_to_num(nan=torch.inf).argmax()), mask.shape[1])
-        raise ValueError(
+        raise NotFinite(
             f"responses[{row}], token {token}: advantages= gave an advantage of "
             f"{float(estimate.advantages[row, token]):.6g} and a return of {float(estimate.returns[row, token]):.6g}, "
             f"expected finite numbers below {2 * most:.1g}, so that their squares do not overflow float32; mend the "
             "estimator"
         )
     if abs(penalty) > max(abs(score), abs(value)):
-        raise ValueError(
+        raise NotFinite(
             f"responses[{worst[0]}], token {worst[1]}: the reward for staying close to the reference is {penalty:.6g} "
             f"(a KL estimate of {float(scored.kl[worst]):.6g} times the coefficient): the squares of the advantages "
             f"overflow float32, expected below {most:.1g}; lower init_kl_coef, take another kl_penalty, or drop the row"
@@ -85,4 +86,4 @@ def refuse_unusable(
     else:
         what = f"the value head's output for responses[{place[0]}], token {place[1]}, is {value:.6g}"
         remedy = "look at the model's weights, go back to a checkpoint, or begin with a new value head"
-    raise ValueError(f"{what}: the squares of the advantages overflow float32, expected below {most:.1g}; {remedy}")
+    raise NotFinite(f"{what}: the squares of the advantages overflow float32, expected below {most:.1g}; {remedy}")

@@ -14,7 +14,7 @@ from ppo_core.averages import Average, average, mean_of, merge
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
-from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients
+from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients, stop_if_asked
 from ppo_runtime.models.modes import without_dropout
 from ppo_runtime.ranks.gather import World, gather_averages, sum_gradients
 
@@ -94,6 +94,10 @@ class Progress:
 
     waiting: list[tuple[Tensor, Tensor]]
     """Parameters with the gradients that they held before; none once they are of other weights."""
+    update: list[Tensor] | None = None
+    """The rows of the minibatches of the update that is being made."""
+    left_out: list[tuple[Cause, list[Tensor]]] = attrs.field(factory=list)
+    """Updates that were left out, and why."""
     begun: int = 0
     """Steps of the optimiser, one that was broken off included."""
 
@@ -158,6 +162,7 @@ def optimise(
                     merge_into(update_averages, averages_of(losses))
                     if updates == 0:
                         deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
+                progress.update = update
                 cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
                 if cause is Cause.NONE:
                     progress.begin()
@@ -165,6 +170,7 @@ def optimise(
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
                 else:
                     skipped[cause] += 1
+                    progress.left_out.append((cause, update))
                     if not _all_finite(update_averages):
                         update_averages = _nothing_said(update_averages)
                         deviation = torch.zeros_like(deviation) if updates == 0 else deviation
@@ -236,6 +242,9 @@ def prepare_update(
     Returns:
         A cause other than NONE if no step may be made: then neither weights nor moments shall see these gradients. (A
         loss times 0 would step on stale moments, and inf * 0 is NaN.)
+
+    Raises:
+        ValueError: the same, where ``on_nonfinite`` asks for it; on all ranks.
     """
     cause = cause_in_losses(averages, config) if weight else Cause.EMPTY
     votes = torch.zeros(len(Cause))
@@ -243,10 +252,12 @@ def prepare_update(
     # With the gradients, which are no good to anybody where a rank has voted against them.
     cause = Cause(int(sum_gradients(model.parameters(), votes, world).nonzero().max()))
     if cause is not Cause.NONE:
+        stop_if_asked(cause, config)
         return Prepared(cause, torch.zeros(()))
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     # The same bits on every rank, and so the same verdict.
     norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
+    stop_if_asked(cause, config)
     return Prepared(cause, norm)
 
 

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ppo_runtime.common.files import write_whole
+from ppo_runtime.common.files import sync, write_whole
 from ppo_runtime.reporting.tables import Table
 
 _RESERVED = ("step", "tables", "nonfinite", "run")
@@ -54,6 +54,11 @@ class JsonlTracker:
         )
         self._file.flush()
         self._named = self.run
+
+    def sync(self) -> None:
+        """Wait until the lines have reached the disk."""
+        os.fsync(self._file.fileno())
+        sync(self.path.parent)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file, whose last line says how far the run came."""

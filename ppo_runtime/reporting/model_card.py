@@ -5,6 +5,7 @@ from pathlib import Path
 import attrs
 
 from ppo_runtime import __version__
+from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
 
@@ -92,7 +93,7 @@ Made with ppo_runtime {__version__}.
 """
     path = Path(directory) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

@@ -4,10 +4,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ppo_runtime.common.extras import require
+from ppo_runtime.common.files import write_whole
 
 _SCORE = "ppo/mean_scores"
 _BLUE, _ORANGE, _GREY = "#2a6fb0", "#d9702b", "#808080"
@@ -70,7 +72,9 @@ def plot_curves(
         loss.set_xlabel("step")
         loss.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        picture = BytesIO()
+        figure.savefig(picture, format="png")
+        write_whole(Path(path), picture.getvalue())
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

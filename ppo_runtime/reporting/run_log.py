@@ -54,6 +54,11 @@ class RunLog:
             )
         return self._trackers
 
+    def sync(self) -> None:
+        """Wait until what was logged has reached the disk, as far as trackers can tell."""
+        for tracker in self._trackers or []:
+            getattr(tracker, "sync", lambda: None)()
+
     def close(self, *, failed: bool = False) -> None:
         """Close the trackers' files; the next line opens them again and appends. See ``Trainer.close``."""
         trackers, self._trackers = self._trackers or [], None

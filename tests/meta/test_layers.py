@@ -24,7 +24,7 @@ LAYERS = (
     ("trainer",),
     ("resuming",),
     ("checkpoint",),
-    ("arguments",),
+    ("arguments", "results"),
     ("loop",),
     ("recipe",),
     ("compat", "demo"),
@@ -39,6 +39,7 @@ LENGTH = 250
 LONG = {
     "accel.backends": "choosing a backend, trying it out and saying what became of it: three turns of one decision",
     "compat.piecewise": "one class: TRL's methods with their arguments described; what they compute is elsewhere",
+    "config": "one class: its settings, each with what it does",
     "doctor": "a list of checks that know nothing of each other, each a few lines",
     "learning.forward": "rows and the passes over them: the layout and what reads it change together",
     "learning.update": "one optimisation: its plan, its minibatches and what decides whether an update counts",

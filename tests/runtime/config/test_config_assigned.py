@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "early_stopping": True,
     "target_kl": 0.5,
     "ratio_threshold": 0.5,
+    "on_nonfinite": "stop",
     "adap_kl_ctrl": False,
     "init_kl_coef": 0.5,
     "kl_penalty": "abs",

@@ -47,6 +47,7 @@ COVERED: dict[str, str] = {
     "early_stopping": "test_config_fields.test_early_stopping_leaves_out_epochs",
     "target_kl": "test_config_fields.test_early_stopping_leaves_out_epochs",
     "ratio_threshold": "test_config_fields.test_an_update_beyond_the_ratio_threshold_is_left_out",
+    "on_nonfinite": "test_guards.test_stopping_at_numbers_that_are_not_finite",
     "adap_kl_ctrl": "test_config_fields.test_the_controllers",
     "init_kl_coef": "test_config_fields.test_the_controllers",
     "kl_penalty": "test_config_fields.test_the_four_penalties",

@@ -25,6 +25,7 @@ from ppo_runtime.demo import run
 from ppo_runtime.demo.options import settle
 from ppo_runtime.models import gguf as convert
 from ppo_runtime.reporting.jsonl import read_jsonl
+from tests.runtime.support.processes import ROOT
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 
@@ -209,15 +210,76 @@ def test_an_interrupted_run_goes_on_by_the_advice_it_gives(tmp_path: Path, monke
 
 
 def test_the_ways_out_do_not_lead_in_a_circle(tmp_path: Path) -> None:
-    """A directory with the rest of a run that left no checkpoint."""
+    """A directory with files that are no run's."""
     (tmp_path / "metrics.jsonl").touch()
     fresh = _words(_demo(tmp_path, "--steps", "1", exit_code=2))
     assert "is not empty" in fresh
     assert "--resume" not in fresh
     resumed = _words(_demo(tmp_path, "--resume", exit_code=2))
-    assert "holds no checkpoint to resume, only the rest of a run; remove it" in resumed
-    assert "holds no checkpoint to resume; start without" in _words(_demo(tmp_path / "no", "--resume", exit_code=2))
+    assert "holds no run to resume, only other files; choose another with --output, or remove it" in resumed
+    assert "holds no run to resume; start without" in _words(_demo(tmp_path / "no", "--resume", exit_code=2))
     assert "--resume is given without --output" in _words(CliRunner().invoke(app, ["demo", "--resume"]))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its options, by the advice that a fresh start gives."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "train", killed)
+        with pytest.raises(Killed):
+            CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "run"), *SMALL, "--steps", "1"])
+    fresh = _words(_demo(tmp_path / "run", "--steps", "1", exit_code=2))
+    advice = f"or go on with its run: --resume --output {tmp_path / 'run'}"
+    assert advice in fresh
+    result = CliRunner().invoke(app, ["demo", *advice.split(": ")[1].split(), "--accel", "eager"])
+    assert result.exit_code == 0, result.output
+    assert "to resume: the run starts from the beginning" in caplog.text
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["batch_size"] == 4
+    assert (tmp_path / "run" / "metrics-1.jsonl").read_text().startswith('{"step": 1}\n')
+
+
+def test_the_demo_on_two_ranks_says_everything_once(tmp_path: Path) -> None:
+    """By torchrun, and without a name for its directory, which the ranks agree on."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "ppo_runtime", "demo", *SMALL, "--steps", "1", "--accel", "eager"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "COLUMNS": "200",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    (output,) = (tmp_path / "runs").iterdir()
+    for once in (
+        "PPO: more cheerful prose",
+        "on each of 2 ranks",
+        "Held-out prompts, sampled",
+        f"Saved to runs/{output.name}",
+    ):
+        assert said.count(once) == 1, said
+    (line,) = read_jsonl(output / "metrics.jsonl")
+    assert line["step"] == 1
+    assert sorted(path.name for path in output.glob("checkpoint*/rank-*.json")) == ["rank-0.json", "rank-1.json"]
+    AutoModelForCausalLM.from_pretrained(output / "model")
 
 
 def test_one_step_is_called_one_step(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import save_checkpoint
 from ppo_runtime.learning import update
-from ppo_runtime.learning.guards import Cause, clip_gradients
+from ppo_runtime.learning.guards import PATIENCE, Cause, clip_gradients
 from tests.runtime.support.tiny import tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
@@ -73,7 +76,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments(
         torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
     assert stats["ppo/policy/skipped_updates"] == 12
     trainer.step(*make_batch(seed=2))
-    (said,) = [record.getMessage() for record in caplog.records]
+    (said,) = [text for record in caplog.records if "left out:" in (text := record.getMessage())]
     assert "gradient" in said, "once, however often it happens"
 
 
@@ -448,3 +451,147 @@ def test_a_checkpoint_that_is_not_finite_is_never_written_over_a_good_one(what: 
         save_checkpoint(trainer, path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+# --- kept for inspection ------------------------------------------------------------------------------------------
+
+
+def _kept(home: Path) -> dict[str, dict[str, Any]]:
+    """What lies there, by the names of the files."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(home.glob("not-finite/*.json"))}
+
+
+def test_a_batch_whose_update_was_left_out_can_be_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)}, task_name="hf_" + "s" * 20)
+    spoil_gradients(trainer, NAN, only=1)
+    queries, responses, scores = make_batch()
+    trainer.step(queries, responses, scores)
+    (record,) = _kept(tmp_path).values()
+    path = tmp_path / "not-finite" / "step-1.safetensors"
+    assert f"the batch of step 1 is kept for inspection in {path} (look at it with safetensors" in caplog.text
+    assert (record["step"], record["rank"], len(record["rows"])) == (1, 0, 2)
+    assert "gradient is not finite" in record["why"]
+    assert record["found"]["logprobs"]["not_finite"] == 0
+    assert record["settings"]["kl_penalty"] == "kl"
+    assert "ssss" not in path.with_suffix(".json").read_text()
+    kept = load_file(path)
+    for name, rows in {"queries": queries, "responses": responses}.items():
+        for row, stored in zip(rows, kept[name], strict=True):
+            assert stored[stored != record["padding"][name]].tolist() == row.tolist()
+    assert kept["given_scores"].float().tolist() == torch.stack(scores).tolist()
+    assert {"logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns", "mask"} <= kept.keys()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_batch_that_was_refused_can_be_looked_at(case: str, tmp_path: Path) -> None:
+    spoil, change, message = REFUSED[case]
+    trainer = make_trainer(ref_model=tiny_model("llama", seed=1), project_kwargs={"logging_dir": str(tmp_path)})
+    if spoil is not None:
+        spoil(trainer)
+    queries, responses, scores = make_batch(seed=1)
+    with pytest.raises(ValueError, match=message):
+        trainer.step(queries, responses, change(scores))
+    (record,) = _kept(tmp_path).values()
+    assert re.search(message, record["why"])
+    assert record["rows"] is None
+    kept = load_file(tmp_path / "not-finite" / "step-1.safetensors")
+    assert len(kept["queries"]) == len(kept["given_scores"]) == 6
+    if "value" in case or case in ("policy", "reference"):
+        name = {"policy": "logprobs", "reference": "ref_logprobs"}.get(case, "values")
+        assert record["found"][name]["not_finite"] == int((~kept[name].isfinite()).sum())
+        assert (record["found"][name]["not_finite"] > 0) == (case != "large values")
+
+
+def test_an_empty_update_is_kept_as_well(tmp_path: Path) -> None:
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+    queries, responses, scores = make_batch()
+    trainer.step(queries, responses, scores, [torch.zeros(len(response)) for response in responses])
+    (record,) = _kept(tmp_path).values()
+    assert "keep none of its tokens" in record["why"]
+
+
+def test_a_few_batches_are_kept_and_none_of_what_is_merely_wrong(tmp_path: Path) -> None:
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+    queries, responses, scores = make_batch()
+    with pytest.raises(ValueError, match="entries"):
+        trainer.step(queries, responses, scores[1:])
+    assert not _kept(tmp_path)
+    for step in range(5):
+        with pytest.raises(ValueError, match="is nan"):
+            trainer.step(queries, responses, [NAN, *scores[1:]])
+        trainer.step(*make_batch(seed=step))
+    assert list(_kept(tmp_path)) == ["step-1", "step-2", "step-3"]
+
+
+def test_what_cannot_be_kept_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "not-finite").touch()
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+    spoil_gradients(trainer, NAN, only=1)
+    assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 1
+    assert "the batch of step 1 could not be kept for inspection" in caplog.text
+
+
+def test_a_trainer_without_a_directory_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer()
+    spoil_gradients(trainer, NAN, only=1)
+    trainer.step(*make_batch())
+    assert not list(tmp_path.iterdir())
+    assert "name one with project_kwargs" in caplog.text
+
+
+# --- stop or go on ------------------------------------------------------------------------------------------------
+
+
+def test_stopping_at_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """At the first update of a step nothing has changed; a later one leaves those before it."""
+    trainer = make_trainer(on_nonfinite="stop", project_kwargs={"logging_dir": str(tmp_path)})
+    trainer.step(*make_batch())
+    before = snapshot(trainer)
+    spoil_gradients(trainer, NAN)
+    with pytest.raises(ValueError, match=r"on_nonfinite is 'stop': its gradient is not finite"):
+        trainer.step(*make_batch(seed=1))
+    assert_unchanged(trainer, before)
+    assert trainer.broken_off is None
+    (record,) = _kept(tmp_path).values()
+    assert record["step"] == 2
+    assert len(record["rows"]) == 2
+    later = make_trainer(on_nonfinite="stop")
+    spoil_gradients(later, NAN, only=3)
+    with pytest.raises(ValueError, match="on_nonfinite is 'stop'"):
+        later.step(*make_batch())
+    assert "after 3 steps of the optimiser" in str(later.broken_off)
+    assert all(parameter.isfinite().all() for parameter in later.model.parameters())
+
+
+def test_an_update_beyond_the_threshold_or_without_a_token_is_no_reason_to_stop() -> None:
+    trainer = make_trainer(on_nonfinite="stop", ratio_threshold=1e-6)
+    assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 12
+
+
+def test_steps_that_are_all_in_vain_come_to_an_end() -> None:
+    trainer = make_trainer(ppo_epochs=1, mini_batch_size=6)
+    spoil_gradients(trainer, NAN)
+    for _ in range(PATIENCE - 1):
+        assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 1
+    before = snapshot(trainer)
+    with pytest.raises(
+        ValueError, match=r"10 steps in a row had to leave out all their updates, the last one since its"
+    ):
+        trainer.step(*make_batch())
+    assert_unchanged(trainer, before)
+    assert trainer.current_step == PATIENCE - 1
+
+
+def test_an_update_in_between_shows_that_it_is_not_in_vain() -> None:
+    trainer = make_trainer(ppo_epochs=1, mini_batch_size=6)
+    spoiled = [True]
+    next(iter(trainer.model.v_head.parameters())).register_hook(lambda gradient: gradient * (NAN if spoiled[0] else 1))
+    for step in range(2 * PATIENCE):
+        spoiled[0] = step != PATIENCE - 2
+        if step == 2 * PATIENCE - 2:
+            break
+        trainer.step(*make_batch())
+    assert trainer.current_step == 2 * PATIENCE - 2

@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -115,37 +114,3 @@ def test_the_score_climbs(tmp_path: Path) -> None:
     )
     scores = torch.tensor([stats["env/reward_mean"] for stats in result.history])
     assert scores[-5:].mean() > scores[:5].mean() + 0.3
-
-
-def test_a_first_ctrl_c_finishes_the_step_and_the_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    def run(name: str, *, interrupt_in: int | None = None, resume: bool = False) -> Any:
-        trainer = _trainer(tmp_path / name)
-        calls = 0
-
-        def score(queries: list[str], responses: list[str]) -> list[float]:
-            nonlocal calls
-            calls += 1
-            if calls == interrupt_in:
-                signal.raise_signal(signal.SIGINT)
-            return _vowels(queries, responses)
-
-        result = train(
-            trainer,
-            score,
-            steps=4,
-            generation_kwargs={"max_new_tokens": 4},
-            output_dir=tmp_path / name,
-            resume=resume,
-            console=_quiet(),
-        )
-        return trainer, result
-
-    straight, _ = run("straight")
-    first, stopped = run("stopped", interrupt_in=2)
-    assert stopped.interrupted
-    assert first.current_step == 2
-    resumed, finished = run("stopped", resume=True)
-    assert not finished.interrupted
-    assert [line["step"] for line in read_jsonl(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2, 3, 4]
-    weights = resumed.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in straight.model.state_dict().items())

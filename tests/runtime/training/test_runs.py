@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
@@ -383,7 +384,7 @@ def test_a_start_that_fails_before_its_first_step_saves_nothing(tmp_path: Path) 
     (tmp_path / "checkpoint").rename(tmp_path / "kept")
     before = _files(tmp_path / "model") | {tmp_path / "run.json": (tmp_path / "run.json").read_bytes()}
     with pytest.raises(ZeroDivisionError):
-        _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0)
+        _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0, resume=True)
     assert before.items() <= _files(tmp_path).items()
 
 
@@ -393,6 +394,55 @@ def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the checkpoint of a run after step 2.*resume=True.*another output"):
         _train(_trainer(tmp_path), tmp_path, steps=3)
     assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", ["model", "model-broken-off", "run.json"])
+def test_a_fresh_run_replaces_no_results_unasked(tmp_path: Path, left: str) -> None:
+    """A run whose checkpoints were removed, or a policy of the user's own under that name."""
+    (tmp_path / left).mkdir() if left != "run.json" else (tmp_path / left).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=rf"which holds '{left}', expected .* for a new run, which would replace it"):
+        _train(_trainer(tmp_path), tmp_path, steps=1)
+    assert sorted(tmp_path.rglob("*")) == before
+    _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+
+
+def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    _train(_trainer(tmp_path), tmp_path, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("lost", ["model", "run.json"])
+def test_a_finished_run_without_its_model_is_given_one(tmp_path: Path, lost: str) -> None:
+    """Killed between its last checkpoint and the end of the save behind it."""
+    _train(_trainer(tmp_path), tmp_path)
+    model = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / lost) if lost == "model" else (tmp_path / lost).write_text('{"steps_done": 1}')
+    _train(_trainer(tmp_path), tmp_path, resume=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 2
+
+
+def test_a_disk_that_fills_in_the_last_save_is_told_of(tmp_path: Path) -> None:
+    """As safetensors tells of it, which knows no OSError; and once there is room, the last model is saved."""
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    before = _files(tmp_path / "model")
+    save = trainer.save_pretrained
+
+    def full(directory: Any) -> None:
+        save(directory)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    trainer.save_pretrained = full
+    with pytest.raises(OSError, match=r"model after step 2 was not saved in .*model: .*No space left.* before is kept"):
+        _train(trainer, tmp_path, steps=2)
+    assert _files(tmp_path / "model") == before
+    assert steps_done(tmp_path / "checkpoint") == 2
+    _train(_trainer(tmp_path), tmp_path, steps=2, resume=True)
+    assert _files(tmp_path / "model") != before
 
 
 def test_ctrl_c_in_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
@@ -468,17 +518,16 @@ def test_a_model_on_another_disk_is_saved_there(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "disk" / "large").mkdir(parents=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").symlink_to(tmp_path / "disk" / "large")
-    replaced, moved = os.replace, []
+    for name in ("rename", "replace"):
+        move = getattr(os, name)
 
-    def same_disk(one: Path, other: Path) -> None:
-        disks = {Path(place).resolve().is_relative_to(tmp_path / "disk" / "large") for place in (one, other)}
-        assert len(disks) == 1
-        moved.append(other)
-        replaced(one, other)
+        def same_disk(one: Any, other: Any, move: Any = move) -> None:
+            assert len({Path(place).resolve().is_relative_to(tmp_path / "disk") for place in (one, other)}) == 1
+            move(one, other)
 
-    monkeypatch.setattr(os, "replace", same_disk)
-    _train(_trainer(tmp_path), tmp_path / "run", steps=1)
-    assert tmp_path / "run" / "model" / "model.safetensors" in moved
+        monkeypatch.setattr(os, name, same_disk)
+    _train(_trainer(tmp_path), tmp_path / "run", steps=1, resume=True)
+    assert (tmp_path / "run" / "model").is_symlink()
     assert (tmp_path / "disk" / "large" / "model.safetensors").is_file()
     assert "# model" in (tmp_path / "disk" / "large" / "README.md").read_text()
 

@@ -1,0 +1,124 @@
+"""What a run leaves in its output directory beside its checkpoints: the model, and a record of how it was made."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import attrs
+from safetensors import SafetensorError
+
+from ppo_runtime.common.files import filled_whole, write_whole
+from ppo_runtime.common.redact import plain_settings
+from ppo_runtime.reporting.model_card import is_ours
+from ppo_runtime.resuming.files import check_replaceable
+from ppo_runtime.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, MODEL, BROKEN_OFF, RECORD = "checkpoint", "model", "model-broken-off", "run.json"
+
+
+def check_places(output_dir: Path) -> None:
+    """Refuse a run whose results would find something else in their places at its end.
+
+    Raises:
+        ValueError: the checkpoint's, a model's or the record's place holds what they cannot replace.
+    """
+    check_replaceable(output_dir / CHECKPOINT)
+    for name in (MODEL, BROKEN_OFF):
+        if (place := output_dir / name).exists() and not place.is_dir():
+            raise ValueError(
+                f"{place} is a file, expected a directory for the policy; move it, or choose another output_dir"
+            )
+    if (place := output_dir / RECORD).is_dir():
+        raise ValueError(
+            f"{place} is a directory, expected a file for the run's record; move it, or choose another output_dir"
+        )
+
+
+def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_step: int) -> None:
+    """Refuse a fresh run where another one's results lie, which it would replace.
+
+    Args:
+        output_dir: of the run.
+        done: the steps of the checkpoint there; None without one.
+        resume: what the caller asked for.
+        current_step: of the trainer; one that has made steps goes on with its own run.
+    """
+    if resume or current_step:
+        return
+    if done is not None:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds the checkpoint of a run after step {done}, expected a "
+            "directory without one for a new run; pass resume=True to go on with that run, or choose another output_dir"
+        )
+    for name in (MODEL, BROKEN_OFF, RECORD):
+        if (output_dir / name).exists():
+            raise ValueError(
+                f"output_dir is {str(output_dir)!r}, which holds {name!r}, expected a directory without one for a new "
+                "run, which would replace it; move it, or choose another output_dir"
+            )
+
+
+def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: bool) -> None:
+    """Write the policy and the record of a run, each whole or as it was before; only rank 0 does.
+
+    Weights between two steps go to a place of their own.
+
+    Args:
+        trainer: whose policy is saved.
+        output_dir: of the run.
+        steps: that were asked for.
+        changed: whether the policy is another than when the run began; one that lies there already is left alone else.
+
+    Raises:
+        OSError: what was there is kept.
+    """
+    if trainer.world.rank != 0 or (not changed and _saved_already(trainer, output_dir)):
+        return
+    model = output_dir / (BROKEN_OFF if trainer.broken_off else MODEL)
+    try:
+        with filled_whole(model, replaces=_not_a_users_card) as draft:
+            trainer.save_pretrained(draft)
+        write_whole(output_dir / RECORD, json.dumps(_record(trainer, steps), indent=2, default=str) + "\n")
+    except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
+        said = (
+            f"the model after step {trainer.current_step} was not saved in {model}: {error}. What was there before is "
+            "kept; mend that, and call train with resume=True"
+        )
+        number = getattr(error, "errno", None)
+        raise (OSError(said) if number is None else OSError(number, said)) from error
+    if trainer.broken_off:
+        logger.warning(
+            "weights between two steps are in %s; those after step %d in the last checkpoint",
+            model,
+            trainer.current_step,
+        )
+    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
+        logger.warning("the saved model in %s holds weights that are not finite", model)
+
+
+def _saved_already(trainer: Trainer, output_dir: Path) -> bool:
+    """Whether the policy after the trainer's present step lies there, as far as the record tells."""
+    try:
+        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    there = isinstance(record, dict) and record.get("steps_done") == trainer.current_step
+    return there and record.get("broken_off") is None and (output_dir / MODEL).is_dir()
+
+
+def _record(trainer: Trainer, steps: int) -> dict[str, Any]:
+    return {
+        "steps": max(steps, trainer.current_step),
+        "steps_done": trainer.current_step,
+        "broken_off": trainer.broken_off,
+        "kl_coef": trainer.kl_ctl.value,
+        "acceleration": attrs.asdict(trainer.acceleration),
+        "config": plain_settings(trainer.config),
+    }
+
+
+def _not_a_users_card(file: Path) -> bool:
+    return file.name != "README.md" or is_ours(file.parent)

@@ -1,0 +1,113 @@
+"""The training loop on two ranks: a signal, a score function, data and a disk that are one rank's alone.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from ppo_runtime.loop import train
+from tests.runtime.support.processes import run_ranks
+from tests.runtime.support.trainers import make_trainer
+
+
+def _trainer(home: Path) -> Any:
+    rows = Dataset.from_dict({"query": ["q"] * 16, "input_ids": [[5 + row] for row in range(16)]})
+    settings = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "horizon": 20}
+    return make_trainer(dataset=rows, project_kwargs={"logging_dir": str(home)}, **settings)
+
+
+def _train(trainer: Any, home: Path, *, score: Any = None, **options: Any) -> Any:
+    return train(
+        trainer,
+        score or (lambda _, texts: [len(set(text)) / 4 for text in texts]),
+        steps=4,
+        generation_kwargs={"max_new_tokens": 3},
+        output_dir=home,
+        console=Console(file=io.StringIO()),
+        **options,
+    )
+
+
+def signalled(home: Path) -> dict[str, Any]:
+    """SIGTERM for the second rank alone, in its second step; then on to the end."""
+    trainer = _trainer(home)
+
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.world.rank == 1 and trainer.current_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return [0.5] * len(texts)
+
+    stopped = _train(trainer, home, score=score)
+    finished = _train(_trainer(home), home, resume=True)
+    return {"stopped": (stopped.interrupted, stopped.signal, len(stopped.history)), "rest": len(finished.history)}
+
+
+def failing(home: Path) -> str:
+    """A score function that fails on the second rank alone."""
+    trainer = _trainer(home)
+
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        return [1.0 / (trainer.world.rank == 0)] * len(texts)
+
+    with pytest.raises((ZeroDivisionError, RuntimeError)) as caught:
+        _train(trainer, home, score=score)
+    return str(caught.value)
+
+
+def full(home: Path) -> str:
+    """A disk that is full when the first rank saves the model."""
+    trainer = _trainer(home)
+    save = trainer.save_pretrained
+
+    def fails(directory: Any) -> None:
+        save(directory)
+        raise OSError(28, "No space left on device")
+
+    trainer.save_pretrained = fails
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        _train(trainer, home)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, run_ranks(__file__, folder)
+
+
+def test_a_signal_of_one_rank_stops_all_after_the_same_step(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in ranks[1]:
+        assert rank["signalled"] == {"stopped": (True, signal.SIGTERM, 2), "rest": 2}
+
+
+def test_what_fails_on_one_rank_ends_all_of_them(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = ranks
+    assert "division by zero" in found[1]["failing"]
+    assert not (folder / "failing" / "model").exists()
+    assert "No space left on device" in found[0]["full"]
+    assert not (folder / "full" / "model").exists()
+    assert all(rank["full"] and rank["failing"] for rank in found)
+
+
+def main(folder: Path) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    found = {run.__name__: run(folder / run.__name__) for run in (signalled, failing, full)}
+    rank = torch.distributed.get_rank()
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,132 @@
+"""Directories that are whole: of one time, whatever ends the writing of another."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_runtime.common import files
+from ppo_runtime.common.files import filled_whole
+
+
+def _all(_: Path) -> bool:
+    return True
+
+
+def _fill(directory: Path, replaces: Callable[[Path], bool] = _all, **content: str) -> None:
+    with filled_whole(directory, replaces=replaces) as draft:
+        for name, text in content.items():
+            (draft / name).write_text(text)
+
+
+def _content(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory with files of one time and some of a user's."""
+    _fill(tmp_path / "model", weights="1", config="1", card="ours")
+    (tmp_path / "model" / "notes").mkdir()
+    (tmp_path / "model" / "notes" / "mine").write_text("mine")
+    (tmp_path / "model" / "card").write_text("mine")
+    (tmp_path / "model" / "link").symlink_to("weights")
+    return tmp_path / "model"
+
+
+USERS = {"notes/mine": "mine", "card": "mine"}
+
+
+def _renewed(model: Path) -> None:
+    _fill(model, lambda file: file.name != "card", weights="2", card="ours", more="2")
+
+
+def test_new_files_come_and_others_stay(model: Path) -> None:
+    inode = model.joinpath("notes", "mine").stat().st_ino
+    _renewed(model)
+    assert _content(model) == USERS | {"weights": "2", "config": "1", "more": "2", "link": "2"}
+    assert (model / "link").is_symlink()
+    assert (model / "notes" / "mine").stat().st_ino == inode, "large files are not copied"
+    assert os.listdir(model.parent) == ["model"]
+
+
+def test_where_there_are_no_links_files_are_copied(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", _refuse)
+    _renewed(model)
+    assert _content(model) == USERS | {"weights": "2", "config": "1", "more": "2", "link": "2"}
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise OSError("not here")
+
+
+@pytest.mark.parametrize("kind", ["mounted", "cannot be renamed"])
+def test_a_directory_that_cannot_be_renamed_gets_its_files_one_by_one(
+    kind: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode, rename = model.stat().st_ino, os.rename
+    monkeypatch.setattr(os.path, "ismount", lambda path: kind == "mounted" and Path(path) == model)
+
+    def fixed(one: Any, other: Any) -> None:
+        _refuse() if Path(one) == model else rename(one, other)
+
+    monkeypatch.setattr(os, "rename", fixed)
+    _renewed(model)
+    assert _content(model) == USERS | {"weights": "2", "config": "1", "more": "2", "link": "2"}
+    assert model.stat().st_ino == inode
+    assert os.listdir(model.parent) == ["model"]
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2])
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_an_error_leaves_the_files_of_before(
+    stopped_at: int, error: BaseException, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the writing of a draft, and between the two renames."""
+    before, rename = _content(model), os.rename
+    if stopped_at == 1:
+
+        def stopped(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(files, "_sync_all", stopped)
+    else:
+
+        def in_between(one: Any, other: Any) -> None:
+            if Path(other) == model and Path(one).name == "model":
+                raise error
+            rename(one, other)
+
+        monkeypatch.setattr(os, "rename", in_between)
+    with pytest.raises(type(error)):
+        _renewed(model)
+    assert _content(model) == before
+    assert os.listdir(model.parent) == ["model"]
+
+
+@pytest.mark.parametrize("killed", ["before the renames", "between them", "behind them"])
+def test_what_a_kill_has_left_is_cleared_away(killed: str, model: Path) -> None:
+    parent = model.parent
+    (parent / ".model.draft" / "model").mkdir(parents=True)
+    (parent / ".model.draft" / "model" / "weights").write_text("torn")
+    if killed == "between them":
+        model.rename(parent / ".model.previous")
+    elif killed == "behind them":
+        (parent / ".model.previous").mkdir()
+        (parent / ".model.previous" / "card").write_text("of long ago")
+    _renewed(model)
+    assert _content(model) == USERS | {"weights": "2", "config": "1", "more": "2", "link": "2"}
+    assert os.listdir(parent) == ["model"]
+
+
+def test_a_directory_that_was_not_there_is_not_there_after_an_error(tmp_path: Path) -> None:
+    def fill() -> None:
+        with filled_whole(tmp_path / "model", replaces=_all) as draft:
+            (draft / "weights").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,26 @@
+"""A run that is killed, whenever that is, loses nothing: a few moments here, and as many as one likes by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").is_dir(), reason="forks, and looks into /proc")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_is_resumed_bit_for_bit(ranks: int) -> None:
+    module = "tests.runtime.training.kills"
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--kills", "4", "--inside", "3", "--ranks", str(ranks), "--seed", "1"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert "4 kills, 3 of them inside the save of a checkpoint: 0 runs differ" in done.stdout, done.stdout + done.stderr
