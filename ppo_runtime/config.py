@@ -106,7 +106,8 @@ class PPOConfig(CheckedSettings):
     """Not used: this runtime has no Habana backend. True is refused."""
     accel: str = attrs.field(default="auto", validator=one_of(ACCELERATORS))
     """What speeds up a CPU: "ipex" or (a minute later) "compile" frozen models, "onednn" rollouts and the products of a
-    step, "auto" all but "compile" where they pay, "eager" none. What is asked for in vain is a warning."""
+    step, "auto" all but "compile" where they pay, "eager" none. "ipex" and "compile" do what "auto" does for rollouts
+    and steps. What is asked for in vain is a warning."""
     accel_strict: bool = flag(False)
     """An error, which says what to do, instead of eager torch wherever what "accel" asks for can't be had."""
 

@@ -277,8 +277,9 @@ class Trainer:
             length_sampler: gives ``max_new_tokens`` of every ``batch_size`` queries in their order; of every 4 if None.
             batch_size: queries generated together, in their order. None: as many as half of the free memory holds,
                 sorted by length where that takes several batches; but 4 in their order where functions of yours see
-                the rows (``prefix_allowed_tokens_fn``, ``logits_processor``, ``stopping_criteria``). With a
-                decoder-only model and a plain choice of tokens, what is sampled for a query does not depend on it.
+                the rows (``prefix_allowed_tokens_fn``, ``logits_processor``, ``stopping_criteria``), and where a
+                ``length_sampler`` meets beams, a forced last token or too little room. With a decoder-only model and a
+                plain choice of tokens, what is sampled for a query does not depend on it.
             return_prompt: True puts the prompt in front, except with an encoder-decoder.
             generate_ref_response: also sample from the reference.
             generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from

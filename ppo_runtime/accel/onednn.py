@@ -148,9 +148,10 @@ def _disagreement(model: nn.Module) -> str | None:
     kinds = {(type(layer), layer.weight.shape, layer.bias is None): layer for layer in _layers(model)}
     for layer in kinds.values():
         width = _matrix(layer).shape[1]
-        rows = torch.linspace(-1, 1, 3 * width).reshape(width, 3).T.contiguous()
+        rows = torch.linspace(-1, 1, 3 * width, dtype=torch.float32).reshape(width, 3).T.contiguous()
         try:
-            with torch.no_grad():
+            # Whatever the caller has around it: under autocast the plain layer would be compared with itself.
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 plain, fast = type(layer).forward(layer, rows), _forward(layer)(rows)
             difference = (fast - plain).abs().max().item()
         except Exception as error:

@@ -193,8 +193,9 @@ def _maker(path: str = "/proc/cpuinfo") -> str:
 def _disagreement() -> str | None:
     """How products by oneDNN differ from torch's, of matrices that lie in rows and in columns; None if they agree."""
     rows, inner, columns = 65, 130, 257
-    a = torch.linspace(-1, 1, rows * inner).sin().reshape(rows, inner)
-    b = torch.linspace(-2, 2, inner * columns).cos().reshape(inner, columns)
+    # Whatever the caller's default is.
+    a = torch.linspace(-1, 1, rows * inner, dtype=torch.float32).sin().reshape(rows, inner)
+    b = torch.linspace(-2, 2, inner * columns, dtype=torch.float32).cos().reshape(inner, columns)
     exact = a.double() @ b.double()
     try:
         for left in (a, a.T.contiguous().T):

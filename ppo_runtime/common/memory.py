@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -42,9 +43,23 @@ def own_share() -> int | None:
 
 
 def kept() -> int:
-    """Bytes that this process has freed and its C library has kept; 0 where that is not glibc."""
+    """Bytes that this process has freed and its C library has kept; 0 where that is not glibc.
+
+    The library counts what was trimmed as well, which is the system's again: no more than is resident beside what is
+    in use.
+    """
     ask = _mallinfo()
-    return 0 if ask is None else ask().fordblks
+    if ask is None:
+        return 0
+    found = ask()
+    return min(found.fordblks, max(_resident() - found.uordblks - found.hblkhd, 0))
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory, on Linux."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize
 
 
 class _MallInfo(ctypes.Structure):

@@ -2,7 +2,8 @@
 
 Blocks end by errors and by Ctrl-C too, and one that comes while they end may leave something behind. So a stand-in
 knows whether its block is still on: one that was left behind takes itself away at the next pass, which is the layer's
-own, and counts as nothing where another block begins.
+own, and counts as nothing where another block begins. So does what a copy of the layer has of it, or a pickle: a copy
+computes with weights of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def standing_in(layers: Iterable[nn.Module], make: Callable[[Any], Callable[...,
     with undoing() as undo:
         block = _Block()  # lives in this frame alone
         for layer in layers:
-            stand_in = _StandIn(layer, make(layer), ref(block), flags)
+            before = _without_leftovers(layer)
+            theirs = {name: value for name, value in flags.items() if name in before}
+            before = {name: before[name] for name in ("forward", *theirs) if name in before}
+            stand_in = _StandIn(layer, make(layer), ref(block), theirs, before)
             undo.append(stand_in.take_away)
             stand_in.put()
         yield
@@ -49,15 +53,20 @@ class _StandIn:
     """A forward pass in the place of another."""
 
     def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], block: Callable[[], Any], flags: dict[str, Any]
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any] | None,
+        block: Callable[[], Any],
+        flags: dict[str, Any],
+        before: dict[str, Any],
     ) -> None:
-        self.layer, self.forward, self.block = layer, forward, block
-        before = _without_leftovers(layer)
-        self.flags = {name: value for name, value in flags.items() if name in before}
-        self.before = {name: before[name] for name in ("forward", *self.flags) if name in before}
+        self.layer, self.forward, self.block, self.flags, self.before = layer, forward, block, flags, before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _StandIn, (self.layer, None, _over, self.flags, self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.block() is not None:
+        if self.forward is not None and self.block() is not None:
             return self.forward(*args, **kwargs)
         self.take_away()
         own = self.before.get("forward") or partial(type(self.layer).forward, self.layer)
@@ -74,6 +83,10 @@ class _StandIn:
             own.update(self.before)
             if "forward" not in self.before:
                 del own["forward"]
+
+
+def _over() -> None:
+    """The block of a copy, which is in none."""
 
 
 def _without_leftovers(layer: nn.Module) -> dict[str, Any]:

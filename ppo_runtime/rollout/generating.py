@@ -111,8 +111,9 @@ class ResponseGenerator:
         _check_sampler(length_sampler)
         longest, places = self._longest_response(queries, settings, length_sampler), list(range(len(queries)))
         sharing = _SHARING if batch_size is None else batch_size
-        if length_sampler is not None and (settings["num_beams"] or 1) > 1:
-            batch_size = sharing  # beams that end early are others than longer ones cut off
+        ends_apart = (settings["num_beams"] or 1) > 1 or settings["forced_eos_token_id"] is not None
+        if length_sampler is not None and ends_apart:
+            batch_size = sharing  # beams that end early, and rows with a forced last token, are not longer ones cut off
         if any(settings[name] for name in _SEEING_ROWS):
             batch_size = sharing  # what they see must not hang on the memory that is free
         if batch_size is None:
@@ -132,7 +133,7 @@ class ResponseGenerator:
             models.append((self.model, reference_context(self.model)))
         # All lengths are drawn before anything is generated, so that one without room is refused in time.
         mosts = [self._most_tokens(queries, settings, plan, length_sampler, sharing) for _ in models]
-        if plan.batch_size > sharing and not all(self._fits(queries, plan, most) for most in mosts):
+        if not all(self._fits(queries, plan, most) for most in mosts):
             # A batch runs up to its longest response, beside its longest prompt: those that share a length have room.
             before, places = places, list(range(len(queries)))
             plan = self._plan(settings, self._batch_size(queries, sharing), places)

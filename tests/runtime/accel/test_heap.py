@@ -72,6 +72,14 @@ def test_what_is_kept_can_be_had_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory.kept() - before >= size
 
 
+def test_what_was_trimmed_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_mallinfo", lambda: lambda: memory._MallInfo(fordblks=2**50, uordblks=2**20))
+    monkeypatch.setattr(memory, "_resident", lambda: 2**22)
+    assert memory.kept() == 2**22 - 2**20
+    monkeypatch.setattr(memory, "_resident", lambda: 2**10)
+    assert memory.kept() == 0
+
+
 def test_nobody_counts_for_another_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     assert memory._mallinfo.__wrapped__() is None

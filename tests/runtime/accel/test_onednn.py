@@ -228,6 +228,25 @@ def test_layers_that_do_not_agree_are_not_used(
 
 
 @here
+@here
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_trial_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    model = wide()
+    torch.set_default_dtype(dtype)
+    try:
+        assert onednn._disagreement(model) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@here
+def test_the_trial_is_one_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = onednn._forward
+    monkeypatch.setattr(onednn, "_forward", lambda layer: lambda rows: make(layer)(rows) + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "is not what it was" in str(onednn._disagreement(wide()))
+
+
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "own_share", lambda: 2**10)
     assert "more than half" in (obstacle(wide()) or "")

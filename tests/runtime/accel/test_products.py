@@ -296,6 +296,18 @@ def test_an_operator_that_gives_something_else_is_not_used(monkeypatch: pytest.M
 
 
 @here
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_trial_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    products._disagreement.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        assert products._disagreement() is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+        products._disagreement.cache_clear()
+
+
+@here
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("shape", [(5,), (17,), (3, 7)], ids=str)
 def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -178,7 +179,7 @@ def test_blocks_within_blocks_and_somebody_elses_forward() -> None:
 def test_a_copy_of_a_layer_with_something_left_behind_computes_its_own() -> None:
     layer: Any = nn.Linear(2, 2)
     gone = stand_ins._Block()
-    stand_ins._StandIn(layer, lambda rows: rows, ref(gone), {}).put()
+    stand_ins._StandIn(layer, lambda rows: rows, ref(gone), {}, {}).put()
     del gone
     assert not has_own_forward(layer)
     twin = copy.deepcopy(layer)
@@ -186,6 +187,29 @@ def test_a_copy_of_a_layer_with_something_left_behind_computes_its_own() -> None
         twin.weight.zero_()
     assert torch.equal(twin(torch.ones(1, 2)), twin.bias[None])
     assert not torch.equal(layer(torch.ones(1, 2)), layer.bias[None])
+
+
+@needs_onednn
+@pytest.mark.parametrize("block", ["packed", "fast_products", "dropout_off"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_made_inside_a_block_has_layers_of_its_own(
+    block: str, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(0.5)).train()
+    rows = torch.ones(4, 64)
+    with BLOCKS[block](model), torch.no_grad():
+        theirs = copied(model)
+        for parameter in theirs.parameters():
+            parameter.zero_()
+        assert not theirs(rows).any()
+        assert model[0](rows).any()
+        again = copied(theirs)
+    assert "forward" not in vars(theirs[0])
+    assert not again[0](rows).any()
+    assert model[0](rows).any()
 
 
 def test_an_interrupted_heap_is_as_usual_after_the_next_block(monkeypatch: pytest.MonkeyPatch) -> None:

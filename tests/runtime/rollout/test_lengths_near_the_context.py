@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.support.tiny import tiny_model
+from ppo_runtime.rollout import generating
+from tests.runtime.support.tiny import EOS_ID, tiny_model
 from tests.runtime.support.trainers import make_trainer
 
 
@@ -28,3 +29,42 @@ def test_a_batch_outgrows_no_context(family: str, more: dict[str, Any]) -> None:
         **more,
     )
     assert [len(response) for response in responses] == [4] * 4 + [context - 14] * 4
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.2}], ids=["our loop", "transformers"])
+def test_a_batch_outgrows_no_context_however_many_rows_memory_holds(
+    rows: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generating, "rows_together", lambda *_, **__: rows)
+    trainer = make_trainer("gpt2")
+    context = trainer.model.config.max_position_embeddings
+    long, short = torch.arange(context - 12) % 60 + 3, torch.arange(context - 14) % 60 + 3
+    lengths = iter([4, 14])
+    responses = trainer.generate(
+        [long] * 4 + [short] * 4,
+        return_prompt=False,
+        length_sampler=lambda: next(lengths),
+        do_sample=True,
+        eos_token_id=None,
+        **more,
+    )
+    assert [len(response) for response in responses] == [4] * 4 + [14] * 4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+@pytest.mark.parametrize("rows", [None, 4])
+def test_a_forced_last_token_stands_at_every_end(family: str, rows: int | None) -> None:
+    trainer = make_trainer(family)
+    lengths = iter([4, 9])
+    responses = trainer.generate(
+        [torch.arange(3, 9)] * 8,
+        lambda: next(lengths),
+        rows,
+        return_prompt=False,
+        do_sample=True,
+        suppress_tokens=[EOS_ID],
+        forced_eos_token_id=7,
+        eos_token_id=None,
+    )
+    assert [(len(response), int(response[-1])) for response in responses] == [(4, 7)] * 4 + [(9, 7)] * 4
