@@ -44,6 +44,7 @@ FIXED = {
     "seed": "call ppo_runtime.set_seed",
     "accel": "choose before the trainer is made: its reference has been prepared",
     "accel_strict": "choose before the trainer is made: its reference has been prepared",
+    "device": "choose before the trainer is made: its models have been placed",
     "learning_rate": "set 'lr' in each of trainer.optimizer.param_groups",
     "adap_kl_ctrl": "put another controller in place of trainer.kl_ctl",
     "init_kl_coef": "set trainer.kl_ctl.value",
@@ -110,6 +111,9 @@ class PPOConfig(CheckedSettings):
     and steps. What is asked for in vain is a warning."""
     accel_strict: bool = flag(False)
     """An error, which says what to do, instead of eager torch wherever what "accel" asks for can't be had."""
+    device: str = attrs.field(default="auto", validator=text)
+    """Where the models are brought: "auto" has what is still on the CPU on the GPU of this process (torchrun's
+    LOCAL_RANK), where there is one; or the name of a device, "cpu" or "cuda"."""
 
     # The optimisation.
     steps: int = count(20000)

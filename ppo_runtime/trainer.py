@@ -46,12 +46,13 @@ from ppo_runtime.learning.update import (
     same_updates,
     tokens_per_update,
 )
-from ppo_runtime.models.devices import check_devices
+from ppo_runtime.models.devices import check_devices, place
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
 from ppo_runtime.models.precision import check_moments, check_wide, own_precision
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_from_environment
+from ppo_runtime.ranks.parallel import shared
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.reporting.model_card import is_ours, write_model_card
 from ppo_runtime.reporting.publishing import upload_if_best
@@ -133,6 +134,7 @@ class Trainer:
                 updates,
             )
         self.tokenizer = tokenizer
+        place(model, ref_model, optimizer, config.device)
         broadcast_parameters(model, self.world)
         check_devices(model, ref_model)
         check_trains(model)
@@ -145,6 +147,8 @@ class Trainer:
             model, ref_model, num_shared_layers, config
         )
         check_trains(model)  # again: the reference may have frozen what it shares
+        self.parallel = shared(model, self.world)
+        """How the ranks share the model in an update."""
         self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
         # What was said of the parts, once each.
         self._said: set[str] = set()
@@ -204,6 +208,7 @@ class Trainer:
     @ref_model.setter
     def ref_model(self, ref_model: Any | None) -> None:
         assembly.check_reference_kind(self.model, ref_model)
+        place(self.model, ref_model, None, self.config.device)
         check_devices(self.model, ref_model)
         self._ref_model, self._reference, self.acceleration = assembly.make_reference(
             self.model, ref_model, None, self.config
@@ -363,14 +368,14 @@ class Trainer:
         started = time.perf_counter()
         times: dict[str, float] = {}
         config, model = self.config, self.model
-        with all_or_none(self.world, carries=1) as ballot:
+        with all_or_none(self.world, carries=2) as ballot:
             self._check_parts()
             self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
             self.response_generator.warn_of_greedy_responses(responses)
             plan = plan_updates(len(queries), config, self.shuffle)
-            ballot.mine[0] = sum(map(len, plan))
+            ballot.mine[0], ballot.mine[1] = sum(map(len, plan)), len(queries)
             with _clock(times, "forward_pass"):
                 scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
                 computed |= scored._asdict()
@@ -406,7 +411,7 @@ class Trainer:
                 tokens,
                 config,
                 policy_loss=self.policy_objective,
-                world=self.world,
+                parallel=self.parallel,
                 progress=progress,
             )
         self._say_skipped.stop_if_pointless(outcome.skipped, made=progress.begun)
@@ -421,7 +426,7 @@ class Trainer:
                 vf_coef=config.vf_coef,
                 world=self.world,
             )
-        self._update_controller(stats["objective/kl"], len(queries) * self.world.size)
+        self._update_controller(stats["objective/kl"], int(ballot.all[:, 1].sum()))
         if config.optimize_device_cache:
             torch.cuda.empty_cache()
         self._say_skipped(outcome.skipped, self.current_step + 1)

@@ -25,9 +25,18 @@ from ppo_runtime.compat.recording import recorded_stats
 from ppo_runtime.compat.stats import TOKENS, gather_stats
 from ppo_runtime.learning.advantages import estimated, globally_whitened
 from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
-from ppo_runtime.learning.guards import Cause
+from ppo_runtime.learning.guards import Cause, cause_in_losses
 from ppo_runtime.learning.step_inputs import start_token
-from ppo_runtime.learning.update import Losses, Targets, averages_of, losses_of, merge_into, prepare_update
+from ppo_runtime.learning.update import (
+    Losses,
+    Targets,
+    averages_of,
+    elected,
+    losses_of,
+    merge_into,
+    prepare_update,
+    voted,
+)
 from ppo_runtime.models.heads import lm_head, logits_at
 from ppo_runtime.models.modes import dropout_off, recomputes, without_dropout
 from ppo_runtime.models.precision import own_precision
@@ -217,7 +226,11 @@ class Piecewise(Trainer):
             count += 1
             if count >= self.config.gradient_accumulation_steps:  # fewer may be asked for meanwhile
                 weight = self._divide_gradients(averages["ppo/loss/policy"])
-                cause, _ = prepare_update(self.model, self.optimizer, averages, self.config, self.world, weight=weight)
+                with voted(self.world) as ballot:
+                    ballot.mine[0] = cause_in_losses(averages, self.config) if weight else Cause.EMPTY
+                if (cause := elected(ballot)) is Cause.NONE:
+                    self.parallel.sum_gradients()
+                cause, _ = prepare_update(self.model, self.optimizer, cause, self.config)
                 if cause is Cause.NONE:
                     self._step_optimizer()
                 else:

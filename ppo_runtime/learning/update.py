@@ -1,8 +1,8 @@
 """The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +15,9 @@ from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
 from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients, stop_if_asked
-from ppo_runtime.models.modes import without_dropout
-from ppo_runtime.ranks.gather import World, gather_averages, sum_gradients
+from ppo_runtime.models.modes import recomputes_within_backward, without_dropout
+from ppo_runtime.ranks.gather import Ballot, World, all_or_none, gather_averages
+from ppo_runtime.ranks.parallel import Alone
 
 Plan = list[list[list[Tensor]]]
 """Row indices: epochs of updates of minibatches."""
@@ -129,7 +130,7 @@ def optimise(
     config: PPOConfig,
     *,
     policy_loss: PolicyObjective,
-    world: World,
+    parallel: Alone,
     progress: Progress,
 ) -> Outcome:
     """Train on one batch, by a plan, of whose updates ``tokens`` are the kept ones over all ranks.
@@ -146,7 +147,24 @@ def optimise(
     skipped: Counter[Cause] = Counter()
     epochs = updates = 0
 
-    with without_dropout(model), _gradients_cleared(model):
+    def minibatch(index: Tensor, counts: bool) -> Callable[[Any], tuple[Tensor, dict[str, Average], Tensor]]:
+        """From the model to a loss, and to what is said of it without gradient."""
+        part = rows.select(index)
+        if not counts:
+            part = part._replace(mask=torch.zeros_like(part.mask))
+
+        def work(policy: Any) -> tuple[Tensor, dict[str, Average], Tensor]:
+            losses = minibatch_losses(policy, part, targets, index, config, policy_loss)
+            total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
+            return total, averages_of(losses), losses.policy.ratio_deviation.detach()
+
+        return work
+
+    with (
+        without_dropout(model),
+        _gradients_cleared(model),
+        parallel.updating(reentrant=recomputes_within_backward(model)),
+    ):
         for epoch, epoch_weights in zip(plan, weights, strict=True):
             epochs += 1
             epoch_averages: dict[str, Average] = {}
@@ -154,16 +172,22 @@ def optimise(
                 model.zero_grad(set_to_none=True)
                 optimizer.zero_grad(set_to_none=True)  # it may step parameters of the user's beside the model's
                 update_averages: dict[str, Average] = {}
-                for index in update:
-                    losses = minibatch_losses(model, rows.select(index), targets, index, config, policy_loss)
-                    total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
-                    if weight:
-                        (total / weight).backward()
-                    merge_into(update_averages, averages_of(losses))
-                    if updates == 0:
-                        deviation = torch.maximum(deviation, losses.policy.ratio_deviation)
+                cause = Cause.NONE
+                for group in parallel.rounds(update):
+                    with voted(parallel.world) as ballot:
+                        for number, (index, counts) in enumerate(group, 1):
+                            last = number == len(group)
+                            total, found, deviated = parallel.through(minibatch(index, counts), last=last)
+                            if weight or parallel.sharded:
+                                parallel.backward(total / max(weight, 1.0), last=last)
+                            merge_into(update_averages, found)
+                            if updates == 0:
+                                deviation = torch.maximum(deviation, deviated)
+                        ballot.mine[0] = cause_in_losses(update_averages, config) if weight else Cause.EMPTY
+                    cause = elected(ballot)
+                    parallel.settle(agreed=cause is Cause.NONE)
                 progress.update = update
-                cause, norm = prepare_update(model, optimizer, update_averages, config, world, weight=weight)
+                cause, norm = prepare_update(model, optimizer, cause, config)
                 if cause is Cause.NONE:
                     progress.begin()
                     optimizer.step()
@@ -177,7 +201,7 @@ def optimise(
                 updates += 1
                 merge_into(epoch_averages, update_averages)
             merge_into(averages, epoch_averages)
-            if config.early_stopping and _has_moved(epoch_averages, config, world):
+            if config.early_stopping and _has_moved(epoch_averages, config, parallel.world):
                 break
         had_gradients = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if progress.begun and rows.mask.device.type == "cpu":
@@ -220,24 +244,14 @@ def losses_of(
     )
 
 
-def prepare_update(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    averages: dict[str, Average],
-    config: PPOConfig,
-    world: World,
-    *,
-    weight: float,
-) -> Prepared:
-    """Make the gradients that an update's backward passes have left ready for a step: summed over ranks and clipped.
+def prepare_update(model: Any, optimizer: torch.optim.Optimizer, cause: Cause, config: PPOConfig) -> Prepared:
+    """Make the gradients of all ranks, which stand in every one of them, ready for a step: clipped.
 
     Args:
         model: the policy.
         optimizer: whose parameters count in the norm.
-        averages: what the update's minibatches found, on this rank.
-        config: for the thresholds.
-        world: ranks that decide together, so that none of them steps alone.
-        weight: kept tokens of the update over all ranks.
+        cause: what all ranks have said of the losses.
+        config: for the threshold.
 
     Returns:
         A cause other than NONE if no step may be made: then neither weights nor moments shall see these gradients. (A
@@ -246,11 +260,6 @@ def prepare_update(
     Raises:
         ValueError: the same, where ``on_nonfinite`` asks for it; on all ranks.
     """
-    cause = cause_in_losses(averages, config) if weight else Cause.EMPTY
-    votes = torch.zeros(len(Cause))
-    votes[cause] = 1
-    # With the gradients, which are no good to anybody where a rank has voted against them.
-    cause = Cause(int(sum_gradients(model.parameters(), votes, world).nonzero().max()))
     if cause is not Cause.NONE:
         stop_if_asked(cause, config)
         return Prepared(cause, torch.zeros(()))
@@ -259,6 +268,16 @@ def prepare_update(
     norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
     stop_if_asked(cause, config)
     return Prepared(cause, norm)
+
+
+def voted(world: World) -> AbstractContextManager[Ballot]:
+    """A block at whose end every rank has written a cause into the ballot; one that fails fails on all of them."""
+    return all_or_none(world, carries=1)
+
+
+def elected(ballot: Ballot) -> Cause:
+    """The gravest cause that any rank has voted for."""
+    return Cause(int(ballot.all.max()))
 
 
 @contextmanager

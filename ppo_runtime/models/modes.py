@@ -73,3 +73,12 @@ def _random_attributes(holder: Any) -> list[str]:
 def recomputes(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on anywhere, so that a backward pass makes forward passes."""
     return any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules())
+
+
+def recomputes_within_backward(model: nn.Module) -> bool:
+    """Whether checkpointing anywhere is of the re-entrant kind: a backward pass of its own inside the backward pass."""
+    return any(
+        getattr(getattr(part, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+        for part in model.modules()
+        if getattr(part, "gradient_checkpointing", False) is True
+    )

@@ -232,36 +232,30 @@ def all_or_none(world: World, *, carries: int = 0) -> Iterator[Ballot]:
         raise RuntimeError("another rank refused what it was given, or failed: see its message. Nothing changed here")
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], votes: Tensor, world: World) -> Tensor:
-    """Replace every gradient by its sum over all ranks, in one collective, in float32 or wider.
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Replace every gradient by its sum over all ranks, where it lies, in float32 or wider.
 
-    The sum, not the mean: losses are divided by global weights, so that no result depends on how a batch was split.
-    A missing gradient counts as zero if another rank has one, and stays missing if none has.
+    For gradients of passes that torch's DistributedDataParallel has not seen; all of them are on the way at once. A
+    missing gradient counts as zero if another rank has one, and stays missing if none has.
 
     Args:
         parameters: of the model, in the same order on every rank.
-        votes: small whole numbers [n] that are to be added up on the same occasion.
         world: the ranks.
-
-    Returns:
-        The sums of the votes.
     """
     if world.size == 1:
-        return votes
+        return
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in trainable), torch.float32)
-    present = torch.tensor([parameter.grad is not None for parameter in trainable])
-    gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trainable)
-    flat = torch.cat(
-        [votes.to(dtype), present.to(dtype), *(gradient.detach().flatten().to("cpu", dtype) for gradient in gradients)]
-    )
-    dist.all_reduce(flat)
-    sizes = [len(votes), len(trainable), *(parameter.numel() for parameter in trainable)]
-    votes, holders, *sums = flat.split(sizes)
-    for parameter, held, total in zip(trainable, holders.tolist(), sums, strict=True):
-        if held:
-            parameter.grad = total.view_as(parameter).to(parameter, copy=True)
-    return votes
+    present = torch.tensor([parameter.grad is not None for parameter in trainable], dtype=torch.uint8)
+    held = _gather(present, world).amax(0).tolist()
+    under_way: list[tuple[nn.Parameter, Tensor, Any]] = []
+    for parameter in (one for one, anywhere in zip(trainable, held, strict=True) if anywhere):
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.detach().to(wide).contiguous()
+        under_way.append((parameter, total, dist.all_reduce(total, async_op=True)))
+    for parameter, total, work in under_way:
+        work.wait()
+        parameter.grad = total.to(parameter.dtype)
 
 
 def broadcast_parameters(module: nn.Module, world: World) -> None:

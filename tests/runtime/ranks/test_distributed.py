@@ -104,7 +104,7 @@ def gradients_case(world: World) -> list[Tensor]:
     if world.rank == world.size - 1:
         loss = loss + model["last"](data()[0][-1] - 1e4).sum()
     loss.backward()
-    assert sum_gradients(model.parameters(), torch.ones(2), world).tolist() == [world.size, world.size]
+    sum_gradients(model.parameters(), world)
     assert all(parameter.grad is None for name in ("none", "frozen") for parameter in model[name].parameters())
     return [parameter.grad for name in ("all", "last") for parameter in model[name].parameters()]
 
@@ -222,7 +222,7 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_world_of_one_keeps_missing_gradients() -> None:
     model = nn.Linear(2, 2)
-    sum_gradients(model.parameters(), torch.zeros(0), ALONE)
+    sum_gradients(model.parameters(), ALONE)
     assert model.weight.grad is None
 
 
