@@ -34,7 +34,7 @@ from ppo_runtime.learning.optimisers import (
     say_what_stays,
 )
 from ppo_runtime.learning.scheduling import advance, no_rate
-from ppo_runtime.learning.scoring import ScoreProcessor
+from ppo_runtime.learning.scoring import RecentScores, ScoreProcessor
 from ppo_runtime.learning.step_inputs import check_batch, check_lengths, lay_out_batch
 from ppo_runtime.learning.update import (
     PolicyObjective,
@@ -156,6 +156,7 @@ class Trainer:
         self.lr_scheduler: Any = lr_scheduler
         self.kl_ctl = assembly.make_controller(config)
         self.scores = ScoreProcessor()
+        self.recent_scores = RecentScores()
         self.best_score: float | None = None
         """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
         self.advantage_estimator, self.policy_objective = advantages, policy_loss
@@ -436,6 +437,7 @@ class Trainer:
             self._unscheduled = self.lr_scheduler
             logger.warning("%s", no_rate(self.lr_scheduler, self.current_step + 2, error))
         self.current_step += 1
+        self.recent_scores.add(raw)
         return stats | {f"time/ppo/{name}": seconds for name, seconds in times.items()}
 
     def log_stats(

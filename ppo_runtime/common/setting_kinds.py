@@ -46,7 +46,7 @@ def number(low: float, high: float, *, low_open: bool, optional: bool = False) -
             found = math.inf
         if not math.isfinite(found) or not low <= found <= high or (low_open and found == low):
             raise ValueError(
-                f"{field.name} is {value!r}, expected a finite number in {interval}{' or None' if optional else ''}"
+                f"{field.name} is {value!r:.60}, expected a finite number in {interval}{' or None' if optional else ''}"
             )
 
     return check
@@ -87,7 +87,7 @@ def _options(value: Any, field: "attrs.Attribute[Any]") -> JSONDict:
 def boolean(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{field.name} is {value!r}, expected True or False")
+        raise ValueError(f"{field.name} is {value!r:.60}, expected True or False")
 
 
 def text(_: object, field: "attrs.Attribute[Any]", value: object) -> None:

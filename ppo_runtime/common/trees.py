@@ -1,5 +1,6 @@
 """Trees of plain values: what JSON can hold, exactly, and back again; tensors may go to a file of their own."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from copy import copy
@@ -8,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+# Bytes that an entry of an array has at most: a text of a dtype's own length could ask for any.
+_WIDEST = 2**14
 
 
 def copied(value: Any) -> Any:
@@ -56,21 +60,53 @@ def _is_plain(dtype: np.dtype[Any]) -> bool:
 
 
 def restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What ``plain`` was given."""
+    """What ``plain`` was given.
+
+    Raises:
+        ValueError: it is nothing that ``plain`` makes; nothing has been run for it, and no memory taken that its text
+            does not take as well.
+    """
+    try:
+        return _restored(value, tensors)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{type(error).__name__}: {error!s:.200}") from error
+
+
+def read_back(value: Any, where: str, tensors: Mapping[str, Tensor] | None = None) -> Any:
+    """What ``plain`` was given, if it would make of it what stands here, to the letter.
+
+    Raises:
+        ValueError: it would not, and so somebody else has made it.
+    """
+    found = restored(value, tensors or {})
+    apart: dict[str, Tensor] = {}
+    again = plain(found, where, None if tensors is None else apart)
+    if json.dumps(again) != json.dumps(value) or apart.keys() != (tensors or {}).keys():
+        raise ValueError(f"{where} is written otherwise than a checkpoint writes it")
+    return found
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [restored(item, tensors) for item in value]
+        return [_restored(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if "stored" in value:
         return tensors[value["stored"]]
     if "tensor" in value:
-        found = torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        dtype = getattr(torch, value["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{value['dtype']} is no dtype")
+        found = torch.tensor(value["tensor"], dtype=dtype)
         return found.reshape(value.get("shape", found.shape))  # which an empty list does not tell
     if "array" in value:
-        array = np.array(value["array"], dtype=value["dtype"])
+        kind = np.dtype(value["dtype"])
+        if not _is_plain(kind) or kind.itemsize > _WIDEST:
+            raise TypeError(f"{kind} is no dtype of plain values")
+        array = np.array(value["array"], dtype=kind)
         return array.reshape(value.get("shape", array.shape))
     if "tuple" in value:
-        return tuple(restored(item, tensors) for item in value["tuple"])
+        return tuple(_restored(item, tensors) for item in value["tuple"])
     kind, items = next(iter(value.items()))
-    pairs = ((restored(key, tensors), restored(item, tensors)) for key, item in items)
-    return Counter(dict(pairs)) if kind == "counter" else dict(pairs)
+    pairs = {_restored(key, tensors): _restored(item, tensors) for key, item in items}
+    return {"dict": dict, "counter": Counter}[kind](pairs)

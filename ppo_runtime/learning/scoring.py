@@ -34,3 +34,26 @@ class ScoreProcessor:
     def state_dict(self) -> dict[str, float]:
         """The running moments."""
         return attrs.asdict(self.state)
+
+
+class RecentScores:
+    """This rank's raw scores since the last checkpoint, as their sum and number, which tell good checkpoints apart."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+        self._kept = False
+
+    def add(self, raw: Tensor) -> None:
+        """Take in the scores [B] of a whole step; behind a checkpoint they are the first."""
+        if self._kept:
+            self.sum, self.count, self._kept = 0.0, 0, False
+        self.sum += float(raw.double().sum())
+        self.count += raw.numel()
+
+    def resumed(self, mean: float | None) -> None:
+        """Stand where a checkpoint was made that has this mean."""
+        self.sum, self.count, self._kept = mean or 0.0, int(mean is not None), True
+
+    def kept(self) -> None:
+        """A checkpoint has been made. Until the next step another one would be of the same scores."""
+        self._kept = True

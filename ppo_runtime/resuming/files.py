@@ -1,25 +1,34 @@
 """The files of a checkpoint: a directory that is whole or not there, written as a draft and then renamed."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
-POLICY, OPTIMIZER, STATE = "policy.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 2
+POLICY, OPTIMIZER, STATE, MANIFEST = "policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 # What file managers and network disks leave in any directory.
 _LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs.*")
-_OURS = re.compile(rf"{re.escape(POLICY)}|{re.escape(OPTIMIZER)}|{re.escape(STATE)}|rank-\d+\.json")
+OURS = re.compile(rf"{'|'.join(map(re.escape, (POLICY, OPTIMIZER, STATE, MANIFEST)))}|rank-(0|[1-9]\d{{0,8}})\.json")
+"""The names of a checkpoint's files: no other is written, looked into or removed."""
+LONGEST = 2**26
+"""Bytes that a file of JSON has at most, some hundred times those of a large model's."""
 _WHOLE = "what save_checkpoint wrote; copy the checkpoint again, or remove it and go on from another"
-_ENTRIES = "world_size", "frozen", "config", "optimizer", "lr_scheduler", "trainer"
+
+
+def rank_file(rank: int) -> str:
+    """The name of what a process has for itself."""
+    return f"rank-{rank}.json"
 
 
 def check_replaceable(directory: str | Path) -> None:
@@ -39,8 +48,8 @@ def check_replaceable(directory: str | Path) -> None:
             f"{target} is a mount point, expected a directory that a new checkpoint can replace; take one in it, such "
             f"as {target / 'checkpoint'}"
         )
-    others = sorted(name for name in names if not _OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
-    if names and (others or STATE not in names):
+    others = sorted(name for name in names if not OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
+    if names and (others or not {STATE, MANIFEST} & names):
         held = others[0] if others else f"no {STATE}"
         raise ValueError(
             f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; give the "
@@ -73,12 +82,13 @@ def told(target: Path) -> Iterator[None]:
     """Say of what the system refuses that no checkpoint was made, and what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         said = (
             f"no checkpoint was made in {target}: {error}. What was there is kept; give the checkpoint a directory "
-            f"that can be made and renamed where it lies, such as {target / 'checkpoint'}"
+            f"that can be made and renamed where it lies, and has room, such as {target / 'checkpoint'}"
         )
-        raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
+        number = getattr(error, "errno", None)
+        raise (OSError(said) if number is None else OSError(number, said)) from error
 
 
 def is_working_directory(target: Path) -> bool:
@@ -94,41 +104,69 @@ def resolved(directory: str | Path) -> Path:
     return Path(directory).resolve()
 
 
-def read_state(source: Path) -> dict[str, Any]:
-    """What ``state.json`` holds, of this format and with all that it must have."""
-    state = read_json(source / STATE)
-    found = state.get("format") if isinstance(state, dict) else None
-    if found is not None and found != FORMAT:
-        raise ValueError(f"{source} has format {found}, expected {FORMAT}; use the version that wrote it")
-    missing = [name for name in ("format", *_ENTRIES) if not isinstance(state, dict) or name not in state]
-    if missing:
-        raise ValueError(f"{source / STATE} has no {missing[0]!r}, expected {_WHOLE}")
-    return state
-
-
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise ValueError(f"{path} cannot be read ({error}), expected {_WHOLE}") from error
-
-
-@contextmanager
-def named_if_damaged(source: Path) -> Iterator[None]:
-    """Say of what does not hold what it should which checkpoint it is, and what to do."""
-    try:
-        yield
-    except (SafetensorError, FileNotFoundError, AttributeError, LookupError, TypeError, StopIteration) as error:
-        raise ValueError(f"{source} cannot be read ({type(error).__name__}: {error}), expected {_WHOLE}") from error
-
-
 def existing(target: Path) -> Path:
     """Where a checkpoint lies: in its place, or beside it where its replacement was broken off."""
     for candidate in (target, siblings(target)[1]):
-        if (candidate / STATE).is_file():
+        # Any of them may be what is missing of a damaged one.
+        if any(os.path.lexists(candidate / name) for name in (STATE, MANIFEST, POLICY, OPTIMIZER)):
             return candidate
     raise FileNotFoundError(f"{target} holds no {STATE}, expected a directory made by save_checkpoint")
+
+
+def damaged(source: Path, what: str) -> ValueError:
+    """What is said of a checkpoint that is not as it was written."""
+    return ValueError(f"{source} cannot be read ({what}), expected {_WHOLE}")
+
+
+def opened(path: Path) -> BinaryIO:
+    """A plain file, to be read.
+
+    Raises:
+        ValueError: there is none, or it is a link, a pipe, a device or a directory, of which none is followed or waited
+            for.
+    """
+    # What not every system has is 0 there.
+    flags = [getattr(os, name, 0) for name in ("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")]
+    try:
+        descriptor = os.open(path, sum(flags))
+    except OSError as error:
+        kinds = {errno.ELOOP: "is a link", errno.ENOENT: "is missing"}
+        kind = kinds.get(error.errno or 0, f"cannot be opened: {error.strerror}")
+        raise damaged(path.parent, f"{path.name} {kind}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise damaged(path.parent, f"{path.name} is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path) -> bytes:
+    """What a file of JSON is made of.
+
+    Raises:
+        ValueError: it is longer than any of ours, or no plain file.
+    """
+    with opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LONGEST:
+            raise damaged(path.parent, f"{path.name} has {size} bytes, more than {LONGEST}")
+        return file.read(LONGEST + 1)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; see :func:`read_text`."""
+    text = read_text(path)
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deep
+        raise damaged(path.parent, f"{path.name}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in the memory of the CPU once they are looked at."""
+    opened(path).close()  # a plain file
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, MemoryError, LookupError, TypeError, ValueError) as error:
+        raise damaged(path.parent, f"{path.name}: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -138,9 +176,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
+def as_json(content: Any) -> str:
+    """Text of JSON as our files have it."""
+    return json.dumps(content, default=str) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, and wait until it is on disk."""
-    path.write_text(json.dumps(content, default=str) + "\n", encoding="utf-8")
+    path.write_text(as_json(content), encoding="utf-8")
     sync(path)
 
 

@@ -7,19 +7,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_runtime.common.redact import without_secrets
-from ppo_runtime.learning.optimisers import fits, moments_of, steps_as_torch
+from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
+from ppo_runtime.resuming.files import damaged
+from ppo_runtime.resuming.records import StateRecord
+from ppo_runtime.resuming.stepping import IMPLEMENTATION, check_scheduled, check_steps
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint's own state decides, whatever is configured now, and where to change it then.
-_KEPT = {
-    "init_kl_coef": "the coefficient is kept from the checkpoint; set trainer.kl_ctl.value for another",
-    "seed": "the random generators are kept from the checkpoint",
-}
+_OUR_CONTROLLERS = AdaptiveKLController, FixedKLController
 _KEPT_RATE = "the scheduler and its learning rates are kept from the checkpoint"
 
 
@@ -63,7 +62,7 @@ def check_tensors(source: Path, stored: Mapping[str, Tensor], present: Mapping[s
 def check_optimizer_state(
     source: Path, then: Mapping[str, Any] | None, state: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    """Refuse the state of another kind of optimiser, or of parameters in another order.
+    """Refuse the state of another kind of optimiser, of parameters in another order, or one that could not step on.
 
     Args:
         source: the checkpoint, for the message.
@@ -85,51 +84,94 @@ def check_optimizer_state(
         raise ValueError(
             f"{source} holds an optimizer's state for {was} where the optimizer has {is_now} now; {advice}"
         )
-    _check_moments(source, state, trainer, advice)
+    check_steps(source, state, trainer.optimizer, advice)
 
 
-def check_scheduler_state(source: Path, state: Mapping[str, Any], scheduler: Any) -> None:
-    """Refuse the state of another kind of scheduler, or of one where there is none."""
-    if (state["lr_scheduler"] is None) != (scheduler is None):
+def check_scheduler_state(source: Path, state: StateRecord, then: Any, scheduler: Any) -> None:
+    """Refuse the state of another kind of scheduler, of one where there is none, or one that could not go on."""
+    if (then is None) != (scheduler is None):
         raise ValueError(
-            f"{source} has {'no' if state['lr_scheduler'] is None else 'an'} lr_scheduler state, and the trainer has "
+            f"{source} has {'no' if then is None else 'an'} lr_scheduler state, and the trainer has "
             f"{'none' if scheduler is None else 'one'}; pass the same kind as then"
         )
-    then, now = state.get("scheduler_class", scheduler_class(scheduler)), scheduler_class(scheduler)
-    if then != now:
+    kind, now = state.scheduler_class, scheduler_class(scheduler)
+    if kind != now and (kind is not None or state.format > 1):
         raise ValueError(
-            f"{source} holds the state of {then}, and the lr_scheduler is {now}; pass the same kind as then"
+            f"{source} holds the state of {kind}, and the lr_scheduler is {now}; pass the same kind as then"
         )
+    check_scheduled(source, then, scheduler)
 
 
-def warn_of_differences(then: Mapping[str, Any], now: Mapping[str, Any], *, scheduled: bool) -> set[str]:
-    """The names of the settings that differ; they are told, with what the checkpoint's state decides all the same."""
+def check_finite(source: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse parameters that are not finite, of which no checkpoint is made."""
+    for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        if weights[name].is_floating_point() and not bool(weights[name].isfinite().all()):
+            raise damaged(source, f"{name} holds numbers that are not finite")
+
+
+def check_controller_state(source: Path, own: Mapping[str, Any], trainer: Trainer) -> None:
+    """Refuse a coefficient that our controllers would."""
+    if isinstance(trainer.kl_ctl, _OUR_CONTROLLERS) and (not own["kl_coef"] >= 0):
+        raise damaged(source, f"kl_coef is {own['kl_coef']!r:.60}")
+
+
+def settle_differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], trainer: Trainer, groups: list[dict[str, Any]]
+) -> None:
+    """Put in force what is set otherwise than when the checkpoint was made, or say that the checkpoint decides it.
+
+    Args:
+        then: its settings.
+        now: those of the trainer.
+        trainer: into which it has been loaded.
+        groups: the options of its optimiser's groups before that.
+    """
     then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
-    kept = _KEPT | ({"learning_rate": _KEPT_RATE} if scheduled else {})
     changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    said = [
-        f"{name} was {then.get(name)!r} and is {now.get(name)!r}" + (f" ({kept[name]})" if name in kept else "")
-        for name in changed
-    ]
+    said = []
+    for name in changed:
+        force = _FORCE[name](trainer, groups) if name in _FORCE and name in then else ""
+        said.append(f"{name} was {then.get(name)!r:.80} and is {now.get(name)!r:.80}{f' ({force})' if force else ''}")
+    if trainer.lr_scheduler is None:  # which may change any option from step to step
+        said += _other_options(trainer.optimizer.param_groups, groups)
     if said:
         logger.warning("the run goes on with other settings than the checkpoint's: %s", "; ".join(said))
-    return set(changed)
+
+
+def _force_rates(trainer: Trainer, groups: list[dict[str, Any]]) -> str:
+    if trainer.lr_scheduler is not None:
+        return _KEPT_RATE
+    for group, before in zip(trainer.optimizer.param_groups, groups, strict=True):
+        if before.get("lr") is not None:
+            group["lr"] = before["lr"]
+    rates = {float(group["lr"]) for group in groups if group.get("lr") is not None}
+    return f"the optimizer goes on at {', '.join(f'{rate:g}' for rate in sorted(rates))}" if rates else ""
+
+
+def _force_coefficient(trainer: Trainer, _: Any) -> str:
+    if not isinstance(trainer.kl_ctl, _OUR_CONTROLLERS):
+        return f"your controller goes on with the checkpoint's coefficient, {trainer.kl_ctl.value}"
+    trainer.kl_ctl.value = trainer.config.init_kl_coef
+    return f"the controller goes on from {trainer.kl_ctl.value:g}"
+
+
+def _keep_generators(*_: Any) -> str:
+    return "the random generators and the order of the data are kept from the checkpoint"
+
+
+_FORCE = {"learning_rate": _force_rates, "init_kl_coef": _force_coefficient, "seed": _keep_generators}
+
+
+def _other_options(loaded: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """What the checkpoint decides of an optimiser that was made with other options."""
+    said: dict[str, None] = {}
+    for group, made in zip(loaded, before, strict=True):
+        for name in made.keys() - IMPLEMENTATION - {"params"}:
+            if repr(group.get(name)) != repr(made[name]):
+                was, now = f"{group.get(name)!r:.60}", f"{made[name]!r:.60}"
+                said[f"{name} of the optimizer was {was} and is {now} (the checkpoint's is kept)"] = None
+    return sorted(said)
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return trainer.optimizer.param_groups
-
-
-def _check_moments(source: Path, state: Mapping[str, Any], trainer: Trainer, advice: str) -> None:
-    """Refuse moments of another shape, where torch's own optimisers say what it must be."""
-    if not steps_as_torch(trainer.optimizer):
-        return
-    parameters = [parameter for group in _groups(trainer) for parameter in group["params"]]
-    places = [place for group in state["param_groups"] for place in group["params"]]
-    for place, parameter in zip(places, parameters, strict=True):
-        for name, moment in moments_of(state["state"].get(place, {})):
-            if not fits(moment, parameter):
-                raise ValueError(
-                    f"{source} holds {name} of shape {tuple(moment.shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}; {advice}"
-                )

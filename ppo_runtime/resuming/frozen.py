@@ -1,29 +1,53 @@
 """What training does not touch, by its digests: a run goes on beside the same frozen weights and buffers alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.resuming.records import StateRecord
 from ppo_runtime.trainer import Trainer
+
+_LOOKED_AT = 16
+_KNOWN: WeakKeyDictionary[Trainer, dict[bool, tuple[list[Any], str]]] = WeakKeyDictionary()
 
 
 def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
 
-    Without the reference's value head, which nothing reads and which may be drawn anew with every start.
+    Without the reference's value head, which nothing reads and which may be drawn anew with every start. It is computed
+    anew only when a weight is another tensor than at the last time, or has changed: torch counts what is done to one,
+    and some of its entries are looked at, since nothing counts what is done to its ``data``.
     """
-    digest = hashlib.sha256()
+    weights = list(_frozen(trainer, reference_head))
+    known = _KNOWN.setdefault(trainer, {})
+    marks = [_mark(name, weight) for name, weight in weights]
+    if reference_head not in known or known[reference_head][0] != marks:
+        digest = hashlib.sha256()
+        for name, weight in weights:
+            _add(digest, name, weight)
+        known[reference_head] = marks, digest.hexdigest()
+    return known[reference_head][1]
+
+
+def _frozen(trainer: Trainer, reference_head: bool) -> Iterator[tuple[str, Tensor]]:
     for model in (trainer.model, trainer.ref_model):
         for name, parameter in [] if model is None else sorted(model.named_parameters()):
             unused = model is trainer.ref_model and name.startswith(HEAD_PREFIX) and not reference_head
             if not parameter.requires_grad and not unused:
-                _add(digest, name, parameter)
-    return digest.hexdigest()
+                yield name, parameter
+
+
+def _mark(name: str, weight: Tensor) -> tuple[Any, ...]:
+    """What tells cheaply that a weight is as it was."""
+    made = object() if weight.is_inference() else weight._version  # torch counts nothing of the former: never the same
+    entries = weight.detach().flatten()[:: max(1, weight.numel() // _LOOKED_AT)]
+    return name, weight.data_ptr(), made, weight.dtype, tuple(weight.shape), as_bytes(entries).numpy().tobytes()
 
 
 def frozen_buffers(trainer: Trainer) -> dict[str, str]:
@@ -43,17 +67,17 @@ def frozen_buffers(trainer: Trainer) -> dict[str, str]:
     return digests
 
 
-def check_frozen(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None:
+def check_frozen(source: Path, state: StateRecord, trainer: Trainer) -> None:
     """Refuse a checkpoint that was made beside other frozen weights or buffers; ``state`` is what it holds."""
     advice = "make the trainer from the same original model and reference, not from trained weights"
-    then = state["frozen"]
+    then = state.frozen
     # Checkpoints of before hashed the reference's unused value head as well.
     if then != frozen_digest(trainer) and then != frozen_digest(trainer, reference_head=True):
         raise ValueError(
             f"{source} was made beside other frozen weights: the reference, or the layers that do not train, "
             f"differ; {advice}"
         )
-    if (buffers := state.get("frozen_buffers")) is None:  # and those of before that knew nothing of buffers
+    if (buffers := state.frozen_buffers) is None:  # and those of before that knew nothing of buffers
         return
     now = frozen_buffers(trainer)
     if differing := sorted(name for name in {*buffers, *now} if buffers.get(name) != now.get(name)):

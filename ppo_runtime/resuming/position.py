@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.generators import generator_states, restore_generators
+from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from ppo_runtime.trainer import Trainer
 
@@ -29,24 +31,85 @@ def restore_position(trainer: Trainer, state: Mapping[str, Any]) -> None:
     data = _batches(trainer)
     if state["data"] is not None and data is not None:
         data.load_state_dict(state["data"])
-    restore_generators(state, trainer.shuffle, trainer.device)
+    if (seed := state.get("seed")) is None:
+        restore_generators(state, trainer.shuffle, trainer.device)
+    else:
+        set_seed(seed)
+        trainer.shuffle.set_state(state["shuffle"])
+
+
+def source_of(world: World, ranks: int) -> int:
+    """The rank whose position a process goes on from, of those that wrote the checkpoint; further ones share them."""
+    return world.rank % ranks
+
+
+def position_here(state: Mapping[str, Any], world: World, ranks: int, digest: str) -> dict[str, Any]:
+    """The position of a process, from that of the rank that it goes on from.
+
+    A process that was not there then has random generators of its own: their seed is drawn from the state of that
+    rank, so that no two processes and no two continuations draw the same numbers.
+
+    Args:
+        state: of the rank.
+        world: the processes now.
+        ranks: how many there were.
+        digest: SHA-256 of the rank's state.
+    """
+    place = state["data"]
+    if place is not None and "consumed" in place:  # of format 1, in batches of one rank
+        place = place | {"ranks": ranks}
+    new = {} if world.rank < ranks else {"seed": mixed(int(digest[:15], 16), world.rank)}
+    return {**state, "data": place, **new}
 
 
 def check_data(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None:
-    """Refuse a place in data of another length; say where the data itself differs, as far as that can be seen."""
+    """Refuse a place in other data than these, as far as that can be seen."""
     then, data = state["data"], _batches(trainer)
     if then is None or data is None:
         if trainer.dataloader is not None:
             logger.warning("the checkpoint's place in the data is not known here: the data begins again")
         return
+    advice = "pass the dataset of then, or start a new run from the saved model"
     if then.get("rows", data.rows) != data.rows:
         raise ValueError(
-            f"{source} was made with a dataset of {then['rows']} rows, and this one has {data.rows}; pass the dataset "
-            "of then, or start a new run from the saved model"
+            f"{source} was made with a dataset of {then['rows']} rows, and this one has {data.rows}; {advice}"
         )
     prompts = prompt_digest(trainer.dataloader.dataset) if trainer.dataloader is not None else None
     if prompts is not None and state.get("prompts") not in (None, prompts):
-        logger.warning("the run goes on with other prompts than the checkpoint's")
+        raise ValueError(f"{source} was made with a dataset of other prompts; {advice}")
+
+
+def check_world(source: Path, config: Mapping[str, Any], ranks: int, trainer: Trainer) -> None:
+    """Refuse another number of sequences per step; say what another number of processes means.
+
+    As many sequences on more or fewer processes are the same step: the order of the prompts is that of all ranks
+    together, losses and statistics are over all of them.
+
+    Args:
+        source: the checkpoint.
+        config: its settings.
+        ranks: how many processes wrote it.
+        trainer: which shall go on from it.
+    """
+    size, now = trainer.world.size, trainer.config.batch_size
+    then = config.get("batch_size", now)
+    if then * ranks != now * size:
+        advice = f"set batch_size to {then * ranks // size}"
+        if then * ranks % size:
+            advice = f"start a number of processes that divides {then * ranks}, and set batch_size to the quotient"
+        raise ValueError(
+            f"{source} was made with batch_size {then} on {ranks} ranks, {then * ranks} sequences a step, and here it "
+            f"is {now} on {size}, {now * size}; {advice}"
+        )
+    if ranks != size:
+        logger.warning(
+            "%s was written by %d ranks and goes on with %d: the order of the prompts and all states go on; which rank "
+            "has which rows, and so what is sampled for them, is another%s",
+            source,
+            ranks,
+            size,
+            f", and ranks from {ranks} on draw from new seeds" if size > ranks else "",
+        )
 
 
 def _batches(trainer: Trainer) -> PromptBatches | None:

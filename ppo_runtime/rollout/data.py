@@ -49,8 +49,9 @@ class PromptBatches(Sampler[list[int]]):
     """Indices of ``batch_size`` rows at a time, in an order drawn anew for every epoch from (seed, epoch).
 
     Ranks draw the same order and take turns in it; as many rows as they cannot share equally are left out, others in
-    every epoch. Where it stands is two numbers, ``epoch`` and ``consumed``; after ``load_state_dict`` the next
-    iteration goes on there. Every other iteration begins a new epoch.
+    every epoch. Where they stand is the same two numbers on all of them, ``epoch`` and how many of its rows all ranks
+    together have ``seen``; after ``load_state_dict`` the next iteration goes on there, whatever the number of ranks.
+    Every other iteration begins a new epoch.
     """
 
     def __init__(self, rows: int, batch_size: int, *, drop_last: bool, seed: int, world: World) -> None:
@@ -60,7 +61,7 @@ class PromptBatches(Sampler[list[int]]):
         self.drop_last = drop_last
         self.seed = seed
         self.epoch = -1
-        self.consumed = 0
+        self.seen = 0
         self._go_on = False
 
     def __len__(self) -> int:
@@ -71,28 +72,45 @@ class PromptBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """The (rest of the) epoch's batches."""
         if not self._go_on:
-            self.epoch, self.consumed = self.epoch + 1, 0
+            self.epoch, self.seen = self.epoch + 1, 0
         self._go_on = False
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
-        shared = self.rows - self.rows % self.world.size
-        batches = order[self.world.rank : shared : self.world.size].split(self.batch_size)[: len(self)]
-        for batch in batches[self.consumed :]:
-            self.consumed += 1
+        rest = order[self.seen :]
+        mine = rest[self.world.rank : len(rest) - len(rest) % self.world.size : self.world.size]
+        for batch in mine.split(self.batch_size):
+            if len(batch) < self._least():
+                return
+            self.seen += len(batch) * self.world.size
             yield batch.tolist()
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the data, and the two numbers without which it says nothing."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "rows": self.rows, "batch_size": self.batch_size}
+        """The place in the data, and the numbers without which it says nothing."""
+        return {
+            "epoch": self.epoch,
+            "seen": self.seen,
+            "rows": self.rows,
+            "batch_size": self.batch_size,
+            "ranks": self.world.size,
+            "seed": self.seed,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from there with the next iteration; from an epoch's end that is the next epoch.
 
-        Under another batch size no row of the epoch comes twice: what the next batch would share with rows already
-        read is left out.
+        The order is that of the seed of then. No row of the epoch comes twice and none is left out, whatever the number
+        of ranks and the batch size, but for those at its end that make no whole batch.
         """
-        seen = state["consumed"] * state.get("batch_size", self.batch_size)
-        self.epoch, self.consumed = state["epoch"], -(-seen // self.batch_size)
-        self._go_on = self.epoch >= 0 and self.consumed < len(self)
+        self.epoch, self.seed = state["epoch"], state.get("seed", self.seed)
+        if "consumed" in state:  # batches of one rank, as it was counted once
+            each = state.get("batch_size") or self.batch_size
+            self.seen = state["consumed"] * each * state.get("ranks", self.world.size)
+        else:
+            self.seen = state["seen"]
+        self._go_on = self.epoch >= 0 and (self.rows - self.seen) // self.world.size >= self._least()
+
+    def _least(self) -> int:
+        """Rows of one rank that make a batch."""
+        return self.batch_size if self.drop_last else 1
 
 
 def prompt_digest(dataset: Any) -> str | None:

@@ -16,6 +16,7 @@ from ppo_runtime import trainer as trainer_module
 from ppo_runtime.common.redact import HIDDEN, hide, plain_settings, without_secrets
 from ppo_runtime.loop import train
 from tests.runtime.reporting.test_tracking import FakeWandb
+from tests.runtime.support.sealing import seal_again
 from tests.runtime.support.trainers import make_trainer
 
 TOKEN = "hf_" + "qWxYz0123456789" * 2
@@ -224,9 +225,11 @@ def test_a_checkpoint_that_still_holds_a_token_does_not_tell_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _run(tmp_path, steps=1)
-    state = tmp_path / "checkpoint" / "state.json"
+    path = tmp_path / "checkpoint"
+    state = path / "state.json"
     assert HIDDEN in state.read_text()
     state.write_text(state.read_text().replace(HIDDEN, "once-" + SECRET))
+    seal_again(path)
     _run(tmp_path, steps=2, seed=1)
     assert "seed was 0 and is 1" in caplog.text
     assert SECRET not in caplog.text

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.common.trees import plain
-from ppo_runtime.resuming import files
+from ppo_runtime.resuming import files, frozen
 from ppo_runtime.resuming.frozen import frozen_digest
+from tests.runtime.support.sealing import change
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 
@@ -113,6 +114,7 @@ def test_no_pickle_and_only_what_trains(tmp_path: Path) -> None:
         "optimizer.safetensors",
         "state.json",
         "rank-0.json",
+        "manifest.json",
     }
     names = set(load_file(path / "policy.safetensors"))
     assert all("lora_" in name or name.startswith("v_head.") for name in names)
@@ -155,10 +157,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, caplog
     without.lr_scheduler = None
     assert_refused(without, "has an lr_scheduler state, and the trainer has none")
     state = json.loads((path / "state.json").read_text())
-    for field, value, message in (("format", 99, "has format 99"), ("world_size", 2, "written by 2 ranks")):
-        (path / "state.json").write_text(json.dumps(state | {field: value}))
+    for field, value, message in (("format", 99, "has format 99"), ("world_size", 2, "is of 2 ranks, and there are")):
+        change(path, "state.json", lambda _, field=field, value=value: state | {field: value})
         assert_refused(make_trainer(), message)
-    (path / "state.json").write_text(json.dumps(state))
+    change(path, "state.json", lambda _: state)
     with pytest.raises(FileNotFoundError, match=r"holds no state\.json"):
         load_checkpoint(trainer, tmp_path / "nowhere")
 
@@ -192,8 +194,32 @@ def test_a_reference_differs_by_its_weights_and_not_by_its_unused_head(tmp_path:
 def test_a_digest_of_before_is_still_known(tmp_path: Path) -> None:
     first = make_trainer()
     saved = save_checkpoint(first, tmp_path / "saved")
-    path = saved / "state.json"
-    state = json.loads(path.read_text())
-    state["frozen"] = frozen_digest(first, reference_head=True)
-    path.write_text(json.dumps(state))
+    change(saved, "state.json", lambda state: state | {"frozen": frozen_digest(first, reference_head=True)})
     load_checkpoint(make_trainer(), saved)
+
+
+def test_frozen_weights_are_read_once_and_again_when_they_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they change: by torch, behind its back, or by another tensor in their place."""
+    read: list[str] = []
+    add = frozen._add
+    monkeypatch.setattr(frozen, "_add", lambda digest, name, tensor: (read.append(name), add(digest, name, tensor)))
+    trainer = make_trainer()
+    weight = next(iter(trainer.ref_model.pretrained_model.parameters()))
+    digests = [frozen_digest(trainer)]
+    once = len(read)
+    assert once > 10
+    for done in range(3):
+        save_checkpoint(trainer, tmp_path / str(done))
+    assert len(read) == once
+    for change_it in (
+        lambda: weight.detach().add_(1),
+        lambda: weight.data.add_(1),
+        lambda: setattr(weight, "data", weight.data + 1),
+    ):
+        change_it()
+        digests.append(frozen_digest(trainer))
+    assert len(set(digests)) == len(digests)
+    assert len(read) == 4 * once
+    load_checkpoint(make_trainer(), tmp_path / "0")

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from ppo_runtime import PPOTrainer
-from ppo_runtime import checkpoint as module
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common.trees import plain, restored
 from ppo_runtime.ranks import gather as distributed
@@ -25,9 +24,10 @@ from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.reporting.jsonl import read_jsonl
 from ppo_runtime.resuming import files
+from tests.runtime.support.sealing import change, make_old
 from tests.runtime.support.trainers import make_batch, make_trainer
 
-WRITTEN = "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"
+WRITTEN = "manifest.json", "optimizer.safetensors", "policy.safetensors", "rank-0.json", "state.json"
 SCHEDULERS = torch.optim.lr_scheduler
 
 
@@ -80,6 +80,7 @@ def saved(trainer: PPOTrainer, path: Path, *, old: bool = False) -> Path:
     trainer.step(*make_batch())
     save_checkpoint(trainer, path)
     if old:
+        make_old(path)
         state = json.loads((path / "state.json").read_text())
         del state["optimizer_made_of"], state["scheduler_class"]
         (path / "state.json").write_text(json.dumps(state))
@@ -168,7 +169,7 @@ def test_another_scheduler_is_refused(then: str | None, now: str | None, message
 
 def test_an_old_checkpoint_with_another_scheduler_changes_nothing(tmp_path: Path) -> None:
     path = saved(trainer_with(scheduler="linear"), tmp_path / "checkpoint", old=True)
-    assert_refused(trainer_with(scheduler="sequential"), path, "does not fit this trainer")
+    assert_refused(trainer_with(scheduler="sequential"), path, r"cannot be read \(lr_scheduler has ")
 
 
 # --- what is announced is true --------------------------------------------------------------------------------------
@@ -180,28 +181,29 @@ def test_another_learning_rate_holds_from_there_on(tmp_path: Path, caplog: pytes
     first.optimizer.param_groups[0]["lr"] = 5e-5
     second = make_trainer(learning_rate=5e-5)
     load_checkpoint(second, path)
-    assert "learning_rate was 0.001 and is 5e-05" in caplog.text
+    assert "learning_rate was 0.001 and is 5e-05 (the optimizer goes on at 5e-05)" in caplog.text
     assert "kept" not in caplog.text
     for one in (first, second):
         assert one.step(*make_batch(seed=1))["ppo/learning_rate"] == 5e-5
     torch.testing.assert_close(second.model.state_dict(), first.model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_learning_rate_set_during_the_run_is_kept(tmp_path: Path) -> None:
+def test_a_learning_rate_set_during_the_run_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = make_trainer()
     first.optimizer.param_groups[0]["lr"] = 7e-4
     second = make_trainer()
     load_checkpoint(second, saved(first, tmp_path / "checkpoint"))
     assert second.optimizer.param_groups[0]["lr"] == 7e-4
+    assert "lr of the optimizer was 0.0007 and is 0.001 (the checkpoint's is kept)" in caplog.text
 
 
-def test_what_is_kept_from_the_checkpoint_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_in_force_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(trainer_with(scheduler="linear"), tmp_path / "checkpoint")
     other = trainer_with(scheduler="linear", learning_rate=5e-5, init_kl_coef=0.7, seed=3)
     load_checkpoint(other, path)
-    assert other.kl_ctl.value != 0.7
-    assert "init_kl_coef was 0.2 and is 0.7 (the coefficient is kept from the checkpoint" in caplog.text
-    assert "seed was 0 and is 3 (the random generators are kept from the checkpoint)" in caplog.text
+    assert other.kl_ctl.value == 0.7
+    assert "init_kl_coef was 0.2 and is 0.7 (the controller goes on from 0.7)" in caplog.text
+    assert "seed was 0 and is 3 (the random generators and the order of the data are kept from the" in caplog.text
     assert "is 5e-05 (the scheduler and its learning rates are kept from the checkpoint)" in caplog.text
 
 
@@ -227,11 +229,12 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> dict[int, list[int
 
 def with_states(path: Path, states: list[int] | None, device: int | None) -> Path:
     """A checkpoint as one of a trainer on that CUDA device, of several."""
-    file = path / "rank-0.json"
-    state = dict(json.loads(file.read_text())["dict"])
-    state["cuda"] = None if states is None else [{"tensor": [number], "dtype": "uint8"} for number in states]
-    state["cuda_device"] = device
-    file.write_text(json.dumps({"dict": list(state.items())}))
+
+    def edit(held: Any) -> Any:
+        found = None if states is None else [{"tensor": [state], "dtype": "uint8", "shape": [1]} for state in states]
+        return {"dict": list((dict(held["dict"]) | {"cuda": found, "cuda_device": device}).items())}
+
+    change(path, "rank-0.json", edit)
     return path
 
 
@@ -343,7 +346,7 @@ def test_buffers_that_are_stored_or_made_anew_keep_nobody_from_going_on(
 
 
 def test_a_checkpoint_that_knows_nothing_of_buffers_is_taken(tmp_path: Path) -> None:
-    path = saved(buffered(1.0, whose="reference"), tmp_path / "checkpoint")
+    path = saved(buffered(1.0, whose="reference"), tmp_path / "checkpoint", old=True)
     state = json.loads((path / "state.json").read_text())
     del state["frozen_buffers"]
     (path / "state.json").write_text(json.dumps(state))
@@ -367,19 +370,15 @@ def test_a_truncated_file_is_named(file: str, kept: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("field", ["format", "world_size", "frozen", "config", "optimizer", "lr_scheduler", "trainer"])
 def test_a_missing_entry_is_named(field: str, tmp_path: Path) -> None:
     path = saved(make_trainer(), tmp_path / "checkpoint")
-    state = json.loads((path / "state.json").read_text())
-    del state[field]
-    (path / "state.json").write_text(json.dumps(state))
+    change(path, "state.json", lambda state: {name: value for name, value in state.items() if name != field})
     assert_refused(make_trainer(), path, f"state.json has no '{field}'")
 
 
 @pytest.mark.parametrize("part", ["torch", "python", "numpy", "shuffle"])
 def test_a_generator_that_cannot_be_restored_changes_nothing(part: str, tmp_path: Path) -> None:
     path = saved(make_trainer(), tmp_path / "checkpoint")
-    state = json.loads((path / "rank-0.json").read_text())
-    state["dict"] = [[name, 7 if name == part else value] for name, value in state["dict"]]
-    (path / "rank-0.json").write_text(json.dumps(state))
-    assert_refused(make_trainer(), path, "does not fit this trainer")
+    change(path, "rank-0.json", lambda held: {"dict": [[name, 7 if name == part else it] for name, it in held["dict"]]})
+    assert_refused(make_trainer(), path, f"rank-0.json does not hold: {part} is 7, expected a state of")
 
 
 # --- where something else is ----------------------------------------------------------------------------------------
@@ -516,10 +515,6 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
     trainer = make_trainer()
     told: list[bool] = []
 
-    def agree(flag: bool, world: World) -> bool:
-        told.append(flag)
-        return flag
-
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
@@ -527,7 +522,6 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
         told.append(bool(vector[0]))
         return vector[None]
 
-    monkeypatch.setattr(module, "agree_any", agree)
     monkeypatch.setattr(distributed, "_gather", gather)
     monkeypatch.setattr(Path, broken, refuse)
     with pytest.raises(OSError, match="no space left"):

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from safetensors.torch import load_file
 
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
-from ppo_runtime.ranks.gather import World
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.tracking import make_trackers
-from ppo_runtime.rollout.data import PromptBatches, prompt_digest
+from ppo_runtime.rollout.data import prompt_digest
 from tests.runtime.support.trainers import make_batch, make_trainer
 
 EARLIER, FILE = "metrics-1.jsonl", "metrics.jsonl"
@@ -303,11 +303,14 @@ def test_data_of_another_length_are_refused_before_anything_changes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["other prompts", "a list", "the same"])
-def test_other_prompts_are_said(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_prompts_are_refused(tmp_path: Path, kind: str) -> None:
     _train(_trainer(tmp_path), tmp_path)
     rows = _rows(first=6) if kind == "other prompts" else _rows().to_list() if kind == "a list" else _rows()
-    _train(_trainer(tmp_path, rows), tmp_path, steps=3, resume=True)
-    assert ("other prompts than the checkpoint's" in caplog.text) == (kind == "other prompts")
+    trainer = _trainer(tmp_path, rows)
+    refused = pytest.raises(ValueError, match="was made with a dataset of other prompts; pass the dataset of then")
+    with refused if kind == "other prompts" else nullcontext():
+        _train(trainer, tmp_path, steps=3, resume=True)
+    assert trainer.current_step == (0 if kind == "other prompts" else 3)
 
 
 def test_data_without_a_place_begin_again_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -326,18 +329,14 @@ def test_looking_at_prompts_draws_nothing() -> None:
     assert prompt_digest(_rows().with_format("torch")) == prompt_digest(_rows())
 
 
-def test_another_batch_size_is_said_and_no_prompt_comes_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = _trainer(tmp_path, _rows(12), batch_size=2, horizon=50)
-    seen: list[int] = []
-    _train(trainer, tmp_path, steps=3)
-    order = list(PromptBatches(12, 2, drop_last=True, seed=0, world=World(rank=0, size=1)))
-    seen = [row for batch in order[:3] for row in batch]
+def test_another_batch_size_is_refused(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path, _rows(12), batch_size=2, horizon=50), tmp_path, steps=3)
     wider = _trainer(tmp_path, _rows(12), batch_size=4)
-    load_checkpoint(wider, tmp_path / "checkpoint")
-    assert "batch_size was 2 and is 4" in caplog.text
-    rest = [int(ids[0]) - 5 for batch in wider.dataloader for ids in batch["input_ids"]]
-    assert len(rest) == 4, "two rows of a batch that was begun are left out"
-    assert not set(rest) & set(seen)
+    with pytest.raises(
+        ValueError, match=r"batch_size 2 on 1 ranks, 2 sequences a step, .* 4 on 1, 4; set batch_size to 2"
+    ):
+        _train(wider, tmp_path, steps=4, resume=True)
+    assert wider.current_step == 0
 
 
 @pytest.mark.parametrize("kind", ["tuples", "lists", "tensors", "arrays"])

@@ -1,0 +1,125 @@
+"""The seal of a checkpoint: its manifest, with the size and the SHA-256 of every file, and with one of itself.
+
+A file that has been cut, changed or taken from another save is found before anything of it is used. Whoever can write a
+checkpoint can write its manifest: a seal tells damage, not malice, against which no file can make anything run.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from ppo_runtime.resuming import files
+from ppo_runtime.resuming.fields import FINITE
+from ppo_runtime.resuming.files import damaged
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 2**20
+
+
+@attrs.frozen
+class Seal:
+    """What a file must be."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Seal":
+        """What a file is, read a block at a time."""
+        digest, size = hashlib.sha256(), 0
+        with files.opened(path) as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+        return cls(size, digest.hexdigest())
+
+
+NUMBERS = 1 + hashlib.sha256().digest_size
+"""How many numbers a seal is, where ranks tell each other."""
+
+
+def as_numbers(seal: Seal) -> list[float]:
+    """The size and the bytes of the digest, each exact in float64."""
+    return [float(seal.size), *map(float, bytes.fromhex(seal.sha256))]
+
+
+def from_numbers(numbers: Tensor) -> Seal:
+    """What :func:`as_numbers` was given."""
+    size, *digest = map(int, numbers.tolist())
+    return Seal(size, bytes(digest).hex())
+
+
+@attrs.frozen
+class Manifest:
+    """Every file of a checkpoint, and the mean raw score of the steps that led to it."""
+
+    files: Mapping[str, Seal]
+    score: float | None
+
+    @property
+    def ranks(self) -> int:
+        """How many processes have written it."""
+        return sum(name.startswith("rank-") for name in self.files)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write it, last of all files, and wait until it is on disk."""
+    files.write_json(directory / files.MANIFEST, _sealed(attrs.asdict(manifest)))
+
+
+def read_manifest(source: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where it has none, as those of format 1.
+
+    Raises:
+        ValueError: it is not what :func:`write_manifest` has written, to the letter.
+    """
+    path = source / files.MANIFEST
+    if not os.path.lexists(path):
+        return None
+    held = files.read_json(path)
+    content = held.get("content") if isinstance(held, dict) else None
+    if not isinstance(content, dict) or files.as_json(_sealed(content)).encode() != files.read_text(path):
+        raise damaged(source, f"{files.MANIFEST} has changed since it was written")
+    try:
+        seals = {name: Seal(**seal) for name, seal in content["files"].items()}
+        manifest = Manifest(seals, content["score"])
+        if manifest.score is not None:
+            FINITE(None, attrs.fields(Manifest).score, manifest.score)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise damaged(source, f"{files.MANIFEST}: {error!r:.200}") from error
+    ours = {files.POLICY, files.OPTIMIZER, files.STATE, *map(files.rank_file, range(manifest.ranks))}
+    if odd := sorted(ours ^ seals.keys()):
+        raise damaged(source, f"{files.MANIFEST} lists {', '.join(map(repr, odd[:3]))} or should")
+    return manifest
+
+
+def check_sealed(source: Path, manifest: Manifest | None, names: Iterable[str] | None = None) -> None:
+    """Refuse a checkpoint of which a file is missing or of another size, or one of these is not as it was written.
+
+    Args:
+        source: the checkpoint.
+        manifest: of it. None, of a checkpoint of before, has nothing to say: that is logged.
+        names: the files to read; all of them if None.
+    """
+    if manifest is None:
+        logger.warning("%s is of an earlier version and carries no checksums: damage to it may not be seen", source)
+        return
+    for name, seal in manifest.files.items():
+        with files.opened(source / name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != seal.size:
+            raise damaged(source, f"{name} has {size} bytes, and had {seal.size}")
+    for name in manifest.files if names is None else names:
+        if Seal.of(source / name) != manifest.files[name]:
+            raise damaged(source, f"{name} has changed since it was written, or is of another save")
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {"content": content, "sha256": hashlib.sha256(files.as_json(content).encode()).hexdigest()}
