@@ -28,7 +28,7 @@ from ppo_runtime.common.setting_kinds import (
 
 KLPenalty = Literal["kl", "abs", "mse", "full"]
 TrackerName = Literal["tensorboard", "wandb"]
-OnNonfinite = Literal["skip", "stop"]
+OnNonfinite = Literal["skip", "drop", "stop"]
 ACCELERATORS = ("auto", "eager", "ipex", "onednn", "compile")
 
 
@@ -137,9 +137,10 @@ class PPOConfig(CheckedSettings):
     ratio_threshold: float = setting(10.0, POSITIVE)
     """An update whose mean pi / pi_old exceeds this is left out: neither weights nor moments change."""
     on_nonfinite: OnNonfinite = attrs.field(default="skip", validator=one_of(get_args(OnNonfinite)))
-    """An update whose loss or gradient is not finite is left out ("skip"), up to ten steps in a row without another; or
-    is an error ("stop"). Either way weights and moments stay, and the batch is kept in ``not-finite`` of the metrics'
-    directory. Scores and log-probabilities that are not finite are errors in any case: nothing can be made of them."""
+    """What to do about numbers that are not finite; weights and moments stay in any case, and the batch is kept in
+    ``not-finite`` of the metrics' directory. An update whose loss or gradient is not finite is left out ("skip",
+    "drop") or an error ("stop"). A batch whose scores, log-probabilities or KL are not finite is an error of ``step``,
+    after which ``train`` takes the next batch ("drop") or ends. Ten of either in a row are an error in any case."""
 
     # The objective.
     adap_kl_ctrl: bool = flag(True)

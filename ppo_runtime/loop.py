@@ -16,6 +16,8 @@ from ppo_runtime import arguments, results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common import inputs
 from ppo_runtime.common.signals import stop_asked
+from ppo_runtime.learning.guards import PATIENCE
+from ppo_runtime.learning.inspection import not_finite
 from ppo_runtime.ranks.gather import agree_largest, all_or_none
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.keeping import check_storable
@@ -127,9 +129,9 @@ def train(
         try:
             with _progress(console, disable=world.rank != 0) as bar:
                 task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
-                batches = _forever(trainer.dataloader, steps - trainer.current_step)
-                for _ in range(steps - trainer.current_step):
-                    stats = _one_step(trainer, score_fn, batches, options, generated)
+                batches = _forever(trainer.dataloader)
+                while begun + len(history) < steps:
+                    stats = _next_step(trainer, score_fn, batches, options, generated)
                     history.append(stats)
                     bar.update(task, advance=1, status=_status(stats))
                     due = trainer.current_step == steps or (every is not None and trainer.current_step % every == 0)
@@ -203,6 +205,25 @@ def _keep(trainer: Trainer, checkpoint: Path) -> None:
     save_checkpoint(trainer, checkpoint)
 
 
+def _next_step(trainer: Trainer, *given: Any) -> dict[str, float]:
+    """A step on the next batch, or on a later one where the configuration has unusable ones dropped."""
+    for _ in range(PATIENCE - 1):
+        try:
+            return _one_step(trainer, *given)
+        except ValueError as refusal:  # noqa: PERF203  what is refused is why there is a loop
+            if not _may_be_dropped(refusal, trainer):
+                raise
+            _say(trainer, "a batch for step %d is dropped: %s", trainer.current_step + 1, refusal)
+    return _one_step(trainer, *given)
+
+
+def _may_be_dropped(refusal: ValueError, trainer: Trainer) -> bool:
+    """Whether all ranks have refused a batch for numbers that are not finite, and may go on with the next one."""
+    if trainer.config.on_nonfinite != "drop" or trainer.broken_off is not None:
+        return False
+    return trainer.world.size == 1 and not_finite(refusal) is not None
+
+
 def _one_step(
     trainer: Trainer,
     score_fn: ScoreFunction,
@@ -232,17 +253,13 @@ def _one_step(
     return scalars(stats)
 
 
-def _forever(dataloader: Any, steps: int) -> Iterator[Any]:
-    """``steps`` batches, beginning the dataloader again whenever it ends."""
-    done = 0
-    while done < steps:
-        before = done
+def _forever(dataloader: Any) -> Iterator[Any]:
+    """Batches without end, beginning the dataloader again whenever it ends."""
+    while True:
+        batch = None
         for batch in dataloader:
             yield batch
-            done += 1
-            if done == steps:
-                return
-        if done == before:
+        if batch is None:
             raise ValueError(
                 "the dataloader gave no batch, expected at least one per epoch; the data is shorter than batch_size, "
                 "or a stream that can be read only once has ended"

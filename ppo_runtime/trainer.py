@@ -415,7 +415,6 @@ class Trainer:
                 parallel=self.parallel,
                 progress=progress,
             )
-        self._say_skipped.stop_if_pointless(outcome.skipped, made=progress.begun)
         with _clock(times, "calc_stats"):
             stats = step_statistics(
                 batch,
@@ -430,7 +429,7 @@ class Trainer:
         self._update_controller(stats["objective/kl"], int(ballot.all[:, 1].sum()))
         if config.optimize_device_cache:
             torch.cuda.empty_cache()
-        self._say_skipped(outcome.skipped, self.current_step + 1)
+        self._say_skipped(outcome.skipped, self.current_step + 1, made=progress.begun)
         times["total"] = time.perf_counter() - started
         # Last, together with the counter: what is broken off before is undone without them.
         if self.lr_scheduler is not None and progress.begun and (error := advance(self.lr_scheduler, self.optimizer)):

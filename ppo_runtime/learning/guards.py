@@ -116,24 +116,17 @@ class SkipLog:
         self._said: set[Cause] = set()
         self._in_vain = 0
 
-    def stop_if_pointless(self, skipped: Counter[Cause], *, made: int) -> None:
-        """Raise where too many steps in a row had to leave out all updates; on all ranks or on none.
+    def __call__(self, skipped: Counter[Cause], step: int, *, made: int | None = None) -> None:
+        """Tell of the updates that were left out in a step.
 
         Args:
-            skipped: the updates that were left out in a step, by cause.
-            made: how many were made.
-        """
-        causes = NOT_FINITE & set(skipped)
-        self._in_vain = self._in_vain + 1 if causes and not made else 0
-        if self._in_vain >= PATIENCE:
-            self._in_vain = 0
-            raise NotFinite(
-                f"{PATIENCE} steps in a row had to leave out all their updates, the last one since "
-                f"{WHAT_TO_DO[max(causes)]}"
-            )
+            skipped: how many, by cause.
+            step: its number.
+            made: how many others were made; None if that is not known yet.
 
-    def __call__(self, skipped: Counter[Cause], step: int) -> None:
-        """Tell of the updates that were left out in a step, by cause."""
+        Raises:
+            ValueError: too many steps in a row have made none for numbers that are not finite; on all ranks or none.
+        """
         for cause in sorted(set(skipped) - self._said):
             logger.warning(
                 "%d %s of step %d left out: %s. Said once; ppo/policy/skipped_updates counts them all",
@@ -143,3 +136,11 @@ class SkipLog:
                 WHAT_TO_DO[cause],
             )
         self._said.update(skipped)
+        causes = NOT_FINITE & set(skipped)
+        self._in_vain = self._in_vain + 1 if causes and made == 0 else 0
+        if self._in_vain >= PATIENCE:
+            self._in_vain = 0
+            raise ValueError(
+                f"{PATIENCE} steps in a row had to leave out all their updates, the last one since "
+                f"{WHAT_TO_DO[max(causes)]}"
+            )

@@ -61,7 +61,7 @@ class Inspection:
         try:
             yield
         except Exception as error:
-            if (cause := _not_finite(error)) is not None:
+            if (cause := not_finite(error)) is not None:
                 rows = None if progress.update is None else torch.cat(progress.update).tolist()
                 self._keep(watched, str(cause), rows, step=step, config=config, world=world)
             raise
@@ -166,7 +166,7 @@ def _found(x: Tensor) -> dict[str, Any] | None:
     return {"not_finite": len(first), "first": first[0].tolist() if len(first) else None, "largest": largest}
 
 
-def _not_finite(error: BaseException | None) -> NotFinite | None:
+def not_finite(error: BaseException | None) -> NotFinite | None:
     """What an error says, or was made of, if numbers that are not finite are to blame."""
     while error is not None and not isinstance(error, NotFinite):
         error = error.__cause__

@@ -33,7 +33,12 @@ def test_what_is_exported_is_what_is_documented() -> None:
 
 
 def test_only_known_fields_were_added_to_the_configuration() -> None:
-    assert set(attrs.fields_dict(PPOConfig)) - set(api_table.CONFIG) == {"accel", "accel_strict", "drop_last"}
+    assert set(attrs.fields_dict(PPOConfig)) - set(api_table.CONFIG) == {
+        "accel",
+        "accel_strict",
+        "drop_last",
+        "on_nonfinite",
+    }
 
 
 def test_a_trainer_has_the_attributes_that_users_touch() -> None:

@@ -117,7 +117,7 @@ def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("late", ["_update_controller", "_say_skipped"])
 def test_a_step_broken_off_late_leaves_the_scheduler(late: str) -> None:
-    def strike(*_: Any) -> None:
+    def strike(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     trainer = make_trainer()

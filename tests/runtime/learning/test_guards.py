@@ -571,8 +571,9 @@ def test_an_update_beyond_the_threshold_or_without_a_token_is_no_reason_to_stop(
     assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 12
 
 
-def test_steps_that_are_all_in_vain_come_to_an_end() -> None:
-    trainer = make_trainer(ppo_epochs=1, mini_batch_size=6)
+@pytest.mark.parametrize("on_nonfinite", ["skip", "drop"])
+def test_steps_that_are_all_in_vain_come_to_an_end(on_nonfinite: str) -> None:
+    trainer = make_trainer(ppo_epochs=1, mini_batch_size=6, on_nonfinite=on_nonfinite)
     spoil_gradients(trainer, NAN)
     for _ in range(PATIENCE - 1):
         assert trainer.step(*make_batch())["ppo/policy/skipped_updates"] == 1

@@ -11,6 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.trainers import make_trainer
@@ -114,3 +115,38 @@ def test_the_score_climbs(tmp_path: Path) -> None:
     )
     scores = torch.tensor([stats["env/reward_mean"] for stats in result.history])
     assert scores[-5:].mean() > scores[:5].mean() + 0.3
+
+
+@pytest.mark.parametrize("unusable", [float("nan"), 1e20])
+def test_a_batch_that_cannot_be_trained_on_is_dropped_where_that_is_asked_for(
+    unusable: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next one takes its place; nothing of it is in the statistics, the weights or the log but where it lies."""
+    calls = 0
+
+    def score(_: list[str], responses: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [unusable if calls in (1, 3) else 0.1 * calls, *_vowels(_, responses[1:])]
+
+    trainer = _trainer(tmp_path, on_nonfinite="drop")
+    result = train(trainer, score, steps=3, output_dir=tmp_path, console=_quiet())
+    assert (calls, trainer.current_step, len(result.history)) == (5, 3, 3)
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert caplog.text.count("is dropped: scores[0] is") == 2
+    assert sorted(path.name for path in tmp_path.glob("not-finite/*.json")) == ["step-1.json", "step-2.json"]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_batches_are_not_dropped_for_ever_nor_for_other_reasons(tmp_path: Path) -> None:
+    trainer, calls = _trainer(tmp_path, on_nonfinite="drop"), []
+
+    def score(_: list[str], responses: list[str]) -> list[float]:
+        calls.append(1)
+        return [float("nan")] * len(responses)
+
+    with pytest.raises(ValueError, match=r"scores\[0\] is nan"):
+        train(trainer, score, steps=3, console=_quiet())
+    assert len(calls) == PATIENCE
+    with pytest.raises(ValueError, match="returned 1 scores, expected 8"):
+        train(trainer, lambda *_: [0.5], steps=3, console=_quiet())
