@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ppo_runtime.ranks.gather import all_or_none
+from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.resuming.fitting import settle_differences

@@ -99,7 +99,8 @@ def _now() -> datetime:
     """The time, the same on all ranks, whose output is one directory."""
     if processes_started() == 1:
         return datetime.now()
-    from ppo_runtime.ranks.gather import agree_largest, world_from_environment
+    from ppo_runtime.ranks.agreement import agree_largest
+    from ppo_runtime.ranks.world import world_from_environment
 
     return datetime.fromtimestamp(agree_largest(int(time.time()), world_from_environment()))
 

@@ -45,6 +45,7 @@ FIXED = {
     "accel": "choose before the trainer is made: its reference has been prepared",
     "accel_strict": "choose before the trainer is made: its reference has been prepared",
     "device": "choose before the trainer is made: its models have been placed",
+    "ranks_timeout": "choose before the trainer is made: the process group has been made with it",
     "learning_rate": "set 'lr' in each of trainer.optimizer.param_groups",
     "adap_kl_ctrl": "put another controller in place of trainer.kl_ctl",
     "init_kl_coef": "set trainer.kl_ctl.value",
@@ -114,6 +115,9 @@ class PPOConfig(CheckedSettings):
     device: str = attrs.field(default="auto", validator=text)
     """Where the models are brought: "auto" has what is still on the CPU on the GPU of this process (torchrun's
     LOCAL_RANK), where there is one; or the name of a device, "cpu" or "cuda"."""
+    ranks_timeout: float = setting(1800.0, POSITIVE)
+    """Seconds that ranks wait for one that does not come, before they end with an error that names it. For a process
+    group that the trainer makes itself."""
 
     # The optimisation.
     steps: int = count(20000)

@@ -18,7 +18,7 @@ from ppo_runtime.common import inputs
 from ppo_runtime.common.signals import stop_asked
 from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.learning.inspection import not_finite
-from ppo_runtime.ranks.gather import agree_largest, all_or_none
+from ppo_runtime.ranks.agreement import agree_largest, all_or_none
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.rollout.data import collate
@@ -89,7 +89,7 @@ def train(
     ``model-broken-off``, and its card says so.
     """
     world = trainer.world
-    with all_or_none(world):  # what one rank finds wrong ends all of them, before any waits for another
+    with all_or_none(world, phase="the check of train's arguments") as ballot:
         if trainer.dataloader is None:
             raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
         arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
@@ -103,18 +103,25 @@ def train(
                 raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
         trainer.response_generator.check(**options)
         _check_data(trainer, options)
-        checkpoint = None if output is None else output / results.CHECKPOINT
+        checkpoint, done = None if output is None else output / results.CHECKPOINT, None
         if output is not None and checkpoint is not None:
             check_storable(trainer)
             results.check_places(output)
             done = steps_done(checkpoint)
             results.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
+        ballot.facts = lambda: {
+            "steps": steps,
+            "checkpoint_every": every,
+            "resume": resume,
+            "output_dir": None if output is None else str(output.absolute()),
+            "the step of the checkpoint found": done,
+        }
     if output is not None:
-        with all_or_none(world):  # only now: the others have looked at the directory
+        with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory
             arguments.make_writable("output_dir", output)
     if resume and checkpoint is not None:
         _resume(trainer, checkpoint, steps)
-    with all_or_none(world):
+    with all_or_none(world, phase="the opening of trackers"):
         if trainer.current_step >= steps:
             said = "nothing is left to train after step %d, since steps is %d; ask for more steps"
             _say(trainer, said, trainer.current_step, steps)
@@ -139,7 +146,7 @@ def train(
                         _keep(trainer, checkpoint)
                     # Any rank's signal stops all of them, after the same step, and one during a save at once.
                     # In the last step it stops nothing: the run is whole.
-                    asked = agree_largest(stop.signal, world)
+                    asked = agree_largest(stop.signal, world, "the question whether to stop")
                     interrupted = asked if trainer.current_step < steps else 0
                     if interrupted:
                         if checkpoint is not None and not due:
@@ -153,7 +160,7 @@ def train(
             changed = trainer.current_step > begun or trainer.broken_off is not None
             if output is not None and (changed or trainer.current_step >= steps):
                 # Where something was broken off, the other ranks may be anywhere: none waits for them.
-                with all_or_none(world) if whole else nullcontext():
+                with all_or_none(world, phase="the saving of results") if whole else nullcontext():
                     results.save_results(trainer, output, steps=steps, changed=changed)
     if interrupted:
         _say(trainer, "interrupted after step %d of %d", trainer.current_step, steps)
@@ -200,7 +207,7 @@ def _resume(trainer: Trainer, checkpoint: Path, steps: int) -> None:
 
 def _keep(trainer: Trainer, checkpoint: Path) -> None:
     """Make a checkpoint, whose steps have their lines on disk before it is there."""
-    with all_or_none(trainer.world):
+    with all_or_none(trainer.world, phase="the writing of metrics"):
         trainer.run_log.sync()
     save_checkpoint(trainer, checkpoint)
 
@@ -233,7 +240,8 @@ def _one_step(
 ) -> dict[str, float]:
     started = time.perf_counter()
     config = trainer.config
-    with all_or_none(trainer.world):  # the data, the engine and the score function may fail on one rank alone
+    # The data, the engine and the score function may fail on one rank alone.
+    with all_or_none(trainer.world, phase=f"the rollout of step {trainer.current_step + 1} and its scores"):
         batch = next(batches)
         queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
         inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)

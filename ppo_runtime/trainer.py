@@ -18,6 +18,7 @@ from ppo_runtime import assembly
 from ppo_runtime.accel.heap import freed_memory_kept
 from ppo_runtime.accel.products import fast_products
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.learning import sameness
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.learning.controllers import check_controller
 from ppo_runtime.learning.experience import make_experience
@@ -43,7 +44,6 @@ from ppo_runtime.learning.update import (
     gradients_waiting,
     optimise,
     plan_updates,
-    same_updates,
     tokens_per_update,
 )
 from ppo_runtime.models.devices import check_devices, place
@@ -51,9 +51,12 @@ from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
 from ppo_runtime.models.precision import check_moments, check_wide, own_precision
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
-from ppo_runtime.ranks.gather import all_or_none, broadcast_parameters, world_from_environment
+from ppo_runtime.ranks.agreement import all_or_none, differences
+from ppo_runtime.ranks.gather import broadcast_parameters
 from ppo_runtime.ranks.parallel import shared
+from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.seeding import mixed, set_seed
+from ppo_runtime.ranks.world import world_from_environment
 from ppo_runtime.reporting.model_card import is_ours, write_model_card
 from ppo_runtime.reporting.publishing import upload_if_best
 from ppo_runtime.reporting.run_log import RunLog, log_entry
@@ -65,6 +68,7 @@ from ppo_runtime.rollout.generating import Remembered, ResponseGenerator
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "PPO model"
+UPDATES = "the number of updates that the step makes of its sequences"
 
 
 class Trainer:
@@ -114,18 +118,89 @@ class Trainer:
         advantages: AdvantageEstimator = gae_estimator,
         policy_loss: PolicyObjective = clipped_objective,
     ) -> None:
-        assembly.check_callables(engine=engine, advantages=advantages, policy_loss=policy_loss)
-        assembly.check_takes_config("advantages", advantages)
-        assembly.check_takes_config("policy_loss", policy_loss)
         config = PPOConfig() if config is None else config
-        assembly.check_kinds(config, model, tokenizer)
-        assert model is not None
-        assembly.check_reference_kind(model, ref_model)
-        self.world = world_from_environment()
-        # Ranks that drew the same numbers would answer the same prompt with the same words.
-        set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
-        self._model, self._tokenizer = model, tokenizer
-        self.config = config
+        self.world = world_from_environment(getattr(config, "ranks_timeout", None))
+        with all_or_none(self.world, phase="the check of the trainer's arguments") as ballot:
+            assembly.check_callables(engine=engine, advantages=advantages, policy_loss=policy_loss)
+            assembly.check_takes_config("advantages", advantages)
+            assembly.check_takes_config("policy_loss", policy_loss)
+            assembly.check_kinds(config, model, tokenizer)
+            assert model is not None
+            assembly.check_reference_kind(model, ref_model)
+            # Ranks that drew the same numbers would answer the same prompt with the same words.
+            set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
+            self._model, self._tokenizer = model, tokenizer
+            self.config = config
+            self.tokenizer = tokenizer
+            place(model, ref_model, optimizer, config.device)
+            ballot.facts = lambda: self._standing_facts(ref_model)
+        self._warn_at_the_start()
+        broadcast_parameters(model, self.world)
+        with all_or_none(self.world, phase="the making of the trainer") as ballot:
+            check_devices(model, ref_model)
+            check_trains(model)
+            if optimizer is not None:
+                check_optimizer(optimizer, model)
+                check_moments(optimizer, model)
+            check_scheduler(lr_scheduler, optimizer)
+
+            self._ref_model, self._reference, self.acceleration = assembly.make_reference(
+                model, ref_model, num_shared_layers, config
+            )
+            check_trains(model)  # again: the reference may have frozen what it shares
+            self.parallel = shared(model, self.world)
+            """How the ranks share the model in an update."""
+            self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
+            # What was said of the parts, once each.
+            self._said: set[str] = set()
+            say_what_stays(self.optimizer, model, self._said)
+            self.lr_scheduler: Any = lr_scheduler
+            self.kl_ctl = assembly.make_controller(config)
+            self.scores = ScoreProcessor()
+            self.recent_scores = RecentScores()
+            self.best_score: float | None = None
+            """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
+            self.advantage_estimator, self.policy_objective = advantages, policy_loss
+            self.response_engine = engine
+            self._remembered = Remembered()
+            self.data_collator = data_collator
+            self.dataset = dataset
+            self.dataloader: DataLoader[Any] | None = (
+                None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+            )
+            self.current_step = 0
+            self.broken_off: str | None = None
+            """What broke the last step off while it was moving the weights; None after a whole step."""
+            # A scheduler that had no learning rate for the next step.
+            self._unscheduled: Any | None = None
+            self.shuffle = torch.Generator().manual_seed(config.seed)
+            self._say_skipped = SkipLog()
+            self._inspection = Inspection()
+            self.run_log = RunLog()
+            ballot.facts = lambda: sameness.data(dataset) | self._moving_facts()
+
+    def _standing_facts(self, ref_model: Any) -> dict[str, Any]:
+        """What must be the same on all ranks from the start."""
+        return {
+            **sameness.settings(self.config),
+            "pad_token_id": self.pad_token_id,
+            "eos_token_ids": sorted(self.eos_token_ids),
+            **sameness.models(self.model, ref_model),
+        }
+
+    def _moving_facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks at every step, but could have been changed on one of them."""
+        functions = self.advantage_estimator, self.policy_objective
+        return {
+            "current_step": self.current_step,
+            **sameness.settings(self.config),
+            **sameness.moving_parts(self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
+        }
+
+    def _warn_at_the_start(self) -> None:
+        """Say what works, but is hardly meant."""
+        if found := differences(sameness.versions(), self.world, "the comparison of versions"):
+            logger.warning("%s: numbers may be rounded differently there", "; ".join(found))
         if updates := self.config.updates_of_one_sequence:
             logger.warning(
                 "mini_batch_size is 1 and batch_size %d: every step makes %d optimiser updates, each on one sequence "
@@ -133,49 +208,6 @@ class Trainer:
                 self.config.batch_size,
                 updates,
             )
-        self.tokenizer = tokenizer
-        place(model, ref_model, optimizer, config.device)
-        broadcast_parameters(model, self.world)
-        check_devices(model, ref_model)
-        check_trains(model)
-        if optimizer is not None:
-            check_optimizer(optimizer, model)
-            check_moments(optimizer, model)
-        check_scheduler(lr_scheduler, optimizer)
-
-        self._ref_model, self._reference, self.acceleration = assembly.make_reference(
-            model, ref_model, num_shared_layers, config
-        )
-        check_trains(model)  # again: the reference may have frozen what it shares
-        self.parallel = shared(model, self.world)
-        """How the ranks share the model in an update."""
-        self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
-        # What was said of the parts, once each.
-        self._said: set[str] = set()
-        say_what_stays(self.optimizer, model, self._said)
-        self.lr_scheduler: Any = lr_scheduler
-        self.kl_ctl = assembly.make_controller(config)
-        self.scores = ScoreProcessor()
-        self.recent_scores = RecentScores()
-        self.best_score: float | None = None
-        """Highest mean raw score of an uploaded batch so far; see ``push_to_hub_if_best_kwargs``."""
-        self.advantage_estimator, self.policy_objective = advantages, policy_loss
-        self.response_engine = engine
-        self._remembered = Remembered()
-        self.data_collator = data_collator
-        self.dataset = dataset
-        self.dataloader: DataLoader[Any] | None = (
-            None if dataset is None else self.prepare_dataloader(dataset, data_collator)
-        )
-        self.current_step = 0
-        self.broken_off: str | None = None
-        """What broke the last step off while it was moving the weights; None after a whole step."""
-        # A scheduler that had no learning rate for the next step.
-        self._unscheduled: Any | None = None
-        self.shuffle = torch.Generator().manual_seed(config.seed)
-        self._say_skipped = SkipLog()
-        self._inspection = Inspection()
-        self.run_log = RunLog()
 
     @property
     def config(self) -> PPOConfig:
@@ -332,7 +364,9 @@ class Trainer:
         Raises:
             ValueError: anything about the input that does not fit, or scores, log-probabilities or values that cannot
                 be trained on, by name; nothing has changed then.
-            RuntimeError: the same on another rank.
+            RankLost: another rank has ended, or does not come to where the others wait for it.
+
+        Whatever one rank refuses is raised on all of them, in the same words, which name the rank.
 
         Whatever else ends a step early leaves everything as it was before, but for an optimiser that has stepped
         already: ``broken_off`` then says so. Minibatches that wait for their update stay as well, unless
@@ -354,6 +388,7 @@ class Trainer:
                 config=self.config,
                 world=self.world,
             ),
+            lost_ranks_named(self.world, f"step {self.current_step + 1}"),
         ):
             return self._step(queries, responses, scores, response_masks, progress, watched.computed)
 
@@ -369,18 +404,18 @@ class Trainer:
         started = time.perf_counter()
         times: dict[str, float] = {}
         config, model = self.config, self.model
-        with all_or_none(self.world, carries=2) as ballot:
+        with all_or_none(self.world, carries=1, phase="the check of the batch") as ballot:
             self._check_parts()
             self._settle_schedule()
             queries, responses, raw, masks = self._check_step(queries, responses, scores, response_masks)
             rows = self._lay_out(queries, responses, masks)
             self.response_generator.warn_of_greedy_responses(responses)
             plan = plan_updates(len(queries), config, self.shuffle)
-            ballot.mine[0], ballot.mine[1] = sum(map(len, plan)), len(queries)
+            ballot.mine[0] = len(queries)
+            ballot.facts = lambda: {UPDATES: sum(map(len, plan)), **self._moving_facts()}
             with _clock(times, "forward_pass"):
                 scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
                 computed |= scored._asdict()
-        same_updates(ballot.all[:, 0].int().tolist())
         kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
 
         with _clock(times, "compute_rewards"):
@@ -402,7 +437,7 @@ class Trainer:
             raw, self.best_score, self.current_step, self.push_to_hub, config=config, world=self.world
         )
         learning_rate = first_learning_rate(self.optimizer)
-        with _clock(times, "optimize_step"):
+        with _clock(times, "optimize_step"), lost_ranks_named(self.world, "the updates"):
             outcome = optimise(
                 model,
                 self.optimizer,
@@ -426,7 +461,7 @@ class Trainer:
                 vf_coef=config.vf_coef,
                 world=self.world,
             )
-        self._update_controller(stats["objective/kl"], int(ballot.all[:, 1].sum()))
+        self._update_controller(stats["objective/kl"], int(ballot.all[:, 0].sum()))
         if config.optimize_device_cache:
             torch.cuda.empty_cache()
         self._say_skipped(outcome.skipped, self.current_step + 1, made=progress.begun)
@@ -458,9 +493,10 @@ class Trainer:
             ValueError: ``rewards`` is not one finite number per sequence.
         """
         numbers, table = log_entry(stats, batch, rewards, columns_to_log, tokenizer=self.tokenizer, world=self.world)
-        if self.world.rank == 0:
-            for tracker in self.trackers:
-                tracker.log(self.current_step, numbers, {"game_log": table})
+        with all_or_none(self.world, phase="the writing of statistics"):
+            if self.world.rank == 0:
+                for tracker in self.trackers:
+                    tracker.log(self.current_step, numbers, {"game_log": table})
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides weights, optimiser, scheduler and random generators."""

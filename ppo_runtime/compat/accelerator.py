@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_runtime.common.launcher import number_in_environment
-from ppo_runtime.ranks.gather import World, gather_rows
+from ppo_runtime.ranks.gather import gather_rows
+from ppo_runtime.ranks.presence import lost_ranks_named
+from ppo_runtime.ranks.world import World
 
 
 class Accelerator:
@@ -82,7 +84,8 @@ class Accelerator:
     def wait_for_everyone(self) -> None:
         """Return when all ranks have come here."""
         if self.num_processes > 1:
-            dist.barrier()
+            with lost_ranks_named(self._world, "wait_for_everyone"):
+                dist.barrier()
 
     def print(self, *values: Any, **options: Any) -> None:
         """Print on the first process alone."""

@@ -10,7 +10,7 @@ from ppo_core.averages import Average
 from ppo_runtime.compat import doors
 from ppo_runtime.compat.stats import TOKENS
 from ppo_runtime.learning.forward import KL_ESTIMATORS
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.statistics import merged, rollout_parts, var_explained
 
 _RECORDED = "queries", "responses", "scores", "logprobs", "ref_logprobs", "non_score_reward", "masks", "train_stats"

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ppo_core.averages import Average, mean_of
 from ppo_core.moments import variance
-from ppo_runtime.ranks.gather import World, gather_metrics, global_moments, world_from_environment
+from ppo_runtime.ranks.gather import gather_metrics, global_moments
+from ppo_runtime.ranks.world import World, world_from_environment
 
 TOKENS = "minibatch/tokens"
 """Kept tokens of a minibatch: the weight of its other single numbers."""

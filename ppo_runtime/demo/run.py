@@ -30,8 +30,9 @@ from ppo_runtime.demo.options import DemoOptions, has_begun, remember
 from ppo_runtime.demo.report import Evaluation, history_of, make_report, samples, show
 from ppo_runtime.loop import train
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
-from ppo_runtime.ranks.gather import all_or_none, world_from_environment
+from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.seeding import set_seed
+from ppo_runtime.ranks.world import world_from_environment
 from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
 from ppo_runtime.trainer import Trainer

@@ -12,4 +12,5 @@ inspection   batches that could not be trained on, kept
 controllers  the KL controllers as objects
 optimisers   a user's optimiser and scheduler, checked
 scheduling   a learning-rate scheduler's step, whole or not at all
+sameness     what must be the same on every rank, as plain facts
 """

@@ -8,7 +8,8 @@ from torch import Tensor
 from ppo_core.advantages import Advantages, gae
 from ppo_core.whitening import whiten
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.ranks.gather import World, global_moments
+from ppo_runtime.ranks.gather import global_moments
+from ppo_runtime.ranks.world import World
 
 WHITENING_EPS = 1e-8
 

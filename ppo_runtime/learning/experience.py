@@ -13,7 +13,9 @@ from ppo_runtime.learning.advantages import WHITENING_EPS, AdvantageEstimator, e
 from ppo_runtime.learning.forward import Scored
 from ppo_runtime.learning.refusals import refuse_unusable
 from ppo_runtime.learning.update import Targets
-from ppo_runtime.ranks.gather import World, all_or_none, folded_moments, packed_moments
+from ppo_runtime.ranks.agreement import all_or_none
+from ppo_runtime.ranks.gather import folded_moments, packed_moments
+from ppo_runtime.ranks.world import World
 
 
 class Experience(NamedTuple):
@@ -67,13 +69,12 @@ def make_experience(
         world: the ranks.
 
     Raises:
-        ValueError: the batch cannot be trained on, by sequence and token.
-        RuntimeError: the same on another rank.
+        ValueError: (on all ranks) the batch cannot be trained on, by sequence and token.
     """
     rewards = given.rewards
     if config.whiten_rewards:
         rewards = globally_whitened(rewards, mask, world, shift_mean=False)
-    with all_or_none(world, carries=len(Moments._fields) + len(tokens)) as ballot:
+    with all_or_none(world, carries=len(Moments._fields) + len(tokens), phase="the check of advantages") as ballot:
         found = estimated(estimator, rewards, scored.values, mask, config=config)
         refuse_unusable(scored, found, given, scores, mask, config, ranks=world.size)
         mine = masked_moments(found.advantages, mask)

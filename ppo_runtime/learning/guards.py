@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_core.averages import Average, mean_of
 from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.ranks.presence import agreed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ weights have stayed as they are, and nothing else would change."""
 def stop_if_asked(cause: Cause, config: PPOConfig) -> None:
     """Raise before an update is left out, if the configuration would rather stop; on all ranks or on none."""
     if cause in NOT_FINITE and config.on_nonfinite == "stop":
-        raise NotFinite(f"an update cannot be made, and on_nonfinite is 'stop': {WHAT_TO_DO[cause]}")
+        raise agreed(NotFinite(f"an update cannot be made, and on_nonfinite is 'stop': {WHAT_TO_DO[cause]}"))
 
 
 def cause_in_losses(averages: dict[str, Average], config: PPOConfig) -> Cause:
@@ -140,7 +141,8 @@ class SkipLog:
         self._in_vain = self._in_vain + 1 if causes and made == 0 else 0
         if self._in_vain >= PATIENCE:
             self._in_vain = 0
-            raise ValueError(
+            error = ValueError(
                 f"{PATIENCE} steps in a row had to leave out all their updates, the last one since "
                 f"{WHAT_TO_DO[max(causes)]}"
             )
+            raise agreed(error)

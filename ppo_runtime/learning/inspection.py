@@ -24,7 +24,7 @@ from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.guards import INSPECTED, WHAT_TO_DO
 from ppo_runtime.learning.update import Progress
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ppo_core.scores import ScoreState, scale_scores, update_score_state
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.ranks.gather import World, global_moments
+from ppo_runtime.ranks.gather import global_moments
+from ppo_runtime.ranks.world import World
 
 
 class ScoreProcessor:

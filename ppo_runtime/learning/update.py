@@ -1,7 +1,7 @@
 """The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -16,8 +16,10 @@ from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
 from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients, stop_if_asked
 from ppo_runtime.models.modes import recomputes_within_backward, without_dropout
-from ppo_runtime.ranks.gather import Ballot, World, all_or_none, gather_averages
+from ppo_runtime.ranks.agreement import Ballot, all_or_none
+from ppo_runtime.ranks.gather import gather_averages
 from ppo_runtime.ranks.parallel import Alone
+from ppo_runtime.ranks.world import World
 
 Plan = list[list[list[Tensor]]]
 """Row indices: epochs of updates of minibatches."""
@@ -301,18 +303,6 @@ def tokens_per_update(plan: Plan, mask: Tensor) -> Tensor:
     """Kept tokens [updates] of every update of every epoch, on this rank."""
     tokens = mask.sum(-1).cpu()
     return torch.tensor([float(tokens[torch.cat(update)].sum()) for epoch in plan for update in epoch])
-
-
-def same_updates(counts: Sequence[int]) -> None:
-    """Refuse ranks that have not equally many updates in the step: they would wait for each other.
-
-    Their sum would not do: a rank with as many as all have on average would go on.
-    """
-    if len(set(counts)) != 1:
-        raise ValueError(
-            f"the ranks have {list(counts)} updates in the step, expected equally many on each; give every rank the "
-            "same number of sequences"
-        )
 
 
 def averages_of(losses: Losses) -> dict[str, Average]:

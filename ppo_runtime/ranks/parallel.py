@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ppo_runtime.ranks.gather import World, sum_gradients
+from ppo_runtime.ranks.gather import sum_gradients
+from ppo_runtime.ranks.world import World
 
 T = TypeVar("T")
 Work = Callable[[Any], T]

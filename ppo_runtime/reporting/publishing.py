@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ppo_runtime.common.redact import hide
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.ranks.gather import World, global_moments
+from ppo_runtime.ranks.agreement import agree_any
+from ppo_runtime.ranks.gather import global_moments
+from ppo_runtime.ranks.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,13 @@ def upload_if_best(
     mean = float(global_moments(raw_scores, torch.ones_like(raw_scores, dtype=torch.bool), world).mean)
     if best_score is not None and mean <= best_score:
         return best_score
+    failed = False
     try:
         upload(**kwargs)
     except Exception as error:  # of the network, the hub or the disk
+        failed = True
         logger.warning(
             "the best policy so far (mean score %.4g) could not be uploaded: %s", mean, hide(str(error), kwargs)
         )
-        return best_score
-    return mean
+    # One rank uploads, and all go on with the same best score.
+    return best_score if agree_any(failed, world, "the upload of the best policy") else mean

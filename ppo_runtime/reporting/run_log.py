@@ -12,7 +12,8 @@ from torch import Tensor
 from ppo_runtime.common import inputs
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.ranks.gather import World, all_or_none
+from ppo_runtime.ranks.agreement import all_or_none
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.reporting.tables import rollout_table
 from ppo_runtime.reporting.tracking import make_trackers
@@ -72,7 +73,7 @@ def log_entry(
     stats: Any, batch: Any, rewards: Any, columns: Any, *, tokenizer: Any, world: World
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Numbers and table of one step, for the trackers; all ranks call it or none. See ``Trainer.log_stats``."""
-    with all_or_none(world):
+    with all_or_none(world, phase="the check of what is logged"):
         for name, given in {"stats": stats, "batch": batch}.items():
             if not isinstance(given, Mapping):
                 raise ValueError(f"{name} is a {type(given).__name__}, expected a dictionary")

@@ -12,7 +12,8 @@ from ppo_core.moments import Moments, masked_moments, variance
 from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.learning.experience import Experience
 from ppo_runtime.learning.update import Outcome
-from ppo_runtime.ranks.gather import Maximum, World, gather_metrics
+from ppo_runtime.ranks.gather import Maximum, gather_metrics
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.metrics import METRICS
 
 

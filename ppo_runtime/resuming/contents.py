@@ -27,6 +27,7 @@ from ppo_runtime.trainer import Trainer
 # Where a run's files go has no influence on its numbers.
 _INDIFFERENT = frozenset(
     {"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "steps", "accel_strict"}
+    | {"ranks_timeout"}
 )
 
 

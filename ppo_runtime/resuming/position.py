@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.ranks.seeding import mixed, set_seed
+from ppo_runtime.ranks.world import World
 from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from ppo_runtime.trainer import Trainer
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, default_colla
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.models.inner import transformers_model
-from ppo_runtime.ranks.gather import World
 from ppo_runtime.ranks.seeding import mixed
+from ppo_runtime.ranks.world import World
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")

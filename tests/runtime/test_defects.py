@@ -40,8 +40,8 @@ from ppo_runtime.learning.guards import Cause
 from ppo_runtime.learning.scoring import ScoreProcessor
 from ppo_runtime.models.heads import LMHead, hidden_states, mask_positions
 from ppo_runtime.models.modes import dropout_off
-from ppo_runtime.ranks import gather
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks import agreement, gather
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.publishing import upload_if_best
 from ppo_runtime.rollout import engine, generating
 from tests.operations import Operations
@@ -148,7 +148,7 @@ def test_defect_04_statistics_of_ranks_are_gathered(monkeypatch: pytest.MonkeyPa
     slots: dict[int, Tensor] = {}
     meet = threading.Barrier(2, timeout=60)
 
-    def exchange(vector: Tensor, world: World) -> Tensor:
+    def exchange(vector: Tensor, world: World, phase: str) -> Tensor:
         slots[world.rank] = vector.clone()
         meet.wait()
         table = torch.stack([slots[0], slots[1]])
@@ -181,7 +181,8 @@ def test_defect_04_statistics_of_ranks_are_gathered(monkeypatch: pytest.MonkeyPa
         on_device = [key for key, value in stats.items() if value.device.type == "cuda"]
         return {key: value / world.size if key in on_device else value for key, value in stats.items()}
 
-    monkeypatch.setattr(gather, "_gather", exchange)
+    monkeypatch.setattr(gather, "gathered", exchange)
+    monkeypatch.setattr(agreement, "gathered", exchange)
     check(gather_stats)
     fails(check, foil)
 

@@ -36,8 +36,10 @@ def test_only_known_fields_were_added_to_the_configuration() -> None:
     assert set(attrs.fields_dict(PPOConfig)) - set(api_table.CONFIG) == {
         "accel",
         "accel_strict",
+        "device",
         "drop_last",
         "on_nonfinite",
+        "ranks_timeout",
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.compat.accelerator import Accelerator
-from ppo_runtime.ranks.gather import World, world_from_environment
+from ppo_runtime.ranks.world import World, world_from_environment
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer

@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "compare_steps": 2,
     "accel": "auto",
     "accel_strict": True,
+    "ranks_timeout": 60.0,
     "steps": 12,
     "learning_rate": 1e-2,
     "batch_size": 4,

@@ -36,6 +36,7 @@ COVERED: dict[str, str] = {
     "use_habana": "test_config_fields.test_what_cannot_be_honoured_says_what_to_use",
     "accel": "test_config_fields.test_accel_chooses_the_backend",
     "accel_strict": "test_config_fields.test_accel_chooses_the_backend",
+    "ranks_timeout": "test_lost_ranks.test_a_rank_that_does_not_come_is_named_when_the_time_is_over",
     "steps": "test_config.test_derived_sizes",
     "learning_rate": "test_config_fields.test_a_smaller_learning_rate_moves_less",
     "batch_size": "test_trainer.test_bad_input_is_named_and_loses_nothing",

@@ -17,8 +17,10 @@ from ppo_core.averages import Average
 from ppo_core.moments import Moments
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.compat.stats import TOKENS, gather_stats
+from ppo_runtime.ranks import agreement
 from ppo_runtime.ranks import gather as distributed
-from ppo_runtime.ranks.gather import Maximum, World, gather_averages, merge_moments
+from ppo_runtime.ranks.gather import Maximum, gather_averages, merge_moments
+from ppo_runtime.ranks.world import World
 from tests.runtime.devices.pretend import Pretended, pretending
 from tests.runtime.learning.test_guards import snapshot
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
@@ -64,7 +66,8 @@ GATHERED: dict[str, Callable[[Callable[[float], Tensor]], Any]] = {
 
 @pytest.mark.parametrize("what", GATHERED)
 def test_numbers_are_widened_where_there_is_float64(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_gather", lambda vector, world: torch.stack([vector] * world.size))
+    for module in (distributed, agreement):
+        monkeypatch.setattr(module, "gathered", lambda vector, world, phase: torch.stack([vector] * world.size))
     expected = GATHERED[what](torch.tensor)
     with pretending(float64=False):
         found = GATHERED[what](lambda number: Pretended(torch.tensor(number)))

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from ppo_core.averages import Average, average, mean_of
 from ppo_core.moments import Moments, masked_moments, variance
+from ppo_runtime.ranks.agreement import agree_any
 from ppo_runtime.ranks.gather import (
     CAPACITY,
     Maximum,
-    World,
-    agree_any,
     broadcast_parameters,
     gather_averages,
     gather_rows,
     merge_moments,
     sum_gradients,
-    world_from_environment,
 )
+from ppo_runtime.ranks.world import World, world_from_environment
 from tests.runtime.support.processes import run_ranks
 
 ALONE = World(rank=0, size=1)
@@ -153,6 +152,9 @@ def be_one_rank(folder: Path) -> None:
     results["differing kinds"] = error_of(
         gather_averages, {"a": one if world.rank else Maximum(torch.tensor(1.0))}, world
     )
+    results["no scalar on one rank"] = error_of(
+        gather_averages, {"a": Maximum(torch.zeros(1 + world.rank).squeeze())}, world
+    )
     results["differing dtypes"] = error_of(
         gather_rows, torch.ones(2, dtype=torch.float64 if world.rank else torch.int64), world
     )
@@ -197,15 +199,26 @@ def test_a_masked_mean_is_over_kept_values_of_all_ranks(ranks: list[dict]) -> No
 def test_differing_keys_are_named_on_every_rank(ranks: list[dict]) -> None:
     message = ranks[0]["differing keys"]
     assert message == ranks[1]["differing keys"]
-    assert "rank 0: ['Average only 0']; rank 1: ['Average only 1']" in message
+    assert message.startswith(
+        "the kind of metric only 0 is 'Average' on rank 0 and absent on rank 1; "
+        "the kind of metric only 1 is absent on rank 0 and 'Average' on rank 1; give the neutral element"
+    )
     assert "shared" not in message
-    assert "rank 0: []; rank 1: ['Average a']" in ranks[0]["more keys on one rank"]
-    assert "rank 0: ['Maximum a']; rank 1: ['Average a']" in ranks[0]["differing kinds"]
+    assert "metric a is absent on rank 0 and 'Average' on rank 1" in ranks[0]["more keys on one rank"]
+    assert "metric a is 'Maximum' on rank 0 and 'Average' on rank 1" in ranks[0]["differing kinds"]
+
+
+def test_what_one_rank_cannot_gather_all_refuse(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert (
+            rank["no scalar on one rank"] == "rank 1: metrics['a'] has shape (2,), expected a scalar; reduce it first"
+        )
 
 
 def test_differing_dtypes_are_refused_on_every_rank(ranks: list[dict]) -> None:
-    assert "rank 0: ['torch.int64 x']; rank 1: ['torch.float64 x']" in ranks[0]["differing dtypes"]
-    assert "rank 0: ['torch.int64 x']; rank 1: ['torch.float64 x']" in ranks[1]["differing dtypes"]
+    for rank in ranks:
+        said = "distribution x is 'torch.int64' on rank 0 and 'torch.float64' on rank 1"
+        assert said in rank["differing dtypes"]
 
 
 def test_ranks_stay_in_step_after_an_error(ranks: list[dict]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, save_in
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.world import World
 from ppo_runtime.resuming.position import check_world, position, position_here, restore_position, source_of
 from ppo_runtime.rollout.data import PromptBatches
 from tests.runtime.support import trainers

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks.world import World
 from ppo_runtime.rollout.data import PromptBatches, collate
 from tests.runtime.support.tiny import tiny_tokenizer
 from tests.runtime.support.trainers import make_trainer

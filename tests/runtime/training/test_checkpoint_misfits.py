@@ -19,9 +19,9 @@ import torch
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common.trees import plain, restored
-from ppo_runtime.ranks import gather as distributed
-from ppo_runtime.ranks.gather import World
+from ppo_runtime.ranks import agreement
 from ppo_runtime.ranks.generators import generator_states, restore_generators
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.jsonl import read_jsonl
 from ppo_runtime.resuming import files
 from tests.runtime.support.sealing import change, make_old
@@ -513,18 +513,22 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
 ) -> None:
     """Each error that rank 0 raises is one that it has told before in the collective the others wait in."""
     trainer = make_trainer()
+    trainer.world = World(0, 2)
     told: list[bool] = []
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    def gather(vector: torch.Tensor, world: World) -> torch.Tensor:
+    def gathered(vector: torch.Tensor, world: World, phase: str) -> torch.Tensor:
         told.append(bool(vector[0]))
-        return vector[None]
+        theirs = vector.clone()
+        theirs[0] = 0
+        return torch.stack([vector, theirs])
 
-    monkeypatch.setattr(distributed, "_gather", gather)
+    monkeypatch.setattr(agreement, "gathered", gathered)
+    monkeypatch.setattr(agreement, "gathered_objects", lambda value, world, phase: [value, None])
     monkeypatch.setattr(Path, broken, refuse)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"rank 0: .*no space left"):
         save_checkpoint(trainer, tmp_path / "checkpoint")
     assert told[-1]
 

@@ -1,0 +1,102 @@
+"""What must be the same on every rank, as plain facts by names: settings, models, data and what moves with steps."""
+
+from collections.abc import Callable
+from hashlib import sha256
+from itertools import chain
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ppo_runtime.common.redact import plain_settings
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.rollout.data import prompt_digest
+
+# What only the rank that writes reads, what says how long to wait, and labels.
+_OWN_AFFAIR = frozenset(
+    {"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "push_to_hub_if_best_kwargs"}
+    | {"task_name", "model_name", "query_dataset", "reward_model", "accel_strict", "ranks_timeout"}
+)
+_FIRST = 8
+
+
+def settings(config: PPOConfig) -> dict[str, Any]:
+    """Those that have an influence on what is computed, and on where ranks meet."""
+    found = {name: value for name, value in plain_settings(config).items() if name not in _OWN_AFFAIR}
+    # The arguments hold a token, which one rank alone may have.
+    return found | {"the use of push_to_hub_if_best_kwargs": bool(config.push_to_hub_if_best_kwargs)}
+
+
+def moving_parts(
+    optimizer: torch.optim.Optimizer, scheduler: Any, controller: Any, *functions: Callable[..., Any]
+) -> dict[str, Any]:
+    """Learning rates and the optimiser's other options, the KL coefficient, and what the trainer calls in a step."""
+    facts: dict[str, Any] = {
+        "the class of optimizer": type(optimizer).__name__,
+        "the class of lr_scheduler": type(scheduler).__name__,
+        "the class of kl_ctl": type(controller).__name__,
+        "the functions of a step": [getattr(one, "__qualname__", type(one).__name__) for one in functions],
+    }
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            of_group = f"{'the number of parameters' if name == 'params' else name} of optimizer group {number}"
+            facts[of_group] = len(value) if name == "params" else _plain(value)
+    for name in ("value", "target", "horizon"):
+        if hasattr(controller, name):
+            facts[f"kl_ctl.{name}"] = _plain(getattr(controller, name))
+    return facts
+
+
+def models(model: nn.Module, ref_model: Any) -> dict[str, Any]:
+    """Of the policy every tensor's shape, kind and whether it trains; of a given reference how its weights begin."""
+    return {
+        "the class of model": type(model).__name__,
+        "ref_model": None if ref_model is None else f"{type(ref_model).__name__} with weights {_beginning(ref_model)}",
+        **{f"{name} of model": _described(tensor) for name, tensor in _tensors(model)},
+    }
+
+
+def data(dataset: Any) -> dict[str, Any]:
+    """How many rows there are, and a digest of some prompts, where they can be read twice."""
+    if dataset is None:
+        return {"dataset": None}
+    return {
+        "the class of dataset": type(dataset).__name__,
+        "the number of rows of dataset": len(dataset) if hasattr(dataset, "__len__") else None,
+        "the digest of dataset's prompts": prompt_digest(dataset),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of the libraries that compute: others may round differently."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _tensors(model: nn.Module) -> "chain[tuple[str, torch.Tensor]]":
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _described(tensor: torch.Tensor) -> str:
+    trains = ", trains" if tensor.requires_grad else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}{trains}"
+
+
+def _beginning(model: nn.Module) -> str:
+    """A digest of every tensor's first numbers: enough to tell another checkpoint, and read in no time."""
+    digest = sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {_described(tensor)}".encode())
+        if tensor.numel() and not tensor.is_meta:
+            row = tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach()[None]
+            digest.update(as_bytes(row[:_FIRST]).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    """A number, a text or a list of them; of anything else its kind, since an object's text may hold an address."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__

@@ -1,0 +1,75 @@
+"""The processes that train together, and the process group in which they meet."""
+
+import atexit
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from ppo_runtime.common.launcher import processes_started
+
+
+@attrs.frozen
+class World:
+    """The ranks that train together, and which of them this process is."""
+
+    rank: int
+    size: int
+
+
+def world_from_environment(timeout: float | None = None) -> World:
+    """The world that ``torchrun`` describes; a world of one where it describes none.
+
+    An initialised process group is used as it is. Otherwise, with WORLD_SIZE above 1, one is made: gloo carries tensors
+    on the CPU, and nccl those on GPUs where there are any. A group made here is left when the process ends.
+
+    Args:
+        timeout: seconds that a rank waits for another one in a group made here; as long as torch does if None.
+
+    Raises:
+        ValueError: one of torchrun's variables is missing, or WORLD_SIZE is no number of processes.
+        RuntimeError: the initialised group can't carry CPU tensors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if processes_started() == 1:
+            return World(rank=0, size=1)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set, expected all of "
+                "torchrun's variables; start with torchrun --nproc-per-node N, or unset WORLD_SIZE"
+            )
+        _meet(timeout)
+    if "gloo" not in (backend := str(dist.get_backend_config())):
+        raise RuntimeError(
+            f"the process group has backend {backend}, expected one that carries CPU tensors; "
+            "initialise it with 'gloo' or 'cpu:gloo,cuda:nccl'"
+        )
+    return World(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in words: "rank 1", "ranks 0, 2 and 3"; the first few of many."""
+    first, more = list(map(str, ranks[:4])), len(ranks) - 4
+    if more > 0:
+        first.append(f"{more} more")
+    listed = first[0] if len(first) == 1 else f"{', '.join(first[:-1])} and {first[-1]}"
+    return f"rank{'' if len(ranks) == 1 else 's'} {listed}"
+
+
+def _meet(timeout: float | None) -> None:
+    """Make the process group, and leave it at the end, of which torch would complain otherwise."""
+    on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+    )
+    atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

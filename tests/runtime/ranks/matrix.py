@@ -1,0 +1,348 @@
+"""One rank of two goes wrong, in every way: how long the other one takes to say so, and in which words.
+
+``python -m tests.runtime.ranks.matrix`` prints the table; ``... matrix FOLDER CASE CULPRIT ENGINE`` is one rank of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from ppo_runtime import PPOConfig, PPOTrainer
+from ppo_runtime.checkpoint import save_checkpoint
+from ppo_runtime.learning.update import clipped_objective
+from ppo_runtime.loop import train
+from ppo_runtime.resuming import files
+from tests.runtime.support import trainers
+from tests.runtime.support.processes import Ended, ends_of_ranks
+from tests.runtime.support.tiny import tiny_tokenizer
+
+LIMIT = 120.0
+"""Seconds after which a case counts as hanging."""
+PATIENCE = 5.0
+"""The ranks' timeout where one of them hangs."""
+ENGINES = ("ddp", "fsdp2") if "parallelism" in attrs.fields_dict(PPOConfig) else ("ddp",)
+
+
+@attrs.frozen
+class Rank:
+    """One of the processes, and whether it is the one that goes wrong."""
+
+    number: int
+    wrong: bool
+    engine: str
+    folder: Path
+
+    def trainer(self, **options: Any) -> PPOTrainer:
+        """Of three rows a step on each rank."""
+        settings = {"batch_size": 3, "mini_batch_size": 3, "project_kwargs": {"logging_dir": str(self.folder / "logs")}}
+        if len(ENGINES) > 1:
+            settings["parallelism"] = self.engine
+        return trainers.make_trainer(**(settings | options))
+
+    def batch(self) -> list[list[torch.Tensor]]:
+        """This rank's part of six rows."""
+        return [list(part[3 * self.number : 3 * self.number + 3]) for part in trainers.make_batch()]
+
+    def goes_wrong(self) -> bool:
+        """Whether it does, here and now; from then on the time counts."""
+        if self.wrong:
+            (self.folder / "began").write_text(str(time.time()))
+        return self.wrong
+
+    def train(self, scores: Callable[[list[str]], Sequence[Any]], **options: Any) -> Any:
+        """Three steps of the loop; the score function is the case's from the second step on."""
+        rows = Dataset.from_dict({"query": ["q"] * 12, "input_ids": [[5 + row] for row in range(12)]})
+        calls = 0
+
+        def score(_: list[str], texts: list[str]) -> Sequence[Any]:
+            nonlocal calls
+            calls += 1
+            return [1.0] * len(texts) if calls == 1 else scores(texts)
+
+        return train(
+            self.trainer(dataset=rows, tokenizer=tiny_tokenizer(), **options),
+            score,
+            steps=3,
+            generation_kwargs={"max_new_tokens": 4},
+            output_dir=self.folder / "run",
+            console=Console(file=io.StringIO()),
+        )
+
+
+# --- what one rank finds wrong by itself: both refuse it, and are in step afterwards ---------------------------------
+
+
+def score_function_raises(rank: Rank) -> None:
+    def scores(texts: list[str]) -> list[float]:
+        if rank.goes_wrong():
+            raise ZeroDivisionError("the judge divides")
+        return [1.0] * len(texts)
+
+    rank.train(scores)
+
+
+def score_is_nan(rank: Rank) -> None:
+    rank.train(lambda texts: [float("nan") if rank.goes_wrong() else 1.0] * len(texts))
+
+
+def scores_are_too_few(rank: Rank) -> None:
+    rank.train(lambda texts: [1.0] * (len(texts) - rank.goes_wrong()))
+
+
+def row_is_too_long(rank: Rank) -> None:
+    trainer, (queries, responses, scores) = rank.trainer(), rank.batch()
+    if rank.goes_wrong():
+        responses[1] = torch.full((100,), 7)
+    trainer.step(queries, responses, scores)
+
+
+def sequences_are_too_few(rank: Rank) -> None:
+    trainer, batch = rank.trainer(), rank.batch()
+    trainer.step(*(part[: 3 - rank.goes_wrong()] for part in batch))
+
+
+def other_mini_batches(rank: Rank) -> None:
+    trainer = rank.trainer()
+    if rank.goes_wrong():
+        trainer.config.mini_batch_size = 1
+    trainer.step(*rank.batch())
+
+
+def other_learning_rate(rank: Rank) -> None:
+    trainer = rank.trainer()
+    if rank.goes_wrong():
+        trainer.optimizer.param_groups[0]["lr"] = 0.5
+    trainer.step(*rank.batch())
+
+
+def other_kl_coefficient(rank: Rank) -> None:
+    trainer = rank.trainer()
+    if rank.goes_wrong():
+        trainer.kl_ctl.value = 0.5
+    trainer.step(*rank.batch())
+
+
+def other_settings(rank: Rank) -> None:
+    rank.trainer(mini_batch_size=1 if rank.goes_wrong() else 3)
+
+
+def other_model(rank: Rank) -> None:
+    rank.trainer(layers=1 if rank.goes_wrong() else 2)
+
+
+def no_tokenizer(rank: Rank) -> None:
+    trainer = rank.trainer()
+    PPOTrainer(trainer.config, trainer.model, None, None if rank.goes_wrong() else trainer.tokenizer)
+
+
+def reference_on_one(rank: Rank) -> None:
+    trainer = rank.trainer()
+    reference = trainer.ref_model if rank.goes_wrong() else None
+    PPOTrainer(trainer.config, trainer.model, reference, trainer.tokenizer)
+
+
+def other_rows(rank: Rank) -> None:
+    rank.trainer(dataset=Dataset.from_dict({"input_ids": [[5]] * (12 - rank.goes_wrong())}))
+
+
+def keys_differ(rank: Rank) -> None:
+    trainer = rank.trainer()
+    trainer.gather_stats({"loss": torch.ones(())} | ({"more": torch.ones(())} if rank.goes_wrong() else {}))
+
+
+def reward_is_refused(rank: Rank) -> None:
+    trainer = rank.trainer()
+    trainer.log_stats({}, {}, [1.0, float("nan") if rank.goes_wrong() else 2.0, 3.0])
+
+
+def disk_is_full(rank: Rank) -> None:
+    """While a checkpoint is written: the rank's own part, which every rank has."""
+    trainer, written = rank.trainer(), files.write_json
+
+    def full(path: Path, value: Any) -> None:
+        if rank.goes_wrong():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(path, value)
+
+    files.write_json = full
+    try:
+        save_checkpoint(trainer, rank.folder / "checkpoint")
+    finally:
+        files.write_json = written
+
+
+def tracker_fails(rank: Rank) -> None:
+    """Of the first rank, which alone has any; where the other one goes wrong, it is another rank's reward."""
+    trainer = rank.trainer()
+    if rank.number == 0 and rank.goes_wrong():
+        trainer.run_log._trackers = [object()]
+    trainer.log_stats({}, {}, [1.0, float("nan") if rank.number == 1 and rank.goes_wrong() else 2.0, 3.0])
+
+
+# --- what parts the ranks: the other one can only end, and say why ---------------------------------------------------
+
+
+def killed(rank: Rank) -> None:
+    def scores(texts: list[str]) -> list[float]:
+        if rank.goes_wrong():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [1.0] * len(texts)
+
+    rank.train(scores)
+
+
+def killed_in_an_update(rank: Rank) -> None:
+    trainer, calls = rank.trainer(ppo_epochs=4), 0
+
+    def objective(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and rank.goes_wrong():
+            os._exit(3)
+        return clipped_objective(*args, **options)
+
+    trainer.policy_objective = objective
+    trainer.step(*rank.batch())
+
+
+def raises_in_an_update(rank: Rank) -> None:
+    trainer, calls = rank.trainer(ppo_epochs=4), 0
+
+    def objective(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and rank.goes_wrong():
+            raise MemoryError("no room for the gradients")
+        return clipped_objective(*args, **options)
+
+    trainer.policy_objective = objective
+    trainer.step(*rank.batch())
+
+
+def raises_between_steps(rank: Rank) -> None:
+    trainer = rank.trainer()
+    trainer.step(*rank.batch())
+    if rank.goes_wrong():
+        raise LookupError("a line of the script")
+    trainer.step(*rank.batch())
+
+
+def ends_earlier(rank: Rank) -> None:
+    trainer = rank.trainer()
+    trainer.step(*rank.batch())
+    if not rank.goes_wrong():
+        trainer.step(*rank.batch())
+
+
+def hangs(rank: Rank) -> None:
+    trainer = rank.trainer(ranks_timeout=PATIENCE)
+    trainer.step(*rank.batch())
+    if rank.goes_wrong():
+        time.sleep(4 * PATIENCE)
+    trainer.step(*rank.batch())
+
+
+def told_to_end(rank: Rank) -> None:
+    """By SIGTERM, as a cluster does it."""
+
+    def scores(texts: list[str]) -> list[float]:
+        if rank.goes_wrong():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [1.0] * len(texts)
+
+    rank.train(scores)
+
+
+Case = Callable[[Rank], None]
+AGREED: tuple[Case, ...] = (
+    *(score_function_raises, score_is_nan, scores_are_too_few, row_is_too_long, sequences_are_too_few),
+    *(other_mini_batches, other_learning_rate, other_kl_coefficient, other_settings, other_model, no_tokenizer),
+    *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
+    raises_in_an_update,
+)
+PARTING: tuple[Case, ...] = (*(killed, killed_in_an_update, raises_between_steps, ends_earlier, hangs, told_to_end),)
+CASES = {case.__name__: case for case in (*AGREED, *PARTING)}
+
+
+class Found(NamedTuple):
+    """What became of one rank."""
+
+    kind: str
+    """Of its error; empty without one."""
+    message: str
+    seconds: float | None
+    """Since the other one went wrong."""
+
+
+def tried(case: str, rank: Rank) -> tuple[Found, BaseException | None]:
+    """What became of this rank in a case, and the error that it has raised."""
+    error: BaseException | None = None
+    try:
+        CASES[case](rank)
+    except BaseException as found:
+        error = found
+    began = rank.folder / "began"
+    seconds = time.time() - float(began.read_text()) if began.exists() else None
+    return Found("" if error is None else type(error).__name__, "" if error is None else str(error), seconds), error
+
+
+def be_one_rank(folder: Path, case: str, culprit: int, engine: str) -> None:
+    """Try a case, write down what became of it, and end as a script would that has raised the same."""
+    torch.set_num_threads(1)
+    number = int(os.environ["RANK"])
+    found, error = tried(case, Rank(number, number == culprit, engine, folder))
+    (folder / f"{number}.json").write_text(json.dumps(found))
+    if error is not None:
+        raise error
+
+
+def run(case: str, culprit: int, engine: str, folder: Path) -> list[tuple[Ended, Found | None]]:
+    """How both ranks of a case end, and what they have written down; one that was killed has not."""
+    command = [sys.executable, "-m", "tests.runtime.ranks.matrix", str(folder), case, str(culprit), engine]
+    ends = ends_of_ranks(command, limit=LIMIT)
+    places = [folder / f"{rank}.json" for rank in range(len(ends))]
+    found = [Found(*json.loads(place.read_text())) if place.exists() else None for place in places]
+    return list(zip(ends, found, strict=True))
+
+
+def print_table(cases: Sequence[str]) -> None:
+    """Every case, by the rank that goes wrong and the engine."""
+    table = Table("case", "rank", "engine", "exit codes", "seconds", "what the other rank says", show_lines=True)
+    hung = 0
+    for case, culprit, engine in product(cases, (0, 1), ENGINES):
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = run(case, culprit, engine, Path(folder))
+        ended, found = ranks[1 - culprit]
+        codes = ", ".join("hung" if end.code is None else str(end.code) for end, _ in ranks)
+        hung += "hung" in codes
+        said = ended.complaint[-300:] if found is None else f"{found.kind}: {found.message}" if found.kind else "-"
+        seconds = "" if found is None or found.seconds is None else f"{found.seconds:.1f}"
+        row = (case, str(culprit), engine, codes, seconds, said)
+        table.add_row(*row)
+        print(*row, sep=" | ", flush=True)
+    Console(width=200).print(table)
+    print(f"{hung} of {table.row_count} hung")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 5:
+        be_one_rank(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        print_table(sys.argv[1:] or list(CASES))

@@ -1,0 +1,196 @@
+"""What one rank of two finds wrong by itself, both refuse, in the same words, which name it; and go on together.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppo_runtime.ranks.agreement import agree_largest, all_or_none, differences
+from ppo_runtime.ranks.world import World, named, world_from_environment
+from tests.runtime.ranks import matrix
+from tests.runtime.support.processes import run_ranks
+
+ALONE = World(rank=0, size=1)
+# What both ranks say where the second one is wrong, and where the first one is.
+SAID: dict[str, tuple[str, str]] = {
+    "score_function_raises": ("RuntimeError", "ZeroDivisionError: the judge divides"),
+    "score_is_nan": ("ValueError", "scores[0] is nan"),
+    "scores_are_too_few": ("ValueError", "score_fn returned 2 scores"),
+    "row_is_too_long": ("ValueError", "queries[1]"),
+    "sequences_are_too_few": ("ValueError", "queries has 2 rows"),
+    "other_mini_batches": ("ValueError", "mini_batch_size is "),
+    "other_learning_rate": ("ValueError", "lr of optimizer group 0 is "),
+    "other_kl_coefficient": ("ValueError", "kl_ctl.value is "),
+    "other_settings": ("ValueError", "mini_batch_size is "),
+    "other_model": ("ValueError", "of model is "),
+    "no_tokenizer": ("TypeError", "tokenizer is None"),
+    "reference_on_one": ("ValueError", "ref_model is "),
+    "other_rows": ("ValueError", "the number of rows of dataset is "),
+    "keys_differ": ("ValueError", "more"),
+    "reward_is_refused": ("ValueError", "rewards[1] is nan"),
+    "tracker_fails": ("", ""),
+    "disk_is_full": ("OSError", "No space left on device"),
+    "raises_in_an_update": ("RuntimeError", "MemoryError: no room for the gradients"),
+}
+
+
+def raising(error: BaseException | None, other: BaseException | None, rank: int) -> None:
+    error = error if rank == 0 else other
+    if error is not None:
+        raise error
+
+
+BLOCKS: dict[str, Callable[[int], None]] = {
+    "one": partial(raising, None, ValueError("x is 1, expected 2")),
+    "one interrupted": partial(raising, KeyboardInterrupt(), None),
+    "both alike": partial(raising, LookupError("x"), LookupError("x")),
+    "both unlike": partial(raising, TypeError("x is a str"), ValueError("x is 1")),
+    "a file": partial(raising, FileNotFoundError(errno.ENOENT, "No such file", "a"), None),
+    "own kind": partial(raising, None, type("Own", (ValueError,), {})("x")),
+    "text that can't be had": partial(raising, type("Mute", (Exception,), {"__str__": lambda _: 1 / 0})(), None),
+    "not made of a text": partial(raising, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), None),
+}
+
+
+def tried(block: Callable[[int], None], world: World) -> dict[str, Any]:
+    try:
+        with all_or_none(world, carries=2) as ballot:
+            ballot.mine[0] = world.rank
+            block(world.rank)
+    except BaseException as error:
+        cause = None if error.__cause__ is None else repr(error.__cause__)
+        return {"kind": type(error).__name__, "text": str(error), "cause": cause}
+    return {"kind": "", "text": str(ballot.all.tolist()), "cause": None}
+
+
+def compared(world: World, facts: dict[str, Any]) -> str:
+    try:
+        with all_or_none(world) as ballot:
+            ballot.facts = lambda: facts
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def be_one_rank(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world = world_from_environment()
+    results: dict[str, Any] = {name: tried(block, world) for name, block in BLOCKS.items()}
+    results["afterwards"] = tried(lambda _: None, world)
+    results["facts"] = compared(world, {"a": 1, "b": 2 + world.rank, f"c{world.rank}": None})
+    results["same facts"] = compared(world, {"a": 1, "b": "x"})
+    results["differences"] = differences({"torch": f"2.{world.rank}"}, world)
+    results["largest"] = agree_largest(world.rank, world)
+    for case in SAID:
+        for culprit in range(world.size):
+            (place := folder / f"{case}-{culprit}").mkdir(exist_ok=True)
+            found, _ = matrix.tried(case, matrix.Rank(world.rank, world.rank == culprit, "ddp", place))
+            results[f"{case} {culprit}"] = found._asdict()
+    torch.save(results, folder / f"{world.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks have met."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"), warnings="default")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("case", SAID)
+def test_both_ranks_refuse_what_one_finds_wrong(ranks: list[dict[str, Any]], case: str, culprit: int) -> None:
+    first, second = ((rank[f"{case} {culprit}"]["kind"], rank[f"{case} {culprit}"]["message"]) for rank in ranks)
+    kind, text = SAID[case]
+    assert first == second
+    assert first[0] == kind or not kind
+    assert text in first[1]
+    assert f"rank {culprit}" in first[1]
+
+
+def test_every_case_has_its_words() -> None:
+    assert SAID.keys() == {case.__name__ for case in matrix.AGREED}
+
+
+def test_one_error_is_everybodys(ranks: list[dict[str, Any]]) -> None:
+    """Of its kind, with its text, and on the rank that has it with the error itself behind it."""
+    first, second = (rank["one"] for rank in ranks)
+    assert first["kind"] == second["kind"] == "ValueError"
+    assert first["text"] == second["text"] == "rank 1: x is 1, expected 2"
+    assert first["cause"] is None
+    assert second["cause"] == "ValueError('x is 1, expected 2')"
+
+
+def test_a_rank_that_is_interrupted_stops_and_the_others_say_so(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["one interrupted"] for rank in ranks)
+    assert first["kind"] == "KeyboardInterrupt"
+    assert (second["kind"], second["text"]) == ("RuntimeError", "rank 0: KeyboardInterrupt")
+
+
+def test_what_all_ranks_say_alike_is_raised_as_it_is(ranks: list[dict[str, Any]]) -> None:
+    assert [(rank["both alike"]["kind"], rank["both alike"]["text"]) for rank in ranks] == [("LookupError", "x")] * 2
+
+
+@pytest.mark.parametrize(
+    ("block", "kind", "text"),
+    [
+        ("both unlike", "TypeError", "rank 0: x is a str; rank 1: x is 1"),
+        ("a file", "FileNotFoundError", "rank 0: [Errno 2] No such file: 'a'"),
+        ("own kind", "ValueError", "rank 1: x"),
+        ("text that can't be had", "RuntimeError", "rank 0: Mute: (its text can't be had: ZeroDivisionError)"),
+        ("not made of a text", "UnicodeError", "rank 0: 'utf-8' codec can't decode"),
+    ],
+)
+def test_kinds_that_all_ranks_can_raise(ranks: list[dict[str, Any]], block: str, kind: str, text: str) -> None:
+    for rank in ranks:
+        assert rank[block]["kind"] == kind
+        assert rank[block]["text"].startswith(text)
+
+
+def test_ranks_are_in_step_after_a_refusal(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["afterwards"]["text"] == "[[0.0, 0.0], [1.0, 0.0]]" for rank in ranks)
+    assert [rank["largest"] for rank in ranks] == [1, 1]
+
+
+def test_facts_that_differ_are_named_with_every_ranks_value(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        said = "b is 2 on rank 0 and 3 on rank 1; c0 is None on rank 0 and absent on rank 1; c1 is absent on rank 0 and"
+        assert rank["facts"].startswith(said)
+        assert rank["same facts"] == ""
+        assert rank["differences"] == ["torch is '2.0' on rank 0 and '2.1' on rank 1"]
+
+
+def test_alone_an_error_is_untouched() -> None:
+    error = ValueError("x")
+    with pytest.raises(ValueError, match=r"^x$") as caught, all_or_none(ALONE):
+        raise error
+    assert caught.value is error
+    with all_or_none(ALONE, carries=1) as ballot:
+        ballot.mine[0] = 3
+        ballot.facts = lambda: pytest.fail("nothing to compare with")
+    assert ballot.all.tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([1], "rank 1"),
+        ([0, 2], "ranks 0 and 2"),
+        ([0, 1, 2, 3], "ranks 0, 1, 2 and 3"),
+        ([*range(7)], "ranks 0, 1, 2, 3 and 3 more"),
+    ],
+)
+def test_ranks_in_words(ranks: list[int], words: str) -> None:
+    assert named(ranks) == words
+
+
+if __name__ == "__main__":
+    be_one_rank(Path(sys.argv[1]))
