@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import without_secrets
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.resuming.files import damaged
@@ -17,6 +18,7 @@ from ppo_runtime.resuming.stepping import IMPLEMENTATION, check_scheduled, check
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 _OUR_CONTROLLERS = AdaptiveKLController, FixedKLController
 _KEPT_RATE = "the scheduler and its learning rates are kept from the checkpoint"
@@ -127,11 +129,12 @@ def settle_differences(
         groups: the options of its optimiser's groups before that.
     """
     then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
-    changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    # What one of them does not know is no difference: settings come with versions.
+    changed = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
     said = []
     for name in changed:
-        force = _FORCE[name](trainer, groups) if name in _FORCE and name in then else ""
-        said.append(f"{name} was {then.get(name)!r:.80} and is {now.get(name)!r:.80}{f' ({force})' if force else ''}")
+        force = _FORCE[name](trainer, groups) if name in _FORCE else ""
+        said.append(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}{f' ({force})' if force else ''}")
     if trainer.lr_scheduler is None:  # which may change any option from step to step
         said += _other_options(trainer.optimizer.param_groups, groups)
     if said:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.ranks.world import World
@@ -12,6 +13,7 @@ from ppo_runtime.rollout.data import PromptBatches, prompt_digest
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 
 def rank_state(trainer: Trainer) -> dict[str, Any]:

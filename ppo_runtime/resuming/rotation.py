@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.resuming import files
 from ppo_runtime.resuming.reading import check_whole
 from ppo_runtime.resuming.sealing import Manifest, check_sealed, read_manifest
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 NAME = "checkpoint"
 _NUMBERED = re.compile(rf"{NAME}-(\d{{1,18}})")

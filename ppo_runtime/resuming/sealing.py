@@ -14,11 +14,13 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.resuming import files
 from ppo_runtime.resuming.fields import FINITE
 from ppo_runtime.resuming.files import damaged
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 _BLOCK = 2**20
 

@@ -142,6 +142,21 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert newest_good(tmp_path) is None
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_says_what_is_damaged(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer()
+    for _ in range(2):
+        save_in(tmp_path, trainer)
+        step(trainer)
+    (tmp_path / "checkpoint-1" / files.POLICY).unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert newest_good(tmp_path) == tmp_path / "checkpoint-0"
+    assert ("checkpoint-1 cannot be read (policy.safetensors is missing)" in caplog.text) == (rank == "0")
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_checkpoint_of_an_earlier_version_is_found(old: bool, tmp_path: Path) -> None:
     trainer = make_trainer()
