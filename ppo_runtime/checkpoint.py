@@ -60,7 +60,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
     """
     target, world, made = files.resolved(directory), trainer.world, Path(directory).absolute()
     stands_in_it = files.is_working_directory(target)
-    with all_or_none(world):  # nobody writes before the directory is there
+    with all_or_none(world, phase="the making of a checkpoint's directory"):
         check_replaceable(target)
         draft, previous = files.siblings(target)
         if world.rank == 0:
@@ -69,7 +69,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
     try:
-        with all_or_none(world, carries=NUMBERS + 2) as ballot:
+        with all_or_none(world, carries=NUMBERS + 2, phase="the writing of a checkpoint") as ballot:
             check_worth_keeping(trainer)
             with files.told(target):
                 own, shared = contents.write_own(trainer, draft), {}
@@ -77,7 +77,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
                     shared = contents.write_shared(trainer, draft)
             recent = trainer.recent_scores
             ballot.mine[:] = torch.tensor([*sealing.as_numbers(own), recent.sum, recent.count], dtype=torch.float64)
-        with all_or_none(world):  # nobody goes on before it is in place
+        with all_or_none(world, phase="the renaming of a checkpoint"):  # nobody goes on before it is in place
             if world.rank == 0:
                 with files.told(target):
                     sealing.write_manifest(draft, contents.manifest_of(shared, ballot.all))
@@ -116,11 +116,11 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1:
         raise ValueError(f"keep_last is {keep_last!r:.60}, expected an integer of at least 1")
     output = Path(output_dir)
-    with all_or_none(trainer.world):
+    with all_or_none(trainer.world, phase="the clearing away of old checkpoints"):
         if trainer.world.rank == 0:
             rotation.clean(output)
     made = save_checkpoint(trainer, output / rotation.name_after(trainer.current_step))
-    with all_or_none(trainer.world):
+    with all_or_none(trainer.world, phase="the clearing away of old checkpoints"):
         if trainer.world.rank == 0:
             rotation.prune(output, made, keep_last=keep_last, keep_best=keep_best)
     return made
@@ -148,14 +148,13 @@ def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
         RuntimeError: another rank could not load it.
     """
     world = trainer.world
-    with all_or_none(world, carries=1) as ballot:
+    with all_or_none(world, phase="the reading of a checkpoint") as ballot:
         source = files.existing(files.resolved(directory))
         found = contents.read(source, trainer)
-        ballot.mine[0] = found.stamp
-    if (ballot.all != ballot.all[0]).any():
-        raise ValueError(f"the ranks have read different checkpoints as {directory}; give all of them the same files")
+        ballot.facts = lambda: {f"what is in {directory}": found.stamp}
+        ballot.advice = "give all ranks the same files"
     groups = [dict(group) for group in trainer.optimizer.param_groups]
-    with _undone_unless_whole(trainer), all_or_none(world), _named_misfits(source):
+    with _undone_unless_whole(trainer), all_or_none(world, phase="the loading of a checkpoint"), _named_misfits(source):
         trainer.optimizer.load_state_dict(with_present_implementation(found.optimizer, groups))
         if trainer.lr_scheduler is not None:
             trainer.lr_scheduler.load_state_dict(found.scheduler)

@@ -42,8 +42,8 @@ class Found:
     position: dict[str, Any]
     state: StateRecord
     score: float | None
-    stamp: int
-    """48 bits of a digest, which tells ranks that they have read the same."""
+    stamp: str
+    """A digest, which tells ranks that they have read the same."""
 
 
 def read(source: Path, trainer: Trainer) -> Found:
@@ -81,7 +81,7 @@ def read(source: Path, trainer: Trainer) -> Found:
         position=position_here(held, world, state.world_size, Seal.of(source / files.rank_file(there)).sha256),
         state=state,
         score=None if manifest is None else manifest.score,
-        stamp=int(Seal.of(source / (files.STATE if manifest is None else files.MANIFEST)).sha256[:12], 16),
+        stamp=Seal.of(source / (files.STATE if manifest is None else files.MANIFEST)).sha256,
     )
 
 
