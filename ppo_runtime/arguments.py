@@ -36,7 +36,7 @@ def whole_number(name: str, value: Any, *, optional: bool) -> int | None:
     return number
 
 
-def check_kinds(*, score_fn: Any, resume: Any, console: Any) -> None:
+def check_kinds(*, score_fn: Any, resume: Any, keep_best: Any, console: Any) -> None:
     """Refuse a score function that cannot be called with two lists, a resume that is a path, an odd console."""
     if not callable(score_fn):
         raise TypeError(
@@ -57,6 +57,8 @@ def check_kinds(*, score_fn: Any, resume: Any, console: Any) -> None:
         raise ValueError(
             f"resume is {resume!r}, expected True or False; the run to go on with is the one in output_dir"
         )
+    if not isinstance(keep_best, bool):
+        raise ValueError(f"keep_best is {keep_best!r:.60}, expected True or False; keep_last is a number")
     if console is not None and not isinstance(console, Console):
         raise TypeError(f"console is a {type(console).__name__}, expected a rich.console.Console or None")
 

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppo_runtime import arguments, results
-from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_in, steps_done
 from ppo_runtime.common import inputs
 from ppo_runtime.common.signals import stop_asked
 from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.learning.inspection import not_finite
-from ppo_runtime.ranks.agreement import agree_largest, all_or_none
+from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
+from ppo_runtime.ranks.presence import is_agreed
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.rollout.data import collate
@@ -54,6 +56,8 @@ def train(
     generation_batch_size: int | None = None,
     output_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
+    keep_last: int = 2,
+    keep_best: bool = False,
     resume: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
@@ -65,11 +69,13 @@ def train(
         steps: calls of ``step`` in the whole run; the configuration's ``total_ppo_epochs`` if None.
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
         generation_batch_size: prompts generated together; as many as memory holds if None.
-        output_dir: where the model goes at the end (``model``), and the checkpoint (``checkpoint``). Nothing if None. A
-            fresh trainer is refused where another run's results lie, unless it resumes that run.
+        output_dir: where the model goes at the end (``model``), and checkpoints (``checkpoint-<step>``). Nothing if
+            None. A fresh trainer is refused where another run's results lie, unless it resumes that run.
         checkpoint_every: steps between checkpoints; None makes one at the end and on a signal only.
-        resume: go on from ``<output_dir>/checkpoint``, bit for bit; from the beginning, with a warning, if there is
-            none. A run that has made all its steps is left as it is.
+        keep_last: how many checkpoints to keep, those of the latest steps.
+        keep_best: keep besides the one of the highest mean raw score since the checkpoint before.
+        resume: go on from the newest checkpoint there that is whole, bit for bit; from the beginning, with a warning,
+            if there is none. A run that has made all its steps is left as it is.
         console: where the progress bar goes; standard error if None.
 
     Returns:
@@ -92,9 +98,10 @@ def train(
     with all_or_none(world, phase="the check of train's arguments") as ballot:
         if trainer.dataloader is None:
             raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
-        arguments.check_kinds(score_fn=score_fn, resume=resume, console=console)
+        arguments.check_kinds(score_fn=score_fn, resume=resume, keep_best=keep_best, console=console)
         steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
         every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)
+        keep_last = arguments.whole_number("keep_last", keep_last, optional=False) or 1
         generated = arguments.whole_number("generation_batch_size", generation_batch_size, optional=True)
         options = arguments.generation_settings(generation_kwargs, GENERATION)
         output = arguments.output_directory(output_dir)
@@ -103,15 +110,18 @@ def train(
                 raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
         trainer.response_generator.check(**options)
         _check_data(trainer, options)
-        checkpoint, done = None if output is None else output / results.CHECKPOINT, None
-        if output is not None and checkpoint is not None:
+        newest, done = None, None
+        if output is not None:
             check_storable(trainer)
             results.check_places(output)
-            done = steps_done(checkpoint)
+            newest = newest_good(output)
+            done = None if newest is None else steps_done(newest)
             results.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
         ballot.facts = lambda: {
             "steps": steps,
             "checkpoint_every": every,
+            "keep_last": keep_last,
+            "keep_best": keep_best,
             "resume": resume,
             "output_dir": None if output is None else str(output.absolute()),
             "the step of the checkpoint found": done,
@@ -119,8 +129,9 @@ def train(
     if output is not None:
         with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory
             arguments.make_writable("output_dir", output)
-    if resume and checkpoint is not None:
-        _resume(trainer, checkpoint, steps)
+    if resume:
+        _resume(trainer, newest, steps)
+    keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)
     with all_or_none(world, phase="the opening of trackers"):
         if trainer.current_step >= steps:
             said = "nothing is left to train after step %d, since steps is %d; ask for more steps"
@@ -142,15 +153,15 @@ def train(
                     history.append(stats)
                     bar.update(task, advance=1, status=_status(stats))
                     due = trainer.current_step == steps or (every is not None and trainer.current_step % every == 0)
-                    if checkpoint is not None and due:
-                        _keep(trainer, checkpoint)
+                    if due:
+                        keep()
                     # Any rank's signal stops all of them, after the same step, and one during a save at once.
                     # In the last step it stops nothing: the run is whole.
                     asked = agree_largest(stop.signal, world, "the question whether to stop")
                     interrupted = asked if trainer.current_step < steps else 0
                     if interrupted:
-                        if checkpoint is not None and not due:
-                            _keep(trainer, checkpoint)
+                        if not due:
+                            keep()
                         break
             whole = True
         except KeyboardInterrupt:
@@ -197,19 +208,21 @@ def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
     )
 
 
-def _resume(trainer: Trainer, checkpoint: Path, steps: int) -> None:
-    if steps_done(checkpoint) is None:
-        _say(trainer, "there is no checkpoint in %s to resume: the run starts from the beginning", checkpoint)
+def _resume(trainer: Trainer, newest: Path | None, steps: int) -> None:
+    if newest is None:
+        _say(trainer, "there is no checkpoint to resume: the run starts from the beginning")
         return
-    load_checkpoint(trainer, checkpoint)
+    load_checkpoint(trainer, newest)
     _say(trainer, "resumed after step %d of %d", trainer.current_step, steps, level=logging.INFO)
 
 
-def _keep(trainer: Trainer, checkpoint: Path) -> None:
-    """Make a checkpoint, whose steps have their lines on disk before it is there."""
+def _keep(trainer: Trainer, output: Path | None, **kept: Any) -> None:
+    """Make a checkpoint, if there is a place for it; its steps have their lines on disk before it is there."""
+    if output is None:
+        return
     with all_or_none(trainer.world, phase="the writing of metrics"):
         trainer.run_log.sync()
-    save_checkpoint(trainer, checkpoint)
+    save_in(output, trainer, **kept)
 
 
 def _next_step(trainer: Trainer, *given: Any) -> dict[str, float]:
@@ -228,7 +241,9 @@ def _may_be_dropped(refusal: ValueError, trainer: Trainer) -> bool:
     """Whether all ranks have refused a batch for numbers that are not finite, and may go on with the next one."""
     if trainer.config.on_nonfinite != "drop" or trainer.broken_off is not None:
         return False
-    return trainer.world.size == 1 and not_finite(refusal) is not None
+    if trainer.world.size > 1 and not is_agreed(refusal):
+        return False
+    return agree_any(not_finite(refusal) is not None, trainer.world, "the question whether to drop a batch")
 
 
 def _one_step(

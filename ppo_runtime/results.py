@@ -16,16 +16,18 @@ from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT, MODEL, BROKEN_OFF, RECORD = "checkpoint", "model", "model-broken-off", "run.json"
+MODEL, BROKEN_OFF, RECORD = "model", "model-broken-off", "run.json"
 
 
 def check_places(output_dir: Path) -> None:
     """Refuse a run whose results would find something else in their places at its end.
 
     Raises:
-        ValueError: the checkpoint's, a model's or the record's place holds what they cannot replace.
+        ValueError: a checkpoint's, a model's or the record's place holds what they cannot replace.
     """
-    check_replaceable(output_dir / CHECKPOINT)
+    for place in sorted(output_dir.glob("checkpoint-*")):
+        if place.name.removeprefix("checkpoint-").isdecimal():
+            check_replaceable(place)
     for name in (MODEL, BROKEN_OFF):
         if (place := output_dir / name).exists() and not place.is_dir():
             raise ValueError(

@@ -6,7 +6,6 @@ KL controller keeps the model close to the prose it was trained on.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
@@ -21,13 +20,13 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ppo_runtime.checkpoint import steps_done
 from ppo_runtime.common.extras import require
 from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.demo.options import DemoOptions, has_begun, remember
+from ppo_runtime.demo.options import DemoOptions, remember
 from ppo_runtime.demo.report import Evaluation, history_of, make_report, samples, show
+from ppo_runtime.demo.standing import check_output, finished
 from ppo_runtime.loop import train
 from ppo_runtime.models.wrapper import AutoModelForCausalLMWithValueHead
 from ppo_runtime.ranks.agreement import all_or_none
@@ -60,8 +59,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
     output = options.output
     with all_or_none(world):  # none begins to write before the others have looked
-        _check_output(output, resume=options.resume)
-        if options.resume and (report := _finished(options, console)) is not None:
+        check_output(output, resume=options.resume)
+        if options.resume and (report := finished(options, console)) is not None:
             return report
     # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -145,7 +144,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     _write_json(output / "samples.json", samples(prompts["eval"], before, after))
     show(console, report, prompts["eval"], before, after, score)
     AutoModelForCausalLM.from_pretrained(output / "model")  # what was saved is what others can load
-    files = "model/, checkpoint/, metrics.jsonl, curves.png, samples.json, report.json"
+    files = "model/, checkpoint-<step>/, metrics.jsonl, curves.png, samples.json, report.json"
     console.print(Text.assemble("Saved to ", (str(output), "bold"), f": {files}"))
     return report
 
@@ -200,49 +199,6 @@ def evaluate(
             texts[sample] = tokenizer.batch_decode(responses, skip_special_tokens=True)
     greedy, sampled = score(texts[False]), score(texts[True])
     return Evaluation(texts[False], texts[True], sum(greedy) / len(greedy), sum(sampled) / len(sampled))
-
-
-def _finished(options: DemoOptions, console: Console) -> dict[str, Any] | None:
-    """The report of a run that has made all its steps, and the way to more of them; None if it has not."""
-    path, done = options.output / "report.json", steps_done(options.output / "checkpoint") or 0
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not written yet, or torn: it will be
-        return None
-    reported = report.get("steps") if isinstance(report, dict) else None
-    if not isinstance(reported, int) or isinstance(reported, bool) or done < options.steps or reported < done:
-        return None
-    console.print(
-        Text(
-            f"The run in {options.output} is finished, after step {done}. For more steps: "
-            f"--resume --output {options.output} --steps {done + options.steps}"
-        )
-    )
-    return report
-
-
-def _check_output(output: Path, *, resume: bool) -> None:
-    """Refuse an output directory that cannot be written or made; a second run never mixes with a first by accident.
-
-    Nothing is made here, so that a call that is refused later leaves nothing behind. A run that was killed before its
-    first checkpoint has left its options, and begins again with them.
-    """
-    ground = next(place for place in (output, *output.absolute().parents) if place.exists())
-    if not ground.is_dir():
-        raise NotADirectoryError(f"output is {output}, expected a directory: {ground} is a file")
-    if not os.access(ground, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"output is {output}, expected a directory that can be made and written: {ground} cannot "
-            "be written; choose another with --output"
-        )
-    resumable = has_begun(output) or steps_done(output / "checkpoint") is not None
-    empty = not output.exists() or not any(output.iterdir())
-    if resume and not resumable:
-        left = "; start without --resume" if empty else ", only other files; choose another with --output, or remove it"
-        raise FileNotFoundError(f"output {output} holds no run to resume{left}")
-    if not resume and not empty:
-        onwards = f", or go on with its run: --resume --output {output}" if resumable else ""
-        raise FileExistsError(f"output {output} is not empty; choose another with --output, or remove it{onwards}")
 
 
 def _write_json(path: Path, content: Any) -> None:

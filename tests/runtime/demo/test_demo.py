@@ -21,7 +21,7 @@ import ppo_core
 import ppo_runtime
 from ppo_runtime.accel.backends import choose
 from ppo_runtime.cli import app
-from ppo_runtime.demo import run
+from ppo_runtime.demo import run, standing
 from ppo_runtime.demo.options import settle
 from ppo_runtime.models import gguf as convert
 from ppo_runtime.reporting.jsonl import read_jsonl
@@ -369,8 +369,8 @@ def test_options_that_were_edited_are_answered_by_name(name: str, value: Any, tm
 def test_a_report_of_another_shape_is_none(report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written anew."""
     (tmp_path / "report.json").write_bytes(report.encode("latin-1"))
-    monkeypatch.setattr(run, "steps_done", lambda _: 1)
-    assert run._finished(settle({"steps": 1}, output=tmp_path, resume=False), Console()) is None
+    monkeypatch.setattr(standing, "steps_made", lambda _: 1)
+    assert standing.finished(settle({"steps": 1}, output=tmp_path, resume=False), Console()) is None
 
 
 def test_a_finished_run_without_metrics_says_what_is_missing(tmp_path: Path) -> None:

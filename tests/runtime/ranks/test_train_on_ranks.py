@@ -21,10 +21,10 @@ from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.trainers import make_trainer
 
 
-def _trainer(home: Path) -> Any:
+def _trainer(home: Path, **more: Any) -> Any:
     rows = Dataset.from_dict({"query": ["q"] * 16, "input_ids": [[5 + row] for row in range(16)]})
     settings = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "horizon": 20}
-    return make_trainer(dataset=rows, project_kwargs={"logging_dir": str(home)}, **settings)
+    return make_trainer(dataset=rows, project_kwargs={"logging_dir": str(home)}, **settings, **more)
 
 
 def _train(trainer: Any, home: Path, *, score: Any = None, **options: Any) -> Any:
@@ -80,6 +80,19 @@ def full(home: Path) -> str:
     return str(caught.value)
 
 
+def dropped(home: Path) -> dict[str, Any]:
+    """A score that is not finite, of the second rank's first batch; the settings have such batches dropped."""
+    trainer = _trainer(home, on_nonfinite="drop")
+    calls: list[int] = []
+
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        calls.append(1)
+        return [float("nan") if trainer.world.rank == 1 and len(calls) == 1 else 0.5] * len(texts)
+
+    result = _train(trainer, home, score=score)
+    return {"steps": len(result.history), "calls": len(calls)}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -97,13 +110,23 @@ def test_what_fails_on_one_rank_ends_all_of_them(ranks: tuple[Path, list[dict[st
     assert not (folder / "failing" / "model").exists()
     assert "No space left on device" in found[0]["full"]
     assert not (folder / "full" / "model").exists()
-    assert all(rank["full"] and rank["failing"] for rank in found)
+    assert all("rank 1: ZeroDivisionError: float division by zero" in rank["failing"] for rank in found)
+    assert all("rank 0: " in rank["full"] and "No space left on device" in rank["full"] for rank in found)
+
+
+def test_a_batch_of_one_rank_is_dropped_by_all(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = ranks
+    assert [rank["dropped"] for rank in found] == [{"steps": 4, "calls": 5}] * 2
+    assert [path.name for path in sorted(folder.glob("dropped/not-finite/*"))] == [
+        "step-1-rank-1.json",
+        "step-1-rank-1.safetensors",
+    ]
 
 
 def main(folder: Path) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
-    found = {run.__name__: run(folder / run.__name__) for run in (signalled, failing, full)}
+    found = {run.__name__: run(folder / run.__name__) for run in (signalled, failing, full, dropped)}
     rank = torch.distributed.get_rank()
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

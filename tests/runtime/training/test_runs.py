@@ -112,7 +112,7 @@ def test_steps_beyond_the_checkpoint_are_not_doubled(tmp_path: Path, own_loop: b
     assert _steps(tmp_path / FILE) == [1, 2, 3]
     again = _trainer(tmp_path)
     if own_loop:
-        load_checkpoint(again, tmp_path / "checkpoint")
+        load_checkpoint(again, tmp_path / "checkpoint-2")
         queries, responses, scores = make_batch(4)
         again.log_stats(again.step(queries, responses, scores), {}, scores)
         again.close()
@@ -236,7 +236,7 @@ def test_every_run_ends_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path) 
     straight = _trainer(tmp_path / "straight")
     _train(straight, tmp_path / "straight", steps=4)
     _train(_trainer(tmp_path / "cut"), tmp_path / "cut", steps=2)
-    assert steps_done(tmp_path / "cut" / "checkpoint") == 2
+    assert steps_done(tmp_path / "cut" / "checkpoint-2") == 2
     longer = _trainer(tmp_path / "cut")
     _train(longer, tmp_path / "cut", steps=4, resume=True)
     assert _same(_weights(straight), _weights(longer))
@@ -252,19 +252,65 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, steps: int, caplog: pyt
     assert _train(trainer, tmp_path, steps=steps, resume=True).history == []
     assert f"nothing is left to train after step 2, since steps is {steps}; ask for more steps" in caplog.text
     assert (tmp_path / FILE).read_bytes() == lines
-    assert steps_done(tmp_path / "checkpoint") == 2
+    assert steps_done(tmp_path / "checkpoint-2") == 2
 
 
 def test_resuming_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(_train(_trainer(tmp_path), tmp_path, steps=1, resume=True).history) == 1
-    assert "there is no checkpoint in" in caplog.text
+    assert "there is no checkpoint to resume: the run starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = _trainer(tmp_path / "straight")
+    _train(straight, tmp_path / "straight", steps=4)
+    home = tmp_path / "run"
+    _train(_trainer(home), home, steps=4, checkpoint_every=1)
+    assert sorted(path.name for path in home.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+    policy = home / "checkpoint-4" / "policy.safetensors"
+    content = policy.read_bytes()
+    policy.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    again = _trainer(home)
+    _train(again, home, steps=4, resume=True)
+    assert "checkpoint-4 cannot be read (policy.safetensors" in caplog.text
+    assert _same(_weights(straight), _weights(again))
+    assert _steps(home / FILE) == [1, 2, 3, 4]
+    assert _steps(home / EARLIER) == [4], "what was made from the lost weights is kept beside"
+    assert steps_done(home / "checkpoint-4") == 4
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=1)
+    (tmp_path / "checkpoint-1" / "policy.safetensors").write_bytes(b"")
+    before = _files(tmp_path)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+            _train(_trainer(tmp_path), tmp_path, steps=1, resume=resume)
+    assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_how_many_checkpoints_are_kept_is_asked_for(tmp_path: Path, best: int) -> None:
+    trainer = _trainer(tmp_path)
+    score = lambda _, texts: [float(trainer.current_step + 1 == best)] * len(texts)  # noqa: E731
+    _train(trainer, tmp_path, steps=5, score=score, checkpoint_every=1, keep_last=1, keep_best=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == [f"checkpoint-{best}", "checkpoint-5"]
+
+
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint")
+    assert len(_train(_trainer(tmp_path), tmp_path, steps=3, resume=True).history) == 1
+    assert steps_done(tmp_path / "checkpoint-3") == 3
 
 
 def test_a_checkpoint_that_was_being_replaced_is_resumed(tmp_path: Path) -> None:
     """A crash between the two renames leaves the old checkpoint under its waiting name."""
     _train(_trainer(tmp_path), tmp_path, steps=2)
-    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.previous")
-    assert steps_done(tmp_path / "checkpoint") == 2
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.previous")
+    assert steps_done(tmp_path / "checkpoint-2") == 2
     assert len(_train(_trainer(tmp_path), tmp_path, steps=3, resume=True).history) == 1
 
 
@@ -380,7 +426,7 @@ def test_a_start_that_is_refused_touches_no_earlier_run(tmp_path: Path, asked: d
 
 def test_a_start_that_fails_before_its_first_step_saves_nothing(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path)
-    (tmp_path / "checkpoint").rename(tmp_path / "kept")
+    (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
     before = _files(tmp_path / "model") | {tmp_path / "run.json": (tmp_path / "run.json").read_bytes()}
     with pytest.raises(ZeroDivisionError):
         _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0, resume=True)
@@ -439,7 +485,7 @@ def test_a_disk_that_fills_in_the_last_save_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"model after step 2 was not saved in .*model: .*No space left.* before is kept"):
         _train(trainer, tmp_path, steps=2)
     assert _files(tmp_path / "model") == before
-    assert steps_done(tmp_path / "checkpoint") == 2
+    assert steps_done(tmp_path / "checkpoint-2") == 2
     _train(_trainer(tmp_path), tmp_path, steps=2, resume=True)
     assert _files(tmp_path / "model") != before
 
@@ -452,7 +498,7 @@ def test_ctrl_c_in_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
 
     trainer = _trainer(tmp_path)
     assert not _train(trainer, tmp_path, steps=2, score=score).interrupted
-    assert steps_done(tmp_path / "checkpoint") == 2
+    assert steps_done(tmp_path / "checkpoint-2") == 2
 
 
 def test_the_record_of_a_run_is_not_shortened(tmp_path: Path) -> None:
@@ -596,7 +642,7 @@ def test_weights_of_half_an_update_never_pass_for_a_model(
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == model
     assert (tmp_path / "model-broken-off").exists() == moved
     assert ("weights between two steps are in" in caplog.text) == moved
-    assert steps_done(tmp_path / "checkpoint") == 1
+    assert steps_done(tmp_path / "checkpoint-1") == 1
     assert "a part of another" not in (tmp_path / "model" / "README.md").read_text()
     if moved:
         assert (

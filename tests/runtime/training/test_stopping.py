@@ -107,9 +107,9 @@ def test_after_the_first_signal_the_second_does_what_it_did_before(number: int, 
 def test_a_signal_during_a_save_stops_right_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = loop._keep
 
-    def signalled(*given: Any) -> None:
+    def signalled(*given: Any, **kept: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        keep(*given)
+        keep(*given, **kept)
 
     monkeypatch.setattr(loop, "_keep", signalled)
     assert len(_train(_trainer(tmp_path), tmp_path, checkpoint_every=1).history) == 1
@@ -194,19 +194,19 @@ def test_the_lines_of_a_checkpoints_steps_are_on_disk_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    sync, save, metrics = os.fsync, loop.save_checkpoint, tmp_path / "metrics.jsonl"
+    sync, save, metrics = os.fsync, loop.save_in, tmp_path / "metrics.jsonl"
 
     def synced(descriptor: int) -> None:
         if os.path.sameopenfile(descriptor, opened.fileno()):
             order.append(f"{metrics.read_bytes().count(os.linesep.encode())} lines")
         sync(descriptor)
 
-    def saved(*given: Any) -> Any:
+    def saved(*given: Any, **kept: Any) -> Any:
         order.append("checkpoint")
-        return save(*given)
+        return save(*given, **kept)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    monkeypatch.setattr(loop, "save_in", saved)
     with metrics.open("ab") as opened:
         _train(_trainer(tmp_path), tmp_path, steps=2, checkpoint_every=1)
     assert order == ["1 lines", "checkpoint", "2 lines", "checkpoint"]

@@ -70,6 +70,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoint_every -1": ({"checkpoint_every": -1, "output_dir": "o"}, "checkpoint_every is -1, expected"),
     "checkpoint_every half": ({"checkpoint_every": 0.5, "output_dir": "o"}, "checkpoint_every is 0.5, expected"),
     "checkpoints nowhere": ({"checkpoint_every": 2}, "checkpoint_every is 2 and output_dir is None"),
+    "no checkpoints kept": ({"keep_last": 0, "output_dir": "o"}, "keep_last is 0, expected an integer of at least 1"),
+    "half of them kept": ({"keep_last": 1.5, "output_dir": "o"}, "keep_last is 1.5, expected"),
+    "best ones as a number": ({"keep_best": 1, "output_dir": "o"}, "keep_best is 1, expected True or False"),
     "resume nowhere": ({"resume": True}, "resume is True and output_dir is None"),
     "resume as a path": ({"resume": "o/checkpoint", "output_dir": "o"}, "resume is 'o/checkpoint', expected True or"),
     "generation_batch_size 0": ({"generation_batch_size": 0}, "generation_batch_size is 0, expected an integer"),
@@ -153,8 +156,8 @@ def test_what_no_checkpoint_could_hold_is_refused_before_there_is_one_to_make(ca
 @pytest.mark.parametrize(
     ("lies_there", "message"),
     [
-        ("checkpoint/notes.txt", r"checkpoint holds notes.txt, and so is not a checkpoint alone"),
-        ("checkpoint", "checkpoint is a file, expected the directory of a checkpoint"),
+        ("checkpoint-1/notes.txt", r"checkpoint-1 holds notes.txt, and so is not a checkpoint alone"),
+        ("checkpoint-1", "checkpoint-1 is a file, expected the directory of a checkpoint"),
         ("model", "model is a file, expected a directory for the policy"),
         ("model-broken-off", "model-broken-off is a file, expected a directory for the policy"),
         ("run.json/notes.txt", "run.json is a directory, expected a file for the run's record"),
