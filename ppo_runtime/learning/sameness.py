@@ -11,6 +11,7 @@ from torch import nn
 
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
 from ppo_runtime.rollout.data import prompt_digest
 
@@ -87,6 +88,8 @@ def _beginning(model: nn.Module) -> str:
     """A digest of every tensor's first numbers: enough to tell another checkpoint, and read in no time."""
     digest = sha256()
     for name, tensor in _tensors(model):
+        if name.startswith(HEAD_PREFIX):
+            continue  # nothing reads a reference's values, and every rank may have drawn a head of its own
         digest.update(f"{name} {_described(tensor)}".encode())
         if tensor.numel() and not tensor.is_meta:
             row = tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach()[None]

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from ppo_runtime import AutoModelForCausalLMWithValueHead
+from ppo_runtime.learning import sameness
 from ppo_runtime.ranks.agreement import agree_largest, all_or_none, differences
 from ppo_runtime.ranks.world import World, named, world_from_environment
 from tests.runtime.ranks import matrix
 from tests.runtime.support.processes import run_ranks
+from tests.runtime.support.tiny import tiny_model
 
 ALONE = World(rank=0, size=1)
 # What both ranks say where the second one is wrong, and where the first one is.
@@ -194,3 +197,13 @@ def test_ranks_in_words(ranks: list[int], words: str) -> None:
 
 if __name__ == "__main__":
     be_one_rank(Path(sys.argv[1]))
+
+
+def test_value_heads_that_every_rank_has_drawn_for_its_reference_are_no_difference() -> None:
+    policy, reference, other = (
+        AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama")) for _ in range(3)
+    )
+    torch.nn.init.normal_(other.v_head.summary.weight)
+    assert sameness.models(policy, reference) == sameness.models(policy, other)
+    torch.nn.init.normal_(other.pretrained_model.lm_head.weight)
+    assert sameness.models(policy, reference) != sameness.models(policy, other)
