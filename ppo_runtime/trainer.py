@@ -193,6 +193,7 @@ class Trainer:
         functions = self.advantage_estimator, self.policy_objective
         return {
             "current_step": self.current_step,
+            "the class of ref_model": type(self.ref_model).__name__,
             **sameness.settings(self.config),
             **sameness.moving_parts(self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
         }

@@ -274,7 +274,7 @@ def prepare_update(model: Any, optimizer: torch.optim.Optimizer, cause: Cause, c
 
 def voted(world: World) -> AbstractContextManager[Ballot]:
     """A block at whose end every rank has written a cause into the ballot; one that fails fails on all of them."""
-    return all_or_none(world, carries=1)
+    return all_or_none(world, carries=1, phase="the vote on an update")
 
 
 def elected(ballot: Ballot) -> Cause:

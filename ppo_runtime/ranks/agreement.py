@@ -4,7 +4,6 @@ Every function is a collective: all ranks must call it, in the same order. In a 
 process group, and none costs anything.
 """
 
-import builtins
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -17,7 +16,10 @@ from torch import Tensor
 from ppo_runtime.ranks.presence import agreed, lost_ranks_named
 from ppo_runtime.ranks.world import World, named
 
-_KINDS = (ValueError, TypeError, RuntimeError, OSError)
+_BUILTIN = (ValueError, TypeError, RuntimeError, OSError)
+_FILES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_KINDS = {kind.__name__: kind for kind in (*_BUILTIN, *_FILES, NotImplementedError, TimeoutError)}
+"""What all ranks can raise: errors that can be made of a text alone."""
 _SHOWN = 5
 """How many differences a message lists."""
 
@@ -122,27 +124,18 @@ def _raise_together(error: BaseException | None, world: World, phase: str) -> No
     said = [f"{named(ranks)}: {text}" for (_, text), ranks in failed.items()]
     more = f"; and {len(said) - _SHOWN} more messages" if len(said) > _SHOWN else ""
     kind, _ = next(iter(failed))
-    raise agreed(getattr(builtins, kind)("; ".join(said[:_SHOWN]) + more)) from error
+    raise agreed(_KINDS[kind]("; ".join(said[:_SHOWN]) + more)) from error
 
 
 def _told(error: BaseException) -> tuple[str, str]:
-    """The builtin kind that an error is raised as on all ranks, and its text there."""
-    kind = next((kind for kind in type(error).__mro__ if _is_plain(kind)), RuntimeError)
+    """The name of the kind that an error is raised as on all ranks, and its text there."""
+    kind = next((kind for kind in type(error).__mro__ if _KINDS.get(kind.__name__) is kind), RuntimeError)
     try:
         text = str(error)
     except Exception as failure:  # a class of the user's own
         text = f"(its text can't be had: {type(failure).__name__})"
-    name = "" if isinstance(error, _KINDS) else type(error).__name__
+    name = "" if isinstance(error, _BUILTIN) else type(error).__name__
     return kind.__name__, ": ".join(filter(None, (name, text))) or kind.__name__
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether it is a builtin error that can be made of a text alone."""
-    return (
-        getattr(builtins, kind.__name__, None) is kind
-        and issubclass(kind, _KINDS)
-        and not issubclass(kind, UnicodeDecodeError | UnicodeEncodeError | UnicodeTranslateError)
-    )
 
 
 def _differences(facts: Mapping[str, Any], world: World, phase: str) -> list[str]:

@@ -149,7 +149,7 @@ def test_what_all_ranks_say_alike_is_raised_as_it_is(ranks: list[dict[str, Any]]
         ("a file", "FileNotFoundError", "rank 0: [Errno 2] No such file: 'a'"),
         ("own kind", "ValueError", "rank 1: x"),
         ("text that can't be had", "RuntimeError", "rank 0: Mute: (its text can't be had: ZeroDivisionError)"),
-        ("not made of a text", "UnicodeError", "rank 0: 'utf-8' codec can't decode"),
+        ("not made of a text", "ValueError", "rank 0: 'utf-8' codec can't decode"),
     ],
 )
 def test_kinds_that_all_ranks_can_raise(ranks: list[dict[str, Any]], block: str, kind: str, text: str) -> None:
