@@ -413,7 +413,7 @@ class Trainer:
             self.response_generator.warn_of_greedy_responses(responses)
             plan = plan_updates(len(queries), config, self.shuffle)
             ballot.mine[0] = len(queries)
-            ballot.facts = lambda: {UPDATES: sum(map(len, plan)), **self._moving_facts()}
+            ballot.facts = lambda: {**self._moving_facts(), UPDATES: sum(map(len, plan))}
             with _clock(times, "forward_pass"):
                 scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
                 computed |= scored._asdict()

@@ -1,6 +1,6 @@
 """One rank of two goes wrong, in every way: how long the other one takes to say so, and in which words.
 
-``python -m tests.runtime.ranks.matrix`` prints the table; ``... matrix FOLDER CASE CULPRIT ENGINE`` is one rank of it.
+``python -m tests.runtime.ranks.matrix`` prints the table; ``... matrix FOLDER CASES CULPRIT ENGINE`` is one rank of it.
 """
 
 from __future__ import annotations
@@ -303,46 +303,68 @@ def tried(case: str, rank: Rank) -> tuple[Found, BaseException | None]:
     return Found("" if error is None else type(error).__name__, "" if error is None else str(error), seconds), error
 
 
-def be_one_rank(folder: Path, case: str, culprit: int, engine: str) -> None:
-    """Try a case, write down what became of it, and end as a script would that has raised the same."""
+def be_one_rank(folder: Path, cases: Sequence[str], culprit: int, engine: str) -> None:
+    """Try some cases, write down what became of each, and end as a script would that has raised the same.
+
+    Only of cases whose refusals the ranks agree on, several can be tried: they are in step afterwards.
+    """
     torch.set_num_threads(1)
     number = int(os.environ["RANK"])
-    found, error = tried(case, Rank(number, number == culprit, engine, folder))
-    (folder / f"{number}.json").write_text(json.dumps(found))
-    if error is not None:
-        raise error
+    for case in cases:
+        (place := folder / case).mkdir(exist_ok=True)
+        found, error = tried(case, Rank(number, number == culprit, engine, place))
+        (place / f"{number}.json").write_text(json.dumps(found))
+        if error is not None and CASES[case] not in AGREED:
+            raise error
 
 
-def run(case: str, culprit: int, engine: str, folder: Path) -> list[tuple[Ended, Found | None]]:
-    """How both ranks of a case end, and what they have written down; one that was killed has not."""
-    command = [sys.executable, "-m", "tests.runtime.ranks.matrix", str(folder), case, str(culprit), engine]
-    ends = ends_of_ranks(command, limit=LIMIT)
-    places = [folder / f"{rank}.json" for rank in range(len(ends))]
-    found = [Found(*json.loads(place.read_text())) if place.exists() else None for place in places]
-    return list(zip(ends, found, strict=True))
+def run(
+    cases: Sequence[str], culprit: int, engine: str, folder: Path
+) -> tuple[list[Ended], dict[str, list[Found | None]]]:
+    """How both ranks end, and what they have written down of each case; one that was killed has not."""
+    command = [sys.executable, "-m", "tests.runtime.ranks.matrix", str(folder), ",".join(cases), str(culprit), engine]
+    ends = ends_of_ranks(command, limit=LIMIT * len(cases))
+    return ends, {case: [_read(folder / case / f"{rank}.json") for rank in range(len(ends))] for case in cases}
+
+
+def _read(place: Path) -> Found | None:
+    return Found(*json.loads(place.read_text())) if place.exists() else None
 
 
 def print_table(cases: Sequence[str]) -> None:
     """Every case, by the rank that goes wrong and the engine."""
+    agreed = [case.__name__ for case in AGREED if case.__name__ in cases]
+    together = [agreed] * bool(agreed) + [[case.__name__] for case in PARTING if case.__name__ in cases]
     table = Table("case", "rank", "engine", "exit codes", "seconds", "what the other rank says", show_lines=True)
     hung = 0
-    for case, culprit, engine in product(cases, (0, 1), ENGINES):
+    for some, culprit, engine in product(together, (0, 1), ENGINES):
         with tempfile.TemporaryDirectory() as folder:
-            ranks = run(case, culprit, engine, Path(folder))
-        ended, found = ranks[1 - culprit]
-        codes = ", ".join("hung" if end.code is None else str(end.code) for end, _ in ranks)
+            ends, found = run(some, culprit, engine, Path(folder))
+        codes = ", ".join("hung" if end.code is None else str(end.code) for end in ends)
         hung += "hung" in codes
-        said = ended.complaint[-300:] if found is None else f"{found.kind}: {found.message}" if found.kind else "-"
-        seconds = "" if found is None or found.seconds is None else f"{found.seconds:.1f}"
-        row = (case, str(culprit), engine, codes, seconds, said)
-        table.add_row(*row)
-        print(*row, sep=" | ", flush=True)
+        for case in some:
+            theirs = found[case][1 - culprit]
+            if theirs is None:
+                said, seconds = ends[1 - culprit].complaint[-300:], ""
+            else:
+                said = f"{theirs.kind}: {theirs.message}" if theirs.kind else "-"
+                seconds = "" if theirs.seconds is None else f"{theirs.seconds:.1f}"
+            row = (
+                case,
+                str(culprit),
+                engine,
+                "in step" if some is agreed and codes == "0, 0" else codes,
+                seconds,
+                said,
+            )
+            table.add_row(*row)
+            print(*row, sep=" | ", flush=True)
     Console(width=200).print(table)
-    print(f"{hung} of {table.row_count} hung")
+    print(f"{table.row_count} cases, {hung} processes hung")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 5:
-        be_one_rank(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        be_one_rank(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4])
     else:
         print_table(sys.argv[1:] or list(CASES))

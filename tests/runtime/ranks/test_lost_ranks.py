@@ -27,7 +27,8 @@ LATE = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting
 
 def left_alone(case: str, culprit: int, folder: Path) -> str:
     """What the other rank says, which ends by itself and not well."""
-    ended, found = matrix.run(case, culprit, "ddp", folder)[1 - culprit]
+    ends, cases = matrix.run([case], culprit, "ddp", folder)
+    ended, found = ends[1 - culprit], cases[case][1 - culprit]
     assert ended.code == 1, ended
     assert found is not None
     assert found.kind == "RankLost", ended.complaint
@@ -47,7 +48,8 @@ def test_a_rank_whose_script_ends_by_an_error_is_named_with_it(tmp_path: Path) -
 
 
 def test_a_rank_that_does_not_come_is_named_when_the_time_is_over(tmp_path: Path) -> None:
-    (_, found), (late, its) = matrix.run("hangs", 1, "ddp", tmp_path)
+    (_, late), cases = matrix.run(["hangs"], 1, "ddp", tmp_path)
+    found, its = cases["hangs"]
     assert found is not None
     assert its is not None
     assert found.kind == its.kind == "RankLost"

@@ -195,10 +195,6 @@ def test_ranks_in_words(ranks: list[int], words: str) -> None:
     assert named(ranks) == words
 
 
-if __name__ == "__main__":
-    be_one_rank(Path(sys.argv[1]))
-
-
 def test_value_heads_that_every_rank_has_drawn_for_its_reference_are_no_difference() -> None:
     policy, reference, other = (
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_model("llama")) for _ in range(3)
@@ -207,3 +203,7 @@ def test_value_heads_that_every_rank_has_drawn_for_its_reference_are_no_differen
     assert sameness.models(policy, reference) == sameness.models(policy, other)
     torch.nn.init.normal_(other.pretrained_model.lm_head.weight)
     assert sameness.models(policy, reference) != sameness.models(policy, other)
+
+
+if __name__ == "__main__":
+    be_one_rank(Path(sys.argv[1]))
