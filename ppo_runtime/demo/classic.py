@@ -103,7 +103,8 @@ def run(options: ClassicOptions) -> list[dict[str, Any]]:
                 if step % options.save_every == 0 or step == options.steps:
                     trainer.save_pretrained(options.output / f"step-{step}")
                 mean = sum(map(float, rewards)) / len(rewards)
-                print(f"step {step}/{options.steps}  score {mean:+.3f}  KL {stats['objective/kl']:.3f}", flush=True)
+                if trainer.world.rank == 0:
+                    print(f"step {step}/{options.steps}  score {mean:+.3f}  KL {stats['objective/kl']:.3f}", flush=True)
                 if step == options.steps:
                     break
     return history

@@ -66,7 +66,8 @@ def main() -> None:
     """Kill, resume, compare, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.runtime.training.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="moments in all")
-    parser.add_argument("--inside", type=int, default=20, help="of them inside a save")
+    parser.add_argument("--inside", type=int, default=20, help="of them inside the save of a checkpoint")
+    parser.add_argument("--results", type=int, default=5, help="of them inside the save of the model and the record")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -85,9 +86,12 @@ def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random)
     duration = time.monotonic() - started
     straight = _outcome(folder / "straight", asked.ranks)
     operations = [json.loads((folder / "straight" / f"operations-{r}.json").read_text()) for r in range(asked.ranks)]
-    places = [(r, n) for r in range(asked.ranks) for n, told in enumerate(operations[r]) if "checkpoint" in told]
+    all_of_them = [(rank, number) for rank in range(asked.ranks) for number in range(len(operations[rank]))]
+    places = [(rank, number) for rank, number in all_of_them if "checkpoint" in operations[rank][number]]
+    others = [(0, number) for number, told in enumerate(operations[0]) if "model" in told]
     inside = chance.sample(places, min(asked.inside, len(places)))
     moments = [Moment(rank=rank, operation=number) for rank, number in inside]
+    moments += [Moment(rank=rank, operation=number) for rank, number in chance.sample(others, asked.results)]
     moments += [Moment(seconds=chance.uniform(0.0, duration)) for _ in range(asked.kills - len(moments))]
     print(f"{asked.ranks} ranks, {STEPS} steps, a checkpoint every {EVERY}; {duration:.1f} s; {len(places)} operations")
     print(f"{'':>3}  {'killed':62} {'lines':>5}  {'resumed':>7}  same")
@@ -105,7 +109,10 @@ def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random)
         failures += bool(wrong)
         print(f"{number:>3}  {when[:62]:62} {lines:>5}  {_resumed(home):>7}  {wrong or 'yes'}", flush=True)
         shutil.rmtree(home)
-    print(f"{len(moments)} kills, {len(inside)} of them inside the save of a checkpoint: {failures} runs differ")
+    print(
+        f"{len(moments)} kills, {len(inside)} of them inside the save of a checkpoint and {asked.results} of the "
+        f"model: {failures} runs differ"
+    )
     return failures
 
 
