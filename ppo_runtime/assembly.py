@@ -142,11 +142,17 @@ def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> torch.optim.Opt
 
 
 def make_reference(
-    model: PreTrainedModelWrapper, ref_model: Any | None, num_shared_layers: int | None, config: PPOConfig
+    model: PreTrainedModelWrapper,
+    ref_model: Any | None,
+    num_shared_layers: int | None,
+    config: PPOConfig,
+    *,
+    divided: bool = False,
 ) -> tuple[Any, Reference, AccelChoice]:
     """The reference as the user sees it (None: the policy without its adapter), as a pass enters it, and what runs it.
 
     A PEFT policy's own base, without its adapter, is what None stands for.
+    ``divided`` has nothing of it packed or compiled: each rank will hold a part of its weights, and none a copy.
 
     Raises:
         ValueError: ``ref_model`` has another vocabulary, or shares parameters that train with ``model``; or
@@ -164,6 +170,8 @@ def make_reference(
     if ref_model is not None and is_own_base(model, ref_model):
         ref_model = None
     choice = choose(cast(Requested, config.accel), strict=config.accel_strict)
+    if divided:
+        choice = fall_back(choice, "every rank holds a part of the reference; parallelism='ddp' leaves it whole")
     _check_products(config)
     lm_head(model)  # what can be refused is, before anything is widened
     if ref_model is None and model.is_peft_model:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ppo_runtime.ranks.agreement import all_or_none
+from ppo_runtime.ranks.shards import fill, moments_in_parts
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.resuming.fitting import settle_differences
@@ -69,12 +70,13 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
     try:
+        whole = contents.gathered(trainer)
         with all_or_none(world, carries=NUMBERS + 2, phase="the writing of a checkpoint") as ballot:
             check_worth_keeping(trainer)
             with files.told(target):
                 own, shared = contents.write_own(trainer, draft), {}
                 if world.rank == 0:
-                    shared = contents.write_shared(trainer, draft)
+                    shared = contents.write_shared(trainer, draft, *whole)
             recent = trainer.recent_scores
             ballot.mine[:] = torch.tensor([*sealing.as_numbers(own), recent.sum, recent.count], dtype=torch.float64)
         with all_or_none(world, phase="the renaming of a checkpoint"):  # nobody goes on before it is in place
@@ -148,6 +150,8 @@ def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
         RuntimeError: another rank could not load it.
     """
     world = trainer.world
+    if trainer.parallel.sharded:
+        contents.frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
     with all_or_none(world, phase="the reading of a checkpoint") as ballot:
         source = files.existing(files.resolved(directory))
         found = contents.read(source, trainer)
@@ -155,15 +159,15 @@ def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
         ballot.advice = "give all ranks the same files"
     groups = [dict(group) for group in trainer.optimizer.param_groups]
     with _undone_unless_whole(trainer), all_or_none(world, phase="the loading of a checkpoint"), _named_misfits(source):
-        trainer.optimizer.load_state_dict(with_present_implementation(found.optimizer, groups))
+        stored = with_present_implementation(found.optimizer, groups)
+        trainer.optimizer.load_state_dict(moments_in_parts(stored, trainer.optimizer))
         if trainer.lr_scheduler is not None:
             trainer.lr_scheduler.load_state_dict(found.scheduler)
         restore_position(trainer, found.position)
         trainer.load_state_dict(found.own)  # last, since it drops the gradients that wait for an update
     trainer.broken_off = f"the loading of {source} was broken off"
-    with torch.no_grad():
-        for name, tensor in contents.trained(trainer.model).items():
-            tensor.copy_(found.weights[name])
+    for name, tensor in contents.trained(trainer.model).items():
+        fill(tensor, found.weights[name])
     trainer.broken_off = None
     trainer.recent_scores.resumed(found.score)
     # Whatever is logged next belongs behind the checkpoint's steps. From here on another branch of the run may be

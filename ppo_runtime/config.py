@@ -29,6 +29,7 @@ from ppo_runtime.common.setting_kinds import (
 KLPenalty = Literal["kl", "abs", "mse", "full"]
 TrackerName = Literal["tensorboard", "wandb"]
 OnNonfinite = Literal["skip", "drop", "stop"]
+Parallelism = Literal["ddp", "fsdp2"]
 ACCELERATORS = ("auto", "eager", "ipex", "onednn", "compile")
 
 
@@ -46,6 +47,7 @@ FIXED = {
     "accel_strict": "choose before the trainer is made: its reference has been prepared",
     "device": "choose before the trainer is made: its models have been placed",
     "ranks_timeout": "choose before the trainer is made: the process group has been made with it",
+    "parallelism": "choose before the trainer is made: its models have been divided",
     "learning_rate": "set 'lr' in each of trainer.optimizer.param_groups",
     "adap_kl_ctrl": "put another controller in place of trainer.kl_ctl",
     "init_kl_coef": "set trainer.kl_ctl.value",
@@ -118,6 +120,9 @@ class PPOConfig(CheckedSettings):
     ranks_timeout: float = setting(1800.0, POSITIVE)
     """Seconds that ranks wait for one that does not come, before they end with an error that names it. For a process
     group that the trainer makes itself."""
+    parallelism: Parallelism = attrs.field(default="ddp", validator=one_of(get_args(Parallelism)))
+    """How several processes share the models: "ddp" has all of them in each, "fsdp2" a part (weights, gradients and
+    moments), which takes 1/n of the memory and three times as much to send."""
 
     # The optimisation.
     steps: int = count(20000)

@@ -77,12 +77,13 @@ def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: boo
     Raises:
         OSError: what was there is kept.
     """
+    weights = trainer.parallel.saved_as(trainer.model)
     if trainer.world.rank != 0 or (not changed and _saved_already(trainer, output_dir)):
         return
     model = output_dir / (BROKEN_OFF if trainer.broken_off else MODEL)
     try:
         with filled_whole(model, replaces=_not_a_users_card) as draft:
-            trainer.save_pretrained(draft)
+            trainer.save_pretrained(draft, **weights)
         write_whole(output_dir / RECORD, json.dumps(_record(trainer, steps), indent=2, default=str) + "\n")
     except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
         said = (

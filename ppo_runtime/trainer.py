@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ppo_runtime.learning import sameness
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
 from ppo_runtime.learning.controllers import check_controller
 from ppo_runtime.learning.experience import make_experience
-from ppo_runtime.learning.forward import Rows, score_rollout
+from ppo_runtime.learning.forward import Bottom, Rows, Scored, score_rollout
 from ppo_runtime.learning.guards import SkipLog
 from ppo_runtime.learning.inspection import Inspection, Watched
 from ppo_runtime.learning.optimisers import (
@@ -50,10 +51,10 @@ from ppo_runtime.models.devices import check_devices, place
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
 from ppo_runtime.models.precision import check_moments, check_wide, own_precision
+from ppo_runtime.models.sharing import divides, share, with_parameters_of
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.ranks.agreement import all_or_none, differences
 from ppo_runtime.ranks.gather import broadcast_parameters
-from ppo_runtime.ranks.parallel import shared
 from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.ranks.world import world_from_environment
@@ -145,11 +146,15 @@ class Trainer:
             check_scheduler(lr_scheduler, optimizer)
 
             self._ref_model, self._reference, self.acceleration = assembly.make_reference(
-                model, ref_model, num_shared_layers, config
+                model, ref_model, num_shared_layers, config, divided=divides(config, self.world)
             )
             check_trains(model)  # again: the reference may have frozen what it shares
-            self.parallel = shared(model, self.world)
-            """How the ranks share the model in an update."""
+        before = dict(model.named_parameters())
+        self.parallel = share(model, self._ref_model, config, self.world)
+        """How the ranks share the models; ``whole()`` is for passes of one's own where they are divided."""
+        with all_or_none(self.world, phase="the making of the trainer's parts") as ballot:
+            if optimizer is not None:
+                optimizer = with_parameters_of(optimizer, before, model)
             self.optimizer = assembly.make_optimizer(model, config) if optimizer is None else optimizer
             # What was said of the parts, once each.
             self._said: set[str] = set()
@@ -241,6 +246,11 @@ class Trainer:
 
     @ref_model.setter
     def ref_model(self, ref_model: Any | None) -> None:
+        if self.parallel.sharded:
+            raise ValueError(
+                "ref_model can't be assigned where parallelism is 'fsdp2': the models have been divided among the "
+                "ranks; make a new trainer with it"
+            )
         assembly.check_reference_kind(self.model, ref_model)
         place(self.model, ref_model, None, self.config.device)
         check_devices(self.model, ref_model)
@@ -334,14 +344,15 @@ class Trainer:
             ValueError: an empty query, ids outside the vocabulary, a prompt that leaves no room in the context, or a
                 setting that is unknown or cannot be, by name; nothing has been generated then.
         """
-        return self.response_generator.generate(
-            query_tensor,
-            length_sampler,
-            batch_size=batch_size,
-            return_prompt=return_prompt,
-            generate_ref_response=generate_ref_response,
-            generation_kwargs=generation_kwargs,
-        )
+        with self.parallel.whole():
+            return self.response_generator.generate(
+                query_tensor,
+                length_sampler,
+                batch_size=batch_size,
+                return_prompt=return_prompt,
+                generate_ref_response=generate_ref_response,
+                generation_kwargs=generation_kwargs,
+            )
 
     def step(
         self,
@@ -414,9 +425,11 @@ class Trainer:
             plan = plan_updates(len(queries), config, self.shuffle)
             ballot.mine[0] = len(queries)
             ballot.facts = lambda: {**self._moving_facts(), UPDATES: sum(map(len, plan))}
-            with _clock(times, "forward_pass"):
-                scored, bottom = score_rollout(model, self._reference, rows, kl_penalty=config.kl_penalty)
-                computed |= scored._asdict()
+            seen = None if self.parallel.sharded else self._score(rows, times, computed)
+        if seen is None:  # weights are gathered by all ranks together
+            with self.parallel.whole(), all_or_none(self.world, phase="the scoring of the responses"):
+                seen = self._score(rows, times, computed)
+        scored, bottom = seen
         kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
 
         with _clock(times, "compute_rewards"):
@@ -533,6 +546,8 @@ class Trainer:
         A README.md that somebody else wrote there is kept. Only rank 0 writes. ``push_to_hub=True`` uploads the same
         afterwards, to ``repo_id`` or else a repository of the directory's name, with the arguments of ``push_to_hub``.
         """
+        if "state_dict" not in kwargs:
+            kwargs |= self.parallel.saved_as(self.model)
         if self.world.rank != 0:
             return
         if (uploading := take_upload(kwargs, save_directory)) is not None:
@@ -569,10 +584,11 @@ class Trainer:
         Returns:
             huggingface_hub's commit information; None on other ranks.
         """
+        save = partial(self.save_pretrained, **self.parallel.saved_as(self.model))
         if self.world.rank != 0:
             return None
         message = kwargs.pop("commit_message", f"Policy after {self.current_step} PPO steps")
-        return upload(self.save_pretrained, repo_id, commit_message=message, **kwargs)
+        return upload(save, repo_id, commit_message=message, **kwargs)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends.
@@ -590,6 +606,12 @@ class Trainer:
     def trackers(self) -> list[Any]:
         """Those of the run, opened at the first use."""
         return self.run_log.opened(self.config, {"acceleration": attrs.asdict(self.acceleration)})
+
+    def _score(self, rows: Rows, times: dict[str, float], computed: dict[str, Any]) -> tuple[Scored, Bottom | None]:
+        with _clock(times, "forward_pass"):
+            scored, bottom = score_rollout(self.model, self._reference, rows, kl_penalty=self.config.kl_penalty)
+            computed |= scored._asdict()
+        return scored, bottom
 
     def _lay_out(self, queries: Sequence[Tensor], responses: Sequence[Tensor], masks: Any) -> Rows:
         return lay_out_batch(

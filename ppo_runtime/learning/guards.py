@@ -12,7 +12,10 @@ from torch import Tensor
 from ppo_core.averages import Average, mean_of
 from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.ranks.agreement import gathered
 from ppo_runtime.ranks.presence import agreed
+from ppo_runtime.ranks.shards import here
+from ppo_runtime.ranks.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +66,21 @@ def cause_in_losses(averages: dict[str, Average], config: PPOConfig) -> Cause:
     return Cause.NONE if math.isfinite(loss) and math.isfinite(ratio) else Cause.LOSS
 
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | None) -> tuple[Tensor, Cause]:
+def clip_gradients(
+    parameters: Sequence[torch.nn.Parameter], max_norm: float | None, *, shards_of: World | None = None
+) -> tuple[Tensor, Cause]:
     """Scale gradients down to ``max_norm``, or not at all without it.
+
+    With ``shards_of`` each of those ranks holds a part of every gradient, and the norm is that of all parts.
 
     Returns:
         Their global norm before, on the CPU, and what speaks against a step on them; gradients are untouched then.
         Finite ones whose squares overflow can be clipped. Without a bound, or with one whose square overflows as well,
         they are no good to an optimiser, whose moments are squares.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [here(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if shards_of is not None:
+        return _clip_shards(gradients, max_norm, shards_of)
     norm = torch.nn.utils.get_total_norm(gradients)
     found = norm.cpu()  # waits for the device
     if not math.isfinite(float(found)):
@@ -98,6 +107,24 @@ def _clip_large(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[Te
         for g in gradients:
             # In two steps, since their product may be less than the numbers of the device go down to.
             g.copy_(g.to(_wide(g)) * _shrinking(g) * (max_norm / (norm * _shrinking(g))))
+    return found, Cause.NONE
+
+
+def _clip_shards(gradients: Sequence[Tensor], max_norm: float | None, world: World) -> tuple[Tensor, Cause]:
+    """The same for this rank's parts; squares are summed in double precision, which has room for those of a float."""
+    parts = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+    mine = torch.linalg.vector_norm(parts).cpu()
+    everyone = gathered(mine[None], world, "the norm of gradients")
+    norm = math.hypot(*everyone.flatten().tolist())  # in rank order: the same bits everywhere
+    found = torch.tensor(norm, dtype=torch.float64)
+    if not math.isfinite(norm):
+        return found, Cause.GRADIENT
+    largest = min(math.sqrt(torch.finfo(_wide(g)).max) for g in gradients)
+    if norm > largest and (max_norm is None or max_norm > largest):
+        return found, Cause.OVERFLOW
+    if max_norm is not None and norm > max_norm:
+        for g in gradients:
+            g.mul_(max_norm / norm)
     return found, Cause.NONE
 
 

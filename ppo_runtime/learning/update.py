@@ -19,6 +19,7 @@ from ppo_runtime.models.modes import recomputes_within_backward, without_dropout
 from ppo_runtime.ranks.agreement import Ballot, all_or_none
 from ppo_runtime.ranks.gather import gather_averages
 from ppo_runtime.ranks.parallel import Alone
+from ppo_runtime.ranks.shards import here
 from ppo_runtime.ranks.world import World
 
 Plan = list[list[list[Tensor]]]
@@ -148,6 +149,7 @@ def optimise(
     deviation = torch.zeros((), device=rows.mask.device)
     skipped: Counter[Cause] = Counter()
     epochs = updates = 0
+    shards_of = parallel.world if parallel.sharded else None
 
     def minibatch(index: Tensor, counts: bool) -> Callable[[Any], tuple[Tensor, dict[str, Average], Tensor]]:
         """From the model to a loss, and to what is said of it without gradient."""
@@ -189,7 +191,7 @@ def optimise(
                     cause = elected(ballot)
                     parallel.settle(agreed=cause is Cause.NONE)
                 progress.update = update
-                cause, norm = prepare_update(model, optimizer, cause, config)
+                cause, norm = prepare_update(model, optimizer, cause, config, shards_of=shards_of)
                 if cause is Cause.NONE:
                     progress.begin()
                     optimizer.step()
@@ -216,7 +218,7 @@ def gradients_waiting(model: Any, optimizer: torch.optim.Optimizer) -> list[tupl
     """Parameters, the model's and the optimiser's, with gradients that hold anything; zeros wait for nothing."""
     theirs = (parameter for group in optimizer.param_groups for parameter in group["params"])
     parameters = {id(parameter): parameter for parameter in chain(model.parameters(), theirs)}.values()
-    return [(p, p.grad) for p in parameters if p.grad is not None and bool(p.grad.any())]
+    return [(p, p.grad) for p in parameters if p.grad is not None and bool(here(p.grad).any())]
 
 
 def minibatch_losses(
@@ -246,7 +248,9 @@ def losses_of(
     )
 
 
-def prepare_update(model: Any, optimizer: torch.optim.Optimizer, cause: Cause, config: PPOConfig) -> Prepared:
+def prepare_update(
+    model: Any, optimizer: torch.optim.Optimizer, cause: Cause, config: PPOConfig, *, shards_of: World | None = None
+) -> Prepared:
     """Make the gradients of all ranks, which stand in every one of them, ready for a step: clipped.
 
     Args:
@@ -254,6 +258,7 @@ def prepare_update(model: Any, optimizer: torch.optim.Optimizer, cause: Cause, c
         optimizer: whose parameters count in the norm.
         cause: what all ranks have said of the losses.
         config: for the threshold.
+        shards_of: ranks of which each holds a part of every gradient, if it is so.
 
     Returns:
         A cause other than NONE if no step may be made: then neither weights nor moments shall see these gradients. (A
@@ -267,7 +272,8 @@ def prepare_update(model: Any, optimizer: torch.optim.Optimizer, cause: Cause, c
         return Prepared(cause, torch.zeros(()))
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     # The same bits on every rank, and so the same verdict.
-    norm, cause = clip_gradients([p for p in model.parameters() if id(p) in theirs], config.max_grad_norm)
+    mine = [p for p in model.parameters() if id(p) in theirs]
+    norm, cause = clip_gradients(mine, config.max_grad_norm, shards_of=shards_of)
     stop_if_asked(cause, config)
     return Prepared(cause, norm)
 

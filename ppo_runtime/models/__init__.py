@@ -7,6 +7,8 @@ loading         names, dtypes, quantisation, adapters
 saving          what plain transformers loads, and the head beside it
 heads           trunk and LM head apart
 bottom          frozen bottom layers, run once for many passes
+sharing         how ranks share a policy and its reference
+units           the parts of a model that are gathered one by one
 packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off
 own_reference   whether a policy without its adapter will do for a reference

@@ -80,9 +80,9 @@ class Alone:
         """
         return nullcontext()
 
-    def state_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole state of a model, to be saved by rank 0; all ranks call it."""
-        return model.state_dict()
+    def saved_as(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments for a model's ``save_pretrained``, which rank 0 alone calls; all ranks call this before."""
+        return {}
 
 
 class Replicated(Alone):
@@ -162,11 +162,6 @@ class Pass(nn.Module):
     def forward(self, work: Work[T]) -> T:
         """What the work makes of the model."""
         return work(self.model)
-
-
-def shared(model: nn.Module, world: World) -> Alone:
-    """How the ranks of a world share a model."""
-    return Alone(model, world) if world.size == 1 else Replicated(model, world)
 
 
 class _Watched(Pass):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
+from ppo_runtime.ranks.shards import on_first
 from ppo_runtime.resuming import files, reading, sealing
 from ppo_runtime.resuming.fitting import (
     check_controller_state,
@@ -98,8 +99,19 @@ def write_own(trainer: Trainer, draft: Path) -> Seal:
     return Seal.of(draft / name)
 
 
-def write_shared(trainer: Trainer, draft: Path) -> dict[str, Seal]:
-    """What one process writes for all."""
+def gathered(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and the optimiser's state, whole, for the rank that writes them; a collective where they are in parts."""
+    held = trained(trainer.model), trainer.optimizer.state_dict()
+    if not trainer.parallel.sharded:
+        return held
+    frozen_digest(trainer)  # rank 0 alone asks for it again
+    return on_first(held, trainer.world.rank)
+
+
+def write_shared(
+    trainer: Trainer, draft: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]
+) -> dict[str, Seal]:
+    """What one process writes for all; weights and the optimiser's state are whole."""
     optimizer_tensors: dict[str, Tensor] = {}
     scheduler = None if trainer.lr_scheduler is None else trainer.lr_scheduler.state_dict()
     state = {
@@ -108,7 +120,7 @@ def write_shared(trainer: Trainer, draft: Path) -> dict[str, Seal]:
         "frozen": frozen_digest(trainer),
         "frozen_buffers": frozen_buffers(trainer),
         "config": configuration(trainer),
-        "optimizer": plain(trainer.optimizer.state_dict(), "optimizer", optimizer_tensors),
+        "optimizer": plain(optimizer, "optimizer", optimizer_tensors),
         "optimizer_made_of": optimizer_made_of(trainer),
         "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
@@ -116,7 +128,7 @@ def write_shared(trainer: Trainer, draft: Path) -> dict[str, Seal]:
         "run": trainer.run_log.run_name,
         "earlier_runs": trainer.run_log.earlier_runs,
     }
-    files.write_tensors(draft / files.POLICY, trained(trainer.model))
+    files.write_tensors(draft / files.POLICY, weights)
     files.write_tensors(draft / files.OPTIMIZER, optimizer_tensors)
     files.write_json(draft / files.STATE, state)
     return {name: Seal.of(draft / name) for name in (files.POLICY, files.OPTIMIZER, files.STATE)}

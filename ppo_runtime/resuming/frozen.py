@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.ranks.shards import here, whole
 from ppo_runtime.resuming.records import StateRecord
 from ppo_runtime.trainer import Trainer
 
@@ -20,7 +21,8 @@ _KNOWN: WeakKeyDictionary[Trainer, dict[bool, tuple[list[Any], str]]] = WeakKeyD
 def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
 
-    Without the reference's value head, which nothing reads and which may be drawn anew with every start. It is computed
+    A collective where ranks hold parts of the weights, unless it is known already. Without the reference's value head,
+    which nothing reads and which may be drawn anew with every start. It is computed
     anew only when a weight is another tensor than at the last time, or has changed: torch counts what is done to one,
     and some of its entries are looked at, since nothing counts what is done to its ``data``.
     """
@@ -30,7 +32,7 @@ def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     if reference_head not in known or known[reference_head][0] != marks:
         digest = hashlib.sha256()
         for name, weight in weights:
-            _add(digest, name, weight)
+            _add(digest, name, whole(weight))
         known[reference_head] = marks, digest.hexdigest()
     return known[reference_head][1]
 
@@ -44,7 +46,8 @@ def _frozen(trainer: Trainer, reference_head: bool) -> Iterator[tuple[str, Tenso
 
 
 def _mark(name: str, weight: Tensor) -> tuple[Any, ...]:
-    """What tells cheaply that a weight is as it was."""
+    """What tells cheaply that a weight is as it was, from what this rank holds of it."""
+    weight = here(weight)
     made = object() if weight.is_inference() else weight._version  # torch counts nothing of the former: never the same
     entries = weight.detach().flatten()[:: max(1, weight.numel() // _LOOKED_AT)]
     return name, weight.data_ptr(), made, weight.dtype, tuple(weight.shape), as_bytes(entries).numpy().tobytes()

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ppo_runtime.common.trees import plain
 from ppo_runtime.learning.optimisers import check_fits, check_kind_of_scheduler
+from ppo_runtime.ranks.shards import here
 from ppo_runtime.trainer import Trainer
 
 
@@ -39,7 +40,7 @@ def check_worth_keeping(trainer: Trainer) -> None:
     moments: dict[str, Tensor] = {}
     plain(trainer.optimizer.state_dict(), "optimizer", moments)
     for name, tensor in (weights | moments).items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(here(tensor).isfinite().all()):
             lower = "lower learning_rate" if trainer.lr_scheduler is None else "lower the scheduler's learning rates"
             raise ValueError(
                 f"{name} holds numbers that are not finite: no checkpoint is made of them; load the last one, and "

@@ -93,7 +93,7 @@ def test_defect_01_gradient_clipping_every_step(monkeypatch: pytest.MonkeyPatch)
     check()
     once: dict[int, Iterator[Any]] = {}
 
-    def foil(parameters: list[torch.nn.Parameter], max_norm: float) -> tuple[Tensor, Cause]:
+    def foil(parameters: list[torch.nn.Parameter], max_norm: float, **_: Any) -> tuple[Tensor, Cause]:
         kept = once.setdefault(id(parameters[0]), filter(lambda p: p.grad is not None, parameters))
         return torch.nn.utils.clip_grad_norm_(kept, max_norm), Cause.NONE
 

@@ -39,6 +39,7 @@ def test_only_known_fields_were_added_to_the_configuration() -> None:
         "device",
         "drop_last",
         "on_nonfinite",
+        "parallelism",
         "ranks_timeout",
     }
 

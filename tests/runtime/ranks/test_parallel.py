@@ -23,6 +23,7 @@ from ppo_runtime import PPOTrainer
 from ppo_runtime.learning import update
 from ppo_runtime.ranks.gather import world_from_environment
 from ppo_runtime.ranks.parallel import Alone, Replicated
+from ppo_runtime.ranks.shards import whole
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_lora
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
@@ -44,7 +45,7 @@ HALVED: dict[str, Any] = SETTINGS | {"batch_size": 4, "gradient_accumulation_ste
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
     """Those that train, under names."""
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: whole(p).detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def stepped(trainer: PPOTrainer, rows: slice, *, empty: slice | None = None, count: int = 2) -> dict[str, Any]:
@@ -98,16 +99,17 @@ def pieces(trainer: PPOTrainer, rows: slice) -> dict[str, Any]:
     return {"stats": stats, "weights": weights_of(trainer)}
 
 
-Case = Callable[[slice], dict[str, Any]]
+Case = Callable[..., dict[str, Any]]
+"""Of rows, and of settings beside the case's own."""
 
 
 def case(family: str = "llama", *, change: Callable[..., PPOTrainer] | None = None, **settings: Any) -> Case:
     """Two steps of a trainer."""
     empty = settings.pop("empty", None)
 
-    def run(rows: slice) -> dict[str, Any]:
+    def run(rows: slice, more: dict[str, Any] | None = None) -> dict[str, Any]:
         lora = settings.get("peft_config")
-        given = settings | ({"peft_config": tiny_lora(family)} if lora else {})
+        given = settings | (more or {}) | ({"peft_config": tiny_lora(family)} if lora else {})
         trainer = make_trainer(family, **(SETTINGS | given))
         return stepped(trainer if change is None else change(trainer), rows, empty=empty)
 
@@ -154,9 +156,9 @@ def failing() -> dict[str, Any]:
     return stepped(trainer, rows, count=1) | {"said": str(caught.value), "calls": calls}
 
 
-def skipping() -> dict[str, Any]:
+def spoil_second(more: dict[str, Any]) -> dict[str, Any]:
     """An update that is left out because of the second rank, between others of the same step."""
-    trainer = make_trainer(**(HALVED | {"ppo_epochs": 3}))
+    trainer = make_trainer(**(HALVED | {"ppo_epochs": 3} | more))
     rank, minibatch, calls = trainer.world.rank, update.minibatch_losses, 0
 
     def spoiled(model: Any, part: Any, targets: Any, *args: Any) -> Any:
@@ -200,7 +202,7 @@ def be_one_rank(folder: Path) -> None:
     for kind, shares in SHARES.items():
         for name, run in CASES.items() if kind == "half" else [("llama", CASES["llama"])]:
             results[f"{name}, {kind}"] = run(shares[rank])
-    for name, run in {"failing": failing, "skipping": skipping, "traffic": traffic}.items():
+    for name, run in {"failing": failing, "skipping": partial(spoil_second, {}), "traffic": traffic}.items():
         results[name] = run()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

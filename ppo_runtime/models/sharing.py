@@ -1,0 +1,45 @@
+"""Which way ranks share a policy and its reference, as the configuration has it, and what becomes of an optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ppo_runtime.config import PPOConfig
+from ppo_runtime.models.units import layers_of
+from ppo_runtime.ranks.parallel import Alone, Replicated
+from ppo_runtime.ranks.sharded import Sharded
+from ppo_runtime.ranks.world import World
+
+
+def share(model: torch.nn.Module, ref_model: Any | None, config: PPOConfig, world: World) -> Alone:
+    """How ranks share a policy and its reference in their updates; dividing them changes both in place."""
+    if not divides(config, world):
+        return Alone(model, world) if world.size == 1 else Replicated(model, world)
+    others = [] if ref_model is None else [(ref_model, layers_of(ref_model))]
+    return Sharded(model, world, layers_of(model), others)
+
+
+def divides(config: PPOConfig, world: World) -> bool:
+    """Whether each rank will hold but a part of the models."""
+    return config.parallelism == "fsdp2" and world.size > 1
+
+
+def with_parameters_of(
+    optimizer: torch.optim.Optimizer, before: dict[str, torch.nn.Parameter], model: torch.nn.Module
+) -> torch.optim.Optimizer:
+    """An optimiser of one's own, over what has become of its parameters where the model has been divided."""
+    now = {id(before[name]): parameter for name, parameter in model.named_parameters()}
+    if optimizer.state and any(now.get(key, one) is not one for key, one in _held(optimizer)):
+        raise ValueError(
+            "optimizer has stepped already, and parallelism is 'fsdp2', which divides the parameters that its moments "
+            "belong to; pass a new one, and load_checkpoint for its state"
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [now.get(id(one), one) for one in group["params"]]
+    return optimizer
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[tuple[int, torch.nn.Parameter]]:
+    return [(id(one), one) for group in optimizer.param_groups for one in group["params"]]

@@ -1,0 +1,118 @@
+"""Twenty steps on one, two and four ranks, in both ways of sharing a model: the same weights and statistics.
+
+``python -m tests.runtime.ranks.equality`` prints how far they are from those of one process, and fails where that is
+more than rounding. Run with a folder, this file is one of several processes; the folder's name says what it does.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ppo_runtime.ranks.shards import whole
+from tests.runtime.support.processes import run_ranks
+from tests.runtime.support.tiny import tiny_lora
+from tests.runtime.support.trainers import make_batch, make_trainer, untimed
+
+ROWS, STEPS, ALLOWED = 8, 20, 1e-5
+KINDS: dict[str, dict[str, Any]] = {
+    "causal": {"family": "llama"},
+    # Its keys have a bias whose gradient is rounding alone, of which Adam makes whole steps unless they are damped.
+    "tied": {"family": "gpt2", "optimizer_of": lambda model: torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-5)},
+    "t5": {"family": "t5"},
+    "lora": {"family": "llama", "peft_config": True},
+}
+WORLDS = (("ddp", 2), ("ddp", 4), ("fsdp2", 2))
+SETTINGS: dict[str, Any] = {
+    "ppo_epochs": 2,
+    "learning_rate": 1e-4,
+    "max_grad_norm": 1.0,
+    "whiten_rewards": True,
+    "use_score_scaling": True,
+    "use_score_norm": True,
+}
+
+
+def run(kind: str, steps: int, *, rank: int = 0, ranks: int = 1, **settings: Any) -> dict[str, Any]:
+    """Statistics and weights of a rank's share of every batch, each of whose updates is on half of it."""
+    given = dict(KINDS[kind])
+    if given.pop("peft_config", None):
+        given["peft_config"] = tiny_lora(given["family"])
+    rows = ROWS // ranks
+    trainer = make_trainer(
+        **given, batch_size=rows, mini_batch_size=1, gradient_accumulation_steps=rows, **(SETTINGS | settings)
+    )
+    mine = slice(rank * rows, (rank + 1) * rows)
+    history = [untimed(trainer.step(*(part[mine] for part in make_batch(ROWS, seed=seed)))) for seed in range(steps)]
+    weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"stats": history, "weights": weights}
+
+
+def far(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
+    """The largest difference of a weight, and of a statistic, relative to 1 or to what it is."""
+    weights = max(float((x - expected["weights"][name]).abs().max()) for name, x in found["weights"].items())
+    stats = max(
+        float(np.max(np.abs(np.asarray(mine) - theirs) / np.maximum(1.0, np.abs(theirs)), initial=0.0))
+        for step, other in zip(found["stats"], expected["stats"], strict=True)
+        for mine, theirs in ((step[name], np.asarray(other[name])) for name in other)
+    )
+    return weights, stats
+
+
+def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two ranks have the same weights and statistics, to the last bit."""
+    return all(torch.equal(x, second["weights"][name]) for name, x in first["weights"].items()) and all(
+        np.array_equal(mine[name], theirs[name])
+        for mine, theirs in zip(first["stats"], second["stats"], strict=True)
+        for name in mine
+    )
+
+
+def be_one_rank(folder: Path) -> None:
+    """Do what the folder's name says."""
+    kind, parallelism, steps = folder.name.split("-")
+    torch.set_num_threads(1)
+    from ppo_runtime.ranks.world import world_from_environment
+
+    world = world_from_environment()
+    found = run(kind, int(steps), rank=world.rank, ranks=world.size, parallelism=parallelism)
+    torch.save(found, folder / f"{world.rank}.pt")
+    dist.destroy_process_group()
+
+
+def compared(
+    kind: str, parallelism: str, ranks: int, steps: int, expected: dict[str, Any]
+) -> tuple[float, float, bool]:
+    """How far weights and statistics are from those of one process, and whether all ranks have the same."""
+    with TemporaryDirectory() as place:
+        folder = Path(place) / f"{kind}-{parallelism}-{steps}"
+        folder.mkdir()
+        found = run_ranks(__file__, folder, ranks=ranks, warnings="default")
+    return *far(found[0], expected), all(same_bits(found[0], one) for one in found[1:])
+
+
+def main() -> int:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print(f"{'model':8} {'engine':6} {'ranks':>5} {'weights':>9} {'statistics':>10}  all ranks alike")
+    good = True
+    for kind in KINDS:
+        expected = run(kind, STEPS)
+        for parallelism, ranks in WORLDS:
+            weights, stats, alike = compared(kind, parallelism, ranks, STEPS, expected)
+            print(f"{kind:8} {parallelism:6} {ranks:5} {weights:9.1e} {stats:10.1e}  {alike}", flush=True)
+            good &= alike and weights <= ALLOWED and stats <= ALLOWED
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        be_one_rank(Path(sys.argv[1]))
+    else:
+        raise SystemExit(main())

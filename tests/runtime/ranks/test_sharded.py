@@ -1,0 +1,266 @@
+"""A model of which each of two ranks holds a part: what one process makes of the union, saved and taken up again.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ppo_core.losses import PolicyLoss
+from ppo_runtime import PPOTrainer
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.models.units import layers_of, sharding_plan
+from ppo_runtime.ranks.sharded import Sharded
+from ppo_runtime.ranks.shards import here, is_shard, whole
+from ppo_runtime.ranks.world import world_from_environment
+from tests.runtime.ranks.test_parallel import CASES, HALVED, SETTINGS, SHARES, assert_same_bits, spoil_second
+from tests.runtime.support.processes import run_ranks
+from tests.runtime.support.tiny import tiny_config, tiny_lora, tiny_model
+from tests.runtime.support.trainers import make_batch, make_trainer, untimed
+
+SHARDED: dict[str, Any] = {"parallelism": "fsdp2", "max_grad_norm": 0.5}
+SAME = (
+    "tied embeddings",
+    "t5",
+    "lora",
+    "checkpointing",
+    "a parameter without gradient",
+    "a minibatch without tokens",
+    "a rank without tokens",
+)
+
+
+def stepped(trainer: PPOTrainer, rows: slice, *, seed: int = 0) -> dict[str, Any]:
+    """Statistics and whole weights after a step."""
+    stats = trainer.step(*(part[rows] for part in make_batch(seed=seed)))
+    return {"stats": [untimed(stats)], "weights": whole_weights(trainer)}
+
+
+def whole_weights(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """Of all ranks."""
+    return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def held(rank: int) -> dict[str, Any]:
+    """What a rank holds of models and moments after a step, and what gradients are left to it."""
+    trainer = make_trainer(**(HALVED | SHARDED))
+    stepped(trainer, SHARES["half"][rank])
+    assert trainer.ref_model is not None
+    tensors = [*trainer.model.parameters(), *trainer.ref_model.parameters()]
+    tensors += [x for state in trainer.optimizer.state.values() for x in state.values() if x.ndim]
+    return {
+        "all": all(is_shard(x) for x in tensors),
+        "share": sum(here(x).numel() for x in tensors) / sum(x.numel() for x in tensors),
+    }
+
+
+def generated() -> list[int]:
+    """Responses of a policy whose weights are gathered for it, by ranks that generate different numbers of them."""
+    trainer = make_trainer(**(HALVED | SHARDED))
+    prompts = [torch.tensor([5, 6, 7])] * (1 + 3 * trainer.world.rank)
+    answers = trainer.generate(prompts, return_prompt=False, max_new_tokens=5, do_sample=False)
+    return answers[0].tolist()
+
+
+def failing(rank: int) -> dict[str, Any]:
+    """A policy loss that fails on the second rank, then a whole step."""
+    trainer = make_trainer(**(HALVED | SHARDED))
+    objective = trainer.policy_objective
+
+    def spoiled(*args: Any, **kwargs: Any) -> PolicyLoss:
+        if rank == 1:
+            raise ValueError("no such loss")
+        return objective(*args, **kwargs)
+
+    trainer.policy_objective = spoiled
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        stepped(trainer, SHARES["half"][rank])
+    trainer.policy_objective = objective
+    return stepped(trainer, SHARES["half"][rank]) | {"said": str(caught.value)}
+
+
+def resumed(rank: int, folder: Path) -> dict[str, Any]:
+    """A checkpoint after one step of two, taken up by a trainer of each kind; and the policy saved."""
+    rows = SHARES["half"][rank]
+    straight = make_trainer(**(HALVED | SHARDED))
+    stepped(straight, rows)
+    save_checkpoint(straight, folder / "checkpoint")
+    straight.save_pretrained(folder / "model")
+    found = {"saved": whole_weights(straight), "straight": stepped(straight, rows, seed=1)}
+    for name, settings in {"again": SHARDED, "ddp": SHARDED | {"parallelism": "ddp"}}.items():
+        trainer = make_trainer(**(HALVED | settings))
+        load_checkpoint(trainer, folder / "checkpoint")
+        found[name] = stepped(trainer, rows, seed=1)
+    return found
+
+
+def refused() -> dict[str, str]:
+    """What can't be divided."""
+    said = {}
+    for name, make in {
+        "shared layers": lambda: make_trainer(**(HALVED | SHARDED), num_shared_layers=1),
+        "another reference": lambda: setattr(make_trainer(**(HALVED | SHARDED)), "ref_model", tiny_model("llama")),
+        "an optimiser that has stepped": lambda: make_trainer(**(HALVED | SHARDED), optimizer_of=stepped_optimizer),
+    }.items():
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  looked at by the tests
+            make()
+        said[name] = str(caught.value)
+    return said
+
+
+def own_optimizer(rank: int) -> dict[str, Any]:
+    """Made by the user, of the parameters that the model had before."""
+    trainer = make_trainer(**(HALVED | SHARDED), optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    return stepped(trainer, SHARES["half"][rank])
+
+
+def stepped_optimizer(model: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    return optimizer
+
+
+def be_one_rank(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank = world_from_environment().rank
+    results: dict[str, Any] = {name: CASES[name](SHARES["half"][rank], SHARDED) for name in SAME}
+    results["unequal"] = CASES["llama"](SHARES["unequal"][rank], SHARDED)
+    results["skipping"] = spoil_second(SHARDED)
+    results |= {"held": held(rank), "generated": generated(), "failing": failing(rank), "own": own_optimizer(rank)}
+    results |= {"resumed": resumed(rank, folder), "refused": refused()}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """What both ranks did."""
+    return run_ranks(__file__, folder, warnings="default")
+
+
+@pytest.mark.parametrize("name", [*SAME, "unequal"])
+def test_two_ranks_do_what_one_does_with_all_rows(ranks: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert_same_bits(first, second)
+    alone = CASES["llama" if name == "unequal" else name](slice(None), {"max_grad_norm": 0.5})
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first["stats"], alone["stats"], rtol=1e-4, atol=1e-5)
+
+
+def test_each_rank_holds_half_of_models_and_moments(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["held"]["all"]
+        assert rank["held"]["share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_an_update_that_is_left_out_leaves_the_others_as_they_are(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["skipping"] for rank in ranks)
+    assert first["skipped"] == second["skipped"] == 1
+    assert_same_bits(first, second)
+    assert all(x.isfinite().all() for x in first["weights"].values())
+
+
+def test_ranks_generate_as_many_responses_as_each_likes(ranks: list[dict[str, Any]]) -> None:
+    trainer = make_trainer()
+    answer = trainer.generate(torch.tensor([5, 6, 7]), return_prompt=False, max_new_tokens=5, do_sample=False)[0]
+    assert ranks[0]["generated"] == ranks[1]["generated"] == answer.tolist()
+
+
+def test_a_loss_that_one_rank_cannot_make_ends_the_step_on_all(ranks: list[dict[str, Any]]) -> None:
+    """And the next one is as if nothing had been."""
+    alone = make_trainer(**(SETTINGS | {"max_grad_norm": 0.5}))
+    expected = stepped(alone, slice(None))
+    for rank in ranks:
+        torch.testing.assert_close(rank["failing"]["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+    assert "no such loss" in ranks[1]["failing"]["said"]
+
+
+def test_an_optimiser_of_ones_own_steps_the_parts(ranks: list[dict[str, Any]]) -> None:
+    settings: dict[str, Any] = SETTINGS | {"max_grad_norm": 0.5}
+    alone = make_trainer(**settings, optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    expected = stepped(alone, slice(None))
+    torch.testing.assert_close(ranks[0]["own"]["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_goes_on_in_parts_and_whole(ranks: list[dict[str, Any]]) -> None:
+    """Bit for bit with the same way of sharing; to rounding with the other."""
+    for rank in ranks:
+        found = rank["resumed"]
+        assert_same_bits(found["again"], found["straight"])
+        torch.testing.assert_close(found["ddp"]["weights"], found["straight"]["weights"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_saved_whole(ranks: list[dict[str, Any]], folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    for name, x in ranks[0]["resumed"]["saved"].items():
+        inner = name.removeprefix("pretrained_model.")
+        assert inner.startswith("v_head.") or torch.equal(loaded[inner], x), name
+
+
+def test_what_cannot_be_divided_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
+    said = ranks[0]["refused"]
+    assert said == ranks[1]["refused"]
+    assert "share" in said["shared layers"]
+    assert "leave num_shared_layers out" in said["shared layers"]
+    assert "make a new trainer" in said["another reference"]
+    assert "optimizer has stepped already" in said["an optimiser that has stepped"]
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("gpt2", 2), ("llama", 2), ("opt", 2), ("t5", 4), ("bart", 4), ("longt5", 4)]
+)
+def test_layers_of_all_stacks_are_found(family: str, count: int) -> None:
+    found = layers_of(tiny_model(family))
+    assert len(found) == count
+    assert len({type(layer) for layer in found}) <= 2
+
+
+def test_layers_are_found_below_an_adapter() -> None:
+    trainer = make_trainer(peft_config=tiny_lora("llama"))
+    assert len(layers_of(trainer.model)) == 2
+
+
+def test_a_plan_counts_every_weight_once() -> None:
+    """Of a model that holds no numbers as well."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
+    plan = sharding_plan(model)
+    assert [unit.name for unit in plan] == ["transformer.h.0", "transformer.h.1", ""]
+    assert sum(unit.parameters for unit in plan) == sum(p.numel() for p in tiny_model("gpt2").parameters())
+    assert sum(unit.bytes for unit in plan) == 4 * sum(unit.parameters for unit in plan)
+    model.requires_grad_(False)
+    assert sum(unit.trained for unit in sharding_plan(model)) == 0
+
+
+def test_a_torch_that_cannot_take_up_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+    with pytest.raises(ValueError, match=r"install torch 2\.13 or later, or set parallelism='ddp'"):
+        Sharded(tiny_model("llama"), world_from_environment(), [])
+
+
+def test_a_world_of_one_is_not_divided() -> None:
+    trainer = make_trainer(parallelism="fsdp2")
+    assert not trainer.parallel.sharded
+    trainer.step(*make_batch())
+
+
+if __name__ == "__main__":
+    be_one_rank(Path(sys.argv[1]))
