@@ -45,7 +45,7 @@ _OPERATIONS = frozenset({"open", "os.mkdir", "os.rename", "os.link", "os.remove"
 
 @attrs.frozen
 class Moment:
-    """When a run is killed: some seconds after its beginning, or before one of a rank's file operations."""
+    """When a run is killed: some seconds after its directory is there, or before one of a rank's file operations."""
 
     seconds: float = 0.0
     rank: int = 0
@@ -81,9 +81,8 @@ def main() -> None:
 
 
 def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random) -> int:
-    started = time.monotonic()
     _run(folder / "straight", asked.ranks, record=True)
-    duration = time.monotonic() - started
+    duration = time.time() - (folder / "straight" / "began").stat().st_mtime
     straight = _outcome(folder / "straight", asked.ranks)
     operations = [json.loads((folder / "straight" / f"operations-{r}.json").read_text()) for r in range(asked.ranks)]
     all_of_them = [(rank, number) for rank in range(asked.ranks) for number in range(len(operations[rank]))]
@@ -136,12 +135,12 @@ def _run(home: Path, ranks: int, *, moment: Moment | None = None, record: bool =
 
 def _wait(children: dict[int, int], moment: Moment | None, logs: Path) -> bool:
     """True when one was killed or shall be, and with it the others that are left; False when all have ended."""
-    started = time.monotonic()
+    started, began = time.monotonic(), logs.parent / "began"
     while children:
-        elapsed = time.monotonic() - started
-        if moment is not None and moment.operation is None and elapsed >= moment.seconds:
+        if moment is not None and moment.operation is None and began.exists():
+            time.sleep(moment.seconds)
             return True
-        if elapsed > PATIENCE:
+        if time.monotonic() - started > PATIENCE:
             raise TimeoutError(f"ranks {sorted(children.values())} have not ended")
         child, status = os.waitpid(-1, os.WNOHANG)
         if child == 0:
@@ -190,6 +189,8 @@ def _watch(directory: Path, seen: list[str], strike: int | None) -> None:
         path = _path(arguments)
         if path is None or not path.startswith(own):
             return
+        if not seen:
+            (directory.parent / "began").touch()
         if len(seen) == strike:
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(f"{event} {path[len(own) + 1 :]}")
