@@ -138,13 +138,15 @@ def doctor() -> None:
 def _or_exit(command: Any, *args: Any) -> None:
     """Run it; an error that explains itself needs no traceback."""
     from ppo_runtime.accel.backends import AccelError
+    from ppo_runtime.ranks.presence import is_agreed
 
     try:
         command(*args)
     except (ValueError, TypeError, ImportError, OSError, AccelError) as error:
         # Text, since rich would take the brackets of "ppo-core[ipex]" or of a path for markup.
-        rank = "" if speaks_for_all() else f"rank {os.environ['RANK']}: "
-        Console(stderr=True).print(Text.assemble(rank, ("error:", "red"), f" {error}"))
+        if speaks_for_all() or not is_agreed(error):  # the first rank says what all have found
+            rank = "" if speaks_for_all() else f"rank {os.environ['RANK']}: "
+            Console(stderr=True).print(Text.assemble(rank, ("error:", "red"), f" {error}"))
         raise typer.Exit(2) from error
 
 
