@@ -94,7 +94,9 @@ def run(model: str, work: str, engine: str, *, ranks: int, steps: int, threads: 
 
 def main() -> None:
     """Measure each engine in turn."""
-    parser = argparse.ArgumentParser(description="What a step of several ranks spends in collectives.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.collectives", description="What a step of several ranks spends in collectives."
+    )
     parser.add_argument("--model", required=True, help="model directory, as `convert` writes it")
     parser.add_argument("--work", choices=[name for name, w in WORKS.items() if not w.new_tokens], default="W1")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))

@@ -6,7 +6,7 @@ more than rounding. Run with a folder, this file is one of several processes; th
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -112,7 +112,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        be_one_rank(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tests.runtime.ranks.equality", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="of one of several processes")
+    if (given := parser.parse_args().folder) is not None:
+        be_one_rank(given)
     else:
         raise SystemExit(main())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
@@ -367,4 +368,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 5:
         be_one_rank(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4])
     else:
-        print_table(sys.argv[1:] or list(CASES))
+        parser = argparse.ArgumentParser(prog="python -m tests.runtime.ranks.matrix", description=__doc__)
+        parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all if none is named")
+        print_table(parser.parse_args().cases or list(CASES))
