@@ -26,9 +26,9 @@ _COUNTERS = frozenset({"last_epoch", "_step_count"})
 
 
 def with_present_implementation(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """An optimiser's stored state, its steps carried out as those of the present groups."""
+    """An optimiser's stored state, its steps carried out as those of the present groups; what it lacks is theirs."""
     stored = [
-        group | {name: now[name] for name in IMPLEMENTATION & now.keys()}
+        {**now, **group, **{name: now[name] for name in IMPLEMENTATION & now.keys()}}
         for group, now in zip(state["param_groups"], groups, strict=True)
     ]
     return {**state, "param_groups": stored}
