@@ -22,9 +22,9 @@ def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
 
     A collective where ranks hold parts of the weights, unless it is known already. Without the reference's value head,
-    which nothing reads and which may be drawn anew with every start. It is computed
-    anew only when a weight is another tensor than at the last time, or has changed: torch counts what is done to one,
-    and some of its entries are looked at, since nothing counts what is done to its ``data``.
+    which nothing reads and which may be drawn anew with every start. It is computed anew only when a weight is another
+    tensor than at the last time, or has changed: torch counts what is done to one, and some of its entries are looked
+    at, since nothing counts what is done to its ``data``.
     """
     weights = list(_frozen(trainer, reference_head))
     known = _KNOWN.setdefault(trainer, {})
@@ -74,8 +74,10 @@ def check_frozen(source: Path, state: StateRecord, trainer: Trainer) -> None:
     """Refuse a checkpoint that was made beside other frozen weights or buffers; ``state`` is what it holds."""
     advice = "make the trainer from the same original model and reference, not from trained weights"
     then = state.frozen
-    # Checkpoints of before hashed the reference's unused value head as well.
-    if then != frozen_digest(trainer) and then != frozen_digest(trainer, reference_head=True):
+    known = frozen_digest(trainer) == then
+    if state.format == 1 and not known:  # which may have hashed the reference's unused value head as well
+        known = frozen_digest(trainer, reference_head=True) == then
+    if not known:
         raise ValueError(
             f"{source} was made beside other frozen weights: the reference, or the layers that do not train, "
             f"differ; {advice}"

@@ -18,7 +18,7 @@ from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.common.trees import plain
 from ppo_runtime.resuming import files, frozen
 from ppo_runtime.resuming.frozen import frozen_digest
-from tests.runtime.support.sealing import change
+from tests.runtime.support.sealing import change, make_old
 from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 
@@ -195,6 +195,7 @@ def test_a_digest_of_before_is_still_known(tmp_path: Path) -> None:
     first = make_trainer()
     saved = save_checkpoint(first, tmp_path / "saved")
     change(saved, "state.json", lambda state: state | {"frozen": frozen_digest(first, reference_head=True)})
+    make_old(saved)
     load_checkpoint(make_trainer(), saved)
 
 
