@@ -5,6 +5,7 @@ Run as a script, this file is one of two processes.
 
 from __future__ import annotations
 
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, save_in
 from ppo_runtime.ranks.world import World
+from ppo_runtime.resuming import files
 from ppo_runtime.resuming.position import check_world, position, position_here, restore_position, source_of
 from ppo_runtime.rollout.data import PromptBatches
 from tests.runtime.support import trainers
@@ -67,6 +69,29 @@ def outcome(trainer: PPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
     return {"history": history, "weights": weights, "state": trainer.state_dict()}
 
 
+def refused(trainer: PPOTrainer, path: Path) -> list[tuple[str, str]]:
+    """What a rank says of a save that the second cannot make, and of a checkpoint with damage to the second's file."""
+    rank, said = trainer.world.rank, []
+    before = str(trainer.optimizer.state_dict()), trainer.state_dict(), sorted(path.parent.iterdir())
+    dist.barrier()  # both have looked
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write, files.write_json = files.write_json, full if rank == 1 else files.write_json
+    for attempt in (lambda: save_checkpoint(trainer, path), lambda: load_checkpoint(trainer, path)):
+        with pytest.raises((OSError, ValueError)) as caught:
+            attempt()
+        said.append((type(caught.value).__name__, str(caught.value)))
+        files.write_json = write
+        if rank == 0:
+            own = path / "rank-1.json"
+            own.write_bytes(own.read_bytes().replace(b"1", b"2", 1))
+        dist.barrier()
+    assert (str(trainer.optimizer.state_dict()), trainer.state_dict(), sorted(path.parent.iterdir())) == before
+    return said
+
+
 def be_one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     first = make_trainer(2)
@@ -77,7 +102,7 @@ def be_one_rank(folder: Path) -> None:
     load_checkpoint(second, folder / "of one")
     went_on = go(second, STEPS - HALF)
     results = {"straight": outcome(first, straight), "of one": outcome(second, went_on)}
-    save_checkpoint(second, folder / "of one and two")
+    results["refused"] = refused(second, save_checkpoint(second, folder / "twice"))
     torch.save(results, folder / f"{second.world.rank}.pt")
     dist.destroy_process_group()
 
@@ -124,6 +149,16 @@ def test_another_number_of_ranks_does_what_one_does(case: str, runs: dict[str, A
     assert found["state"]["scores"] == pytest.approx(alone["state"]["scores"], rel=1e-6)
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_what_one_rank_cannot_write_or_read_all_refuse(runs: dict[str, Any]) -> None:
+    """In the same words, and nothing changes on any of them."""
+    (kind, write), (other, read) = runs["ranks"][0]["refused"]
+    assert runs["ranks"][1]["refused"] == [(kind, write), (other, read)]
+    assert kind == "OSError"
+    assert re.search("rank 1: .*no checkpoint was made in .*twice: .*No space left on device", write)
+    assert other == "ValueError"
+    assert re.search(r"rank 1: .*twice cannot be read \(rank-1.json has changed since it was written", read)
 
 
 # --- the order of the prompts -----------------------------------------------------------------------------------------
