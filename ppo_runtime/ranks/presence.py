@@ -59,12 +59,11 @@ class _Presence:
         """The present phase, in that which it is part of."""
         return " of ".join(reversed(self.phases))
 
-    def leave(self, error: BaseException) -> None:
+    def leave(self, why: str) -> None:
         """Note that this rank will not come to what the others wait for, and why."""
-        said = f"{type(error).__name__}: {error}".removesuffix(": ")
-        self.lost = f"this rank has left {self.place}, where others may wait for it still: {said}"
+        self.lost = f"this rank has left {self.place}, where others may wait for it still: {why}"
         with suppress(Exception):  # of the store, which may be gone already
-            self.store.set(f"ppo/left/{self.world.rank}", f"{said:.2000}")
+            self.store.set(f"ppo/left/{self.world.rank}", f"{why:.2000}")
 
     def lose(self, error: Exception) -> str:
         """Find out which rank does not come, and note it for all: the first one to know speaks for them."""
@@ -148,7 +147,7 @@ def lost_ranks_named(world: World, phase: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and _OF_ANOTHER_RANK.search(str(error)):
             raise RankLost(here.lose(error)) from error
         if not is_agreed(error) and here.lost is None:
-            here.leave(error)
+            here.leave(_named_by_kind(error))
         raise
     finally:
         del here.phases[depth:]
@@ -178,10 +177,14 @@ def _presence(world: World) -> _Presence:
 
 
 def _tell_of_the_end() -> None:
-    """Note the error that ends this process, before its connections close."""
+    """Note what ends this process, before its connections close."""
     error = getattr(sys, "last_value", None)
-    if _here is not None and _here.lost is None and isinstance(error, Exception) and not is_agreed(error):
-        _here.leave(error)
+    if _here is not None and _here.lost is None:
+        _here.leave("its script has ended" if error is None else _named_by_kind(error))
+
+
+def _named_by_kind(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _machine() -> str:

@@ -31,7 +31,7 @@ def world_from_environment(timeout: float | None = None) -> World:
 
     Raises:
         ValueError: one of torchrun's variables is missing, or WORLD_SIZE is no number of processes.
-        RuntimeError: the initialised group can't carry CPU tensors.
+        RuntimeError: the initialised group can't carry CPU tensors; or the other ranks have not come in time.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if processes_started() == 1:
@@ -63,10 +63,16 @@ def named(ranks: Sequence[int]) -> str:
 def _meet(timeout: float | None) -> None:
     """Make the process group, and leave it at the end, of which torch would complain otherwise."""
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-        timeout=None if timeout is None else timedelta(seconds=timeout),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            timeout=None if timeout is None else timedelta(seconds=timeout),
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} could not meet the others of WORLD_SIZE = {os.environ['WORLD_SIZE']} ranks: "
+            f"{error}; see why they have not come, or set ranks_timeout to more seconds if they come later"
+        ) from error
     atexit.register(_part)
 
 

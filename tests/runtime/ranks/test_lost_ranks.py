@@ -47,6 +47,10 @@ def test_a_rank_whose_script_ends_by_an_error_is_named_with_it(tmp_path: Path) -
     assert "step 2" in said
 
 
+def test_a_rank_whose_script_ends_before_the_others_is_named(tmp_path: Path) -> None:
+    assert "rank 0 has left: its script has ended. The others waited in " in left_alone("ends_earlier", 0, tmp_path)
+
+
 def test_a_rank_that_does_not_come_is_named_when_the_time_is_over(tmp_path: Path) -> None:
     (_, late), cases = matrix.run(["hangs"], 1, "ddp", tmp_path)
     found, its = cases["hangs"]

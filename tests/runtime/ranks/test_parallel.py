@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ppo_core.losses import PolicyLoss
 from ppo_runtime import PPOTrainer
 from ppo_runtime.learning import update
-from ppo_runtime.ranks.gather import world_from_environment
 from ppo_runtime.ranks.parallel import Alone, Replicated
 from ppo_runtime.ranks.shards import whole
+from ppo_runtime.ranks.world import world_from_environment
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_lora
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
