@@ -255,8 +255,9 @@ def _one_step(
 ) -> dict[str, float]:
     started = time.perf_counter()
     config = trainer.config
-    # The data, the engine and the score function may fail on one rank alone.
-    with all_or_none(trainer.world, phase=f"the rollout of step {trainer.current_step + 1} and its scores"):
+    phase = f"the rollout of step {trainer.current_step + 1} and its scores"
+    # The data, the engine and the score function may fail on one rank alone: weights are gathered before.
+    with trainer.parallel.whole(), all_or_none(trainer.world, phase=phase):
         batch = next(batches)
         queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
         inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)

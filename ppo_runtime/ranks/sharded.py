@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.ranks.agreement import agree_largest
 from ppo_runtime.ranks.parallel import Alone, Pass, Work
+from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import on_first
 from ppo_runtime.ranks.world import World
 
@@ -103,7 +104,7 @@ class Sharded(Alone):
         return {"state_dict": on_first(model.state_dict(keep_vars=True), self.world.rank)}
 
     def _gather(self) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), lost_ranks_named(self.world, "the gathering of weights"):
             for unit in self._units():
                 unit.set_reshard_after_forward(False, recurse=False)
                 unit.unshard()
