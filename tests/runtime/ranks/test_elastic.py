@@ -102,7 +102,7 @@ def be_one_rank(folder: Path) -> None:
     load_checkpoint(second, folder / "of one")
     went_on = go(second, STEPS - HALF)
     results = {"straight": outcome(first, straight), "of one": outcome(second, went_on)}
-    results["refused"] = refused(second, save_checkpoint(second, folder / "twice"))
+    results["refused"] = refused(second, save_checkpoint(second, folder / "alone" / "twice"))
     torch.save(results, folder / f"{second.world.rank}.pt")
     dist.destroy_process_group()
 
