@@ -50,6 +50,7 @@ from ppo_runtime.learning.update import (
 from ppo_runtime.models.devices import check_devices, place
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
+from ppo_runtime.models.packing import keeps_rows_apart
 from ppo_runtime.models.precision import check_moments, check_wide, own_precision
 from ppo_runtime.models.sharing import divides, share, with_parameters_of
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
@@ -428,6 +429,7 @@ class Trainer:
             seen = None if self.parallel.sharded else self._score(rows, times, computed)
         if seen is None:  # weights are gathered by all ranks together
             with self.parallel.whole(), all_or_none(self.world, phase="the scoring of the responses"):
+                keeps_rows_apart(self.model)  # again, if its attention has been set anew: passes of updates will ask
                 seen = self._score(rows, times, computed)
         scored, bottom = seen
         kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)

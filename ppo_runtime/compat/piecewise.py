@@ -96,6 +96,11 @@ class Piecewise(Trainer):
             one). Log-probabilities and values are 0 where the mask is.
         """
         doors.language_model(model)
+        if self.parallel.sharded and torch.is_grad_enabled():
+            raise ValueError(
+                "parallelism is 'fsdp2', where step() alone makes passes with gradient: all ranks make them together; "
+                "call step(), use torch.no_grad(), or set parallelism='ddp'"
+            )
         start, vocab_size = self._start_token, self.model.config.vocab_size
         queries, responses, masks = doors.batch(queries, responses, response_masks, vocab_size=vocab_size)
         read = doors.padded_inputs(
@@ -107,7 +112,7 @@ class Piecewise(Trainer):
         # Gradient checkpointing needs the training mode, and only passes with gradient need checkpointing.
         quiet = without_dropout if torch.is_grad_enabled() else dropout_off
         fast = fast_products(model, self._products(model) if torch.is_grad_enabled() else self.config.accel)
-        with own_precision(rows.mask.device), fast, quiet(model):
+        with self.parallel.whole(), own_precision(rows.mask.device), fast, quiet(model):
             for index in torch.arange(len(rows.mask)).split(self.config.mini_batch_size):
                 part = rows.select(index)
                 hidden = row_states(model, part)

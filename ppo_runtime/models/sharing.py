@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.models.packing import keeps_rows_apart
 from ppo_runtime.models.units import layers_of
 from ppo_runtime.ranks.parallel import Alone, Replicated
 from ppo_runtime.ranks.sharded import Sharded
@@ -17,6 +18,7 @@ def share(model: torch.nn.Module, ref_model: Any | None, config: PPOConfig, worl
     """How ranks share a policy and its reference in their updates; dividing them changes both in place."""
     if not divides(config, world):
         return Alone(model, world) if world.size == 1 else Replicated(model, world)
+    keeps_rows_apart(model)  # tried while it is whole: by then one rank may want to know, and another not
     others = [] if ref_model is None else [(ref_model, layers_of(ref_model))]
     return Sharded(model, world, layers_of(model), others)
 

@@ -32,9 +32,10 @@ class Traffic:
 
     calls: int = 0
     bytes: int = 0
-    """Of gradients that this rank has given to be summed."""
+    """Of gradients that this rank has given to be summed; where models are divided, of every minibatch."""
     seconds: float = 0.0
-    """From each call until its sum was there, side by side with others; on a GPU, until it was asked for."""
+    """From each call until its sum was there, side by side with others; on a GPU, until it was asked for. Not measured
+    where models are divided: torch makes those calls itself."""
 
 
 class Alone:

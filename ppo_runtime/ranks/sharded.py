@@ -43,6 +43,7 @@ class Sharded(Alone):
         check_torch()
         _check_apart(model, [other for other, _ in others])
         self._roots = [_sharded(one, layers, world) for one, layers in ((model, units), *others)]
+        self._gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self._inside = 0
         self._held: Tensor | None = None
 
@@ -77,8 +78,11 @@ class Sharded(Alone):
     def settle(self, *, agreed: bool) -> None:
         """Made in any case: all ranks have come here, and the sums of what no step is made on are dropped."""
         held, self._held = self._held, None
-        if held is not None:
-            held.backward()
+        if held is None:
+            return
+        self.traffic.calls += sum(_is_sharded(part) for part in self._roots[0].modules())
+        self.traffic.bytes += self._gradients
+        held.backward()
 
     def sum_gradients(self) -> None:
         """Refused: gradients of passes of one's own are summed already, or never."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from ppo_core.losses import PolicyLoss
@@ -58,9 +59,19 @@ def held(rank: int) -> dict[str, Any]:
     tensors = [*trainer.model.parameters(), *trainer.ref_model.parameters()]
     tensors += [x for state in trainer.optimizer.state.values() for x in state.values() if x.ndim]
     return {
+        "traffic": trainer.parallel.traffic.bytes,
+        "trained": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
         "all": all(is_shard(x) for x in tensors),
         "share": sum(here(x).numel() for x in tensors) / sum(x.numel() for x in tensors),
     }
+
+
+def ragged(trainer: PPOTrainer, rows: slice) -> dict[str, Any]:
+    """A step in which it pays to read two of the last four rows end to end, but not all four, nor any others."""
+    queries = [torch.arange(3, 3 + length) for length in (20, 20, 20, 20, 1, 20, 20, 20)]
+    responses = [torch.arange(10, 14)] * 8
+    stats = trainer.step(queries[rows], responses[rows], [torch.tensor(float(number)) for number in range(8)][rows])
+    return {"stats": [untimed(stats)], "weights": whole_weights(trainer)}
 
 
 def generated() -> list[int]:
@@ -69,6 +80,18 @@ def generated() -> list[int]:
     prompts = [torch.tensor([5, 6, 7])] * (1 + 3 * trainer.world.rank)
     answers = trainer.generate(prompts, return_prompt=False, max_new_tokens=5, do_sample=False)
     return answers[0].tolist()
+
+
+def pieces(rank: int) -> dict[str, Any]:
+    """What TRL's forward pass says without gradient, and why it says nothing with one."""
+    trainer = make_trainer(**(HALVED | SHARDED))
+    queries, responses, _ = (part[SHARES["half"][rank]] for part in make_batch())
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    with torch.no_grad():
+        logprobs = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)[0]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  looked at by the tests
+        trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+    return {"logprobs": logprobs, "said": str(caught.value)}
 
 
 def failing(rank: int) -> dict[str, Any]:
@@ -137,7 +160,8 @@ def be_one_rank(folder: Path) -> None:
     results["unequal"] = CASES["llama"](SHARES["unequal"][rank], SHARDED)
     results["skipping"] = spoil_second(SHARDED)
     results |= {"held": held(rank), "generated": generated(), "failing": failing(rank), "own": own_optimizer(rank)}
-    results |= {"resumed": resumed(rank, folder), "refused": refused()}
+    results["ragged"] = ragged(make_trainer(**(HALVED | SHARDED)), slice(4 * rank, 4 * rank + 4))
+    results |= {"resumed": resumed(rank, folder), "pieces": pieces(rank), "refused": refused()}
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -151,6 +175,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What both ranks did."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip("this torch is refused")
     return run_ranks(__file__, folder, warnings="default")
 
 
@@ -163,10 +189,32 @@ def test_two_ranks_do_what_one_does_with_all_rows(ranks: list[dict[str, Any]], n
     torch.testing.assert_close(first["stats"], alone["stats"], rtol=1e-4, atol=1e-5)
 
 
+def test_one_rank_may_read_its_rows_end_to_end_and_another_not(ranks: list[dict[str, Any]]) -> None:
+    """Whether a model keeps such rows apart is tried while it is whole, not by one rank between the passes of all."""
+    alone = make_trainer(**(SETTINGS | {"max_grad_norm": 0.5, "batch_size": 8, "gradient_accumulation_steps": 4}))
+    expected = ragged(alone, slice(None))
+    for rank in ranks:
+        torch.testing.assert_close(rank["ragged"]["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+
+
 def test_each_rank_holds_half_of_models_and_moments(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["held"]["all"]
         assert rank["held"]["share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_gradients_are_sent_once_in_every_minibatch(ranks: list[dict[str, Any]]) -> None:
+    """Two updates of two, however many rows each rank has in them."""
+    assert [rank["held"]["traffic"] for rank in ranks] == [4 * rank["held"]["trained"] for rank in ranks]
+
+
+def test_pieces_make_passes_without_gradient(ranks: list[dict[str, Any]]) -> None:
+    trainer = make_trainer(**SETTINGS)
+    queries, responses, _ = (part[SHARES["half"][0]] for part in make_batch())
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    expected = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)[0]
+    torch.testing.assert_close(ranks[0]["pieces"]["logprobs"], expected.detach())
+    assert "step() alone makes passes with gradient" in ranks[0]["pieces"]["said"]
 
 
 def test_an_update_that_is_left_out_leaves_the_others_as_they_are(ranks: list[dict[str, Any]]) -> None:
@@ -249,8 +297,6 @@ def test_a_plan_counts_every_weight_once() -> None:
 
 
 def test_a_torch_that_cannot_take_up_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
     monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
     with pytest.raises(ValueError, match=r"install torch 2\.13 or later, or set parallelism='ddp'"):
         Sharded(tiny_model("llama"), world_from_environment(), [])
