@@ -140,7 +140,7 @@ def train(
             arguments.make_writable("logging_dir", trainer.config.logging_dir)
             trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     history: list[dict[str, float]] = []
-    interrupted, whole, begun = 0, False, trainer.current_step
+    interrupted, together, begun = 0, False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.
     console = console or Console(stderr=True)
     with closing(trainer), stop_asked("this step", says=world.rank == 0) as stop:
@@ -163,16 +163,24 @@ def train(
                         if not due:
                             keep()
                         break
-            whole = True
+            together = True
         except KeyboardInterrupt:
             interrupted = int(signal.SIGINT)
+        except Exception as error:
+            together = is_agreed(error)
+            raise
         finally:
             # Without a step there is nothing new, and what lies there may be better than an untrained model.
             changed = trainer.current_step > begun or trainer.broken_off is not None
             if output is not None and (changed or trainer.current_step >= steps):
-                # Where something was broken off, the other ranks may be anywhere: none waits for them.
-                with all_or_none(world, phase="the saving of results") if whole else nullcontext():
-                    results.save_results(trainer, output, steps=steps, changed=changed)
+                # Where one rank alone has broken off, the others may be anywhere: it waits for none of them.
+                if together or not trainer.parallel.sharded:
+                    with all_or_none(world, phase="the saving of results") if together else nullcontext():
+                        results.save_results(trainer, output, steps=steps, changed=changed)
+                else:
+                    logger.warning(
+                        "no model is saved: this rank has a part of it alone; go on from the last checkpoint"
+                    )
     if interrupted:
         _say(trainer, "interrupted after step %d of %d", trainer.current_step, steps)
     return TrainResult(history, bool(interrupted), interrupted)
@@ -255,9 +263,9 @@ def _one_step(
 ) -> dict[str, float]:
     started = time.perf_counter()
     config = trainer.config
-    phase = f"the rollout of step {trainer.current_step + 1} and its scores"
+    step = trainer.current_step + 1
     # The data, the engine and the score function may fail on one rank alone: weights are gathered before.
-    with trainer.parallel.whole(), all_or_none(trainer.world, phase=phase):
+    with trainer.parallel.whole(), all_or_none(trainer.world, phase=f"the rollout of step {step}"):
         batch = next(batches)
         queries = batch_prompts(batch, vocab_size=trainer.model.config.vocab_size)
         inputs.batch_count(len(queries), batch_size=config.batch_size, drop_last=config.drop_last)
@@ -269,6 +277,7 @@ def _one_step(
             **generation_kwargs,
         )
         texts = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    with all_or_none(trainer.world, phase=f"the scores of step {step}"):
         scores = arguments.score_list(score_fn(list(prompts), list(texts)), count=len(texts))
     stats = trainer.step(queries, responses, scores)
     stats["time/loop/step"] = time.perf_counter() - started

@@ -15,8 +15,11 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
 
 from ppo_runtime.loop import train
+from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.trainers import make_trainer
 
@@ -93,6 +96,28 @@ def dropped(home: Path) -> dict[str, Any]:
     return {"steps": len(result.history), "calls": len(calls)}
 
 
+def sharded(home: Path) -> dict[str, Any]:
+    """The same with a model of which each rank has a part: two steps, data that end on one rank, and the rest."""
+    trainer = _trainer(home, parallelism="fsdp2")
+
+    def score(_: list[str], texts: list[str]) -> list[float]:
+        if trainer.world.rank == 1 and trainer.current_step == 2:
+            raise LookupError("no score")
+        return [0.5] * len(texts)
+
+    with pytest.raises(RuntimeError) as caught:
+        _train(trainer, home, score=score, checkpoint_every=1)
+    said = [str(caught.value)]
+    trainer = _trainer(home, parallelism="fsdp2")
+    if trainer.world.rank == 1:
+        trainer.dataloader = []
+    with pytest.raises(ValueError, match="gave no batch") as ended:
+        _train(trainer, home, resume=True)
+    again = _trainer(home, parallelism="fsdp2")
+    result = _train(again, home, resume=True)
+    return {"said": [*said, str(ended.value)], "rest": len(result.history)}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -123,10 +148,27 @@ def test_a_batch_of_one_rank_is_dropped_by_all(ranks: tuple[Path, list[dict[str,
     ]
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch's FSDP2 is too old")
+def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, found = ranks
+    for rank in found:
+        assert "rank 1: " in rank["sharded"]["said"][0]
+        assert "no score" in rank["sharded"]["said"][0]
+        assert "rank 1: the dataloader gave no batch" in rank["sharded"]["said"][1]
+        assert rank["sharded"]["rest"] == 2
+    AutoModelForCausalLM.from_pretrained(folder / "sharded" / "model")
+    assert [line["step"] for line in read_jsonl(folder / "sharded" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+RUNS = (signalled, failing, full, dropped, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
+
+
 def main(folder: Path) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
-    found = {run.__name__: run(folder / run.__name__) for run in (signalled, failing, full, dropped)}
+    found = {run.__name__: run(folder / run.__name__) for run in RUNS}
     rank = torch.distributed.get_rank()
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
