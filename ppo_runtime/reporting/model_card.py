@@ -6,6 +6,7 @@ import attrs
 
 from ppo_runtime import __version__
 from ppo_runtime.common.files import write_whole
+from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.wording import counted
 from ppo_runtime.config import PPOConfig
 
@@ -103,7 +104,7 @@ def _ranks(config: PPOConfig) -> str:
 
 def _settings(config: PPOConfig) -> str:
     defaults = {field.name: field.default for field in attrs.fields(PPOConfig)}
-    values = config.to_dict()
+    values = plain_settings(config)
     # A subclass's own settings may be anything, and are not published.
     changed = [name for name in defaults if name not in _PRIVATE and values[name] != defaults[name] and values[name]]
     rows = [*_ALWAYS, *(name for name in changed if name not in _ALWAYS)]

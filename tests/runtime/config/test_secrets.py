@@ -225,7 +225,7 @@ def test_a_checkpoint_that_still_holds_a_token_does_not_tell_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _run(tmp_path, steps=1)
-    path = tmp_path / "checkpoint"
+    path = tmp_path / "checkpoint-1"
     state = path / "state.json"
     assert HIDDEN in state.read_text()
     state.write_text(state.read_text().replace(HIDDEN, "once-" + SECRET))

@@ -84,3 +84,18 @@ def test_nothing_private_is_published(tmp_path: Path) -> None:
     )
     path = write_model_card(tmp_path, "x", config=config, base_model=None, is_encoder_decoder=False, steps=1)
     assert "secret" not in path.read_text()
+
+
+def test_a_card_tells_no_password(tmp_path: Path) -> None:
+    """Of an address that somebody has put where a name was expected."""
+    write_model_card(
+        tmp_path,
+        "m",
+        config=PPOConfig(task_name="https://me:horse-battery-staple@example.org/x"),
+        base_model=None,
+        is_encoder_decoder=False,
+        steps=1,
+    )
+    card = (tmp_path / "README.md").read_text()
+    assert "| task_name | https://me:(hidden)@example.org/x |" in card
+    assert "staple" not in card
