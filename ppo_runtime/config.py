@@ -122,7 +122,7 @@ class PPOConfig(CheckedSettings):
     group that the trainer makes itself."""
     parallelism: Parallelism = attrs.field(default="ddp", validator=one_of(get_args(Parallelism)))
     """How several processes share the models: "ddp" has all of them in each, "fsdp2" a part (weights, gradients and
-    moments), which takes 1/n of the memory and three times as much to send."""
+    moments), which takes 1/n of the memory and sends half as much again, with every minibatch and not every update."""
 
     # The optimisation.
     steps: int = count(20000)

@@ -545,8 +545,9 @@ class Trainer:
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write policy, value head, tokenizer and model card; ``transformers`` loads the directory as a plain model.
 
-        A README.md that somebody else wrote there is kept. Only rank 0 writes. ``push_to_hub=True`` uploads the same
-        afterwards, to ``repo_id`` or else a repository of the directory's name, with the arguments of ``push_to_hub``.
+        A README.md that somebody else wrote there is kept. Every rank calls it, and rank 0 writes. ``push_to_hub=True``
+        uploads the same afterwards, to ``repo_id`` or else a repository of the directory's name, with the arguments of
+        ``push_to_hub``.
         """
         if "state_dict" not in kwargs:
             kwargs |= self.parallel.saved_as(self.model)
@@ -554,7 +555,8 @@ class Trainer:
             return
         if (uploading := take_upload(kwargs, save_directory)) is not None:
             self.save_pretrained(save_directory, **kwargs)
-            self.push_to_hub(**uploading)
+            weights = {name: kwargs[name] for name in ("state_dict",) if name in kwargs}
+            self._upload(weights, **uploading)
             return
         card_is_free = is_ours(save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
@@ -576,7 +578,7 @@ class Trainer:
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what ``save_pretrained`` writes, from rank 0.
+        """Upload what ``save_pretrained`` writes, from rank 0; every rank calls it.
 
         Args:
             repo_id: of the repository; made if it does not exist.
@@ -586,11 +588,12 @@ class Trainer:
         Returns:
             huggingface_hub's commit information; None on other ranks.
         """
-        save = partial(self.save_pretrained, **self.parallel.saved_as(self.model))
-        if self.world.rank != 0:
-            return None
+        weights = self.parallel.saved_as(self.model)
+        return self._upload(weights, repo_id, **kwargs) if self.world.rank == 0 else None
+
+    def _upload(self, weights: dict[str, Any], repo_id: str, **kwargs: Any) -> Any:
         message = kwargs.pop("commit_message", f"Policy after {self.current_step} PPO steps")
-        return upload(save, repo_id, commit_message=message, **kwargs)
+        return upload(partial(self.save_pretrained, **weights), repo_id, commit_message=message, **kwargs)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the trackers' files; the next ``log_stats`` opens them again and appends.

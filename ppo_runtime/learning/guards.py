@@ -124,7 +124,7 @@ def _clip_shards(gradients: Sequence[Tensor], max_norm: float | None, world: Wor
         return found, Cause.OVERFLOW
     if max_norm is not None and norm > max_norm:
         for g in gradients:
-            g.mul_(max_norm / norm)
+            g.mul_(max_norm / (norm + 1e-6))  # as torch does it for whole ones
     return found, Cause.NONE
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
+import ppo_runtime.trainer
 from ppo_core.losses import PolicyLoss
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -126,6 +128,20 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def uploaded(folder: Path) -> list[str]:
+    """The names of what is uploaded, by either door, where the hub is a list."""
+    trainer, seen = make_trainer(**(HALVED | SHARDED)), []
+
+    def upload(save: Any, repo_id: str, **_: Any) -> None:
+        save(folder / repo_id)
+        seen.extend(sorted(path.name for path in (folder / repo_id).glob("*.safetensors")))
+
+    with mock.patch.object(ppo_runtime.trainer, "upload", upload):
+        trainer.push_to_hub("mine")
+        trainer.save_pretrained(folder / "here", push_to_hub=True, repo_id="again")
+    return seen
+
+
 def refused() -> dict[str, str]:
     """What can't be divided."""
     said = {}
@@ -161,7 +177,12 @@ def be_one_rank(folder: Path) -> None:
     results["skipping"] = spoil_second(SHARDED)
     results |= {"held": held(rank), "generated": generated(), "failing": failing(rank), "own": own_optimizer(rank)}
     results["ragged"] = ragged(make_trainer(**(HALVED | SHARDED)), slice(4 * rank, 4 * rank + 4))
-    results |= {"resumed": resumed(rank, folder), "pieces": pieces(rank), "refused": refused()}
+    results |= {
+        "resumed": resumed(rank, folder),
+        "pieces": pieces(rank),
+        "uploaded": uploaded(folder),
+        "refused": refused(),
+    }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -259,6 +280,11 @@ def test_the_model_is_saved_whole(ranks: list[dict[str, Any]], folder: Path) -> 
     for name, x in ranks[0]["resumed"]["saved"].items():
         inner = name.removeprefix("pretrained_model.")
         assert inner.startswith("v_head.") or torch.equal(loaded[inner], x), name
+
+
+def test_the_whole_model_is_uploaded_by_one_rank(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["uploaded"] == 2 * ["model.safetensors", "value_head.safetensors"]
+    assert ranks[1]["uploaded"] == []
 
 
 def test_what_cannot_be_divided_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
