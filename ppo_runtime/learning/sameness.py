@@ -13,6 +13,7 @@ from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.ranks.shards import is_shard
 from ppo_runtime.rollout.data import prompt_digest
 
 # What only the rank that writes reads, what says how long to wait, and labels.
@@ -91,7 +92,7 @@ def _beginning(model: nn.Module) -> str:
         if name.startswith(HEAD_PREFIX):
             continue  # nothing reads a reference's values, and every rank may have drawn a head of its own
         digest.update(f"{name} {_described(tensor)}".encode())
-        if tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and not tensor.is_meta and not is_shard(tensor):  # parts differ between ranks
             row = tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach()[None]
             digest.update(as_bytes(row[:_FIRST]).numpy().tobytes())
     return digest.hexdigest()[:12]

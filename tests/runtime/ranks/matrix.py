@@ -1,6 +1,7 @@
 """One rank of two goes wrong, in every way: how long the other one takes to say so, and in which words.
 
-``python -m tests.runtime.ranks.matrix`` prints the table; ``... matrix FOLDER CASES CULPRIT ENGINE`` is one rank of it.
+``python -m tests.runtime.ranks.matrix`` prints the table, ``--help`` how to have a part of it;
+``... matrix FOLDER CASES CULPRIT ENGINE`` is one rank of it.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ppo_runtime import PPOConfig, PPOTrainer
+from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import save_checkpoint
 from ppo_runtime.learning.update import clipped_objective
 from ppo_runtime.loop import train
 from ppo_runtime.resuming import files
 from tests.runtime.support import trainers
 from tests.runtime.support.processes import Ended, ends_of_ranks
-from tests.runtime.support.tiny import tiny_tokenizer
+from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
 
 LIMIT = 120.0
 """Seconds after which a case counts as hanging."""
 PATIENCE = 5.0
 """The ranks' timeout where one of them hangs."""
-ENGINES = ("ddp", "fsdp2") if "parallelism" in attrs.fields_dict(PPOConfig) else ("ddp",)
+ENGINES = "ddp", "fsdp2"
 
 
 @attrs.frozen
@@ -53,8 +54,7 @@ class Rank:
     def trainer(self, **options: Any) -> PPOTrainer:
         """Of three rows a step on each rank."""
         settings = {"batch_size": 3, "mini_batch_size": 3, "project_kwargs": {"logging_dir": str(self.folder / "logs")}}
-        if len(ENGINES) > 1:
-            settings["parallelism"] = self.engine
+        settings["parallelism"] = self.engine
         return trainers.make_trainer(**(settings | options))
 
     def batch(self) -> list[list[torch.Tensor]]:
@@ -154,9 +154,7 @@ def no_tokenizer(rank: Rank) -> None:
 
 
 def reference_on_one(rank: Rank) -> None:
-    trainer = rank.trainer()
-    reference = trainer.ref_model if rank.goes_wrong() else None
-    PPOTrainer(trainer.config, trainer.model, reference, trainer.tokenizer)
+    rank.trainer(ref_model=tiny_model("llama", seed=1) if rank.goes_wrong() else None)
 
 
 def other_rows(rank: Rank) -> None:
@@ -332,13 +330,13 @@ def _read(place: Path) -> Found | None:
     return Found(*json.loads(place.read_text())) if place.exists() else None
 
 
-def print_table(cases: Sequence[str]) -> None:
+def print_table(cases: Sequence[str], engines: Sequence[str]) -> None:
     """Every case, by the rank that goes wrong and the engine."""
     agreed = [case.__name__ for case in AGREED if case.__name__ in cases]
     together = [agreed] * bool(agreed) + [[case.__name__] for case in PARTING if case.__name__ in cases]
     table = Table("case", "rank", "engine", "exit codes", "seconds", "what the other rank says", show_lines=True)
     hung = 0
-    for some, culprit, engine in product(together, (0, 1), ENGINES):
+    for some, culprit, engine in product(together, (0, 1), engines):
         with tempfile.TemporaryDirectory() as folder:
             ends, found = run(some, culprit, engine, Path(folder))
         codes = ", ".join("hung" if end.code is None else str(end.code) for end in ends)
@@ -370,4 +368,6 @@ if __name__ == "__main__":
     else:
         parser = argparse.ArgumentParser(prog="python -m tests.runtime.ranks.matrix", description=__doc__)
         parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all if none is named")
-        print_table(parser.parse_args().cases or list(CASES))
+        parser.add_argument("--engine", choices=ENGINES, help="this one alone")
+        asked = parser.parse_args()
+        print_table(asked.cases or list(CASES), ENGINES if asked.engine is None else [asked.engine])
