@@ -19,13 +19,9 @@ from ppo_core import averages, moments
 from ppo_core.averages import Average
 from ppo_core.moments import Moments
 from ppo_runtime.common.transfers import on_cpu
-from ppo_runtime.ranks.agreement import Ballot as Ballot
-from ppo_runtime.ranks.agreement import agree_any as agree_any
-from ppo_runtime.ranks.agreement import agree_largest as agree_largest
 from ppo_runtime.ranks.agreement import all_or_none, gathered
 from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.world import World
-from ppo_runtime.ranks.world import world_from_environment as world_from_environment
 
 CAPACITY = 1024
 """How many metrics one gather carries. A fixed size keeps ranks whose keys differ from waiting for each other."""

@@ -47,7 +47,6 @@ LONG = {
     "models.gguf": "one file format: its names, its tensors and its tokenizer, with no other reader",
     "models.heads": "one split, and the probe that refuses what it would get wrong",
     "models.wrapper": "one class with the interface of a transformers model; loading and saving are elsewhere",
-    "ranks.gather": "every collective in one place, so that their order on all ranks can be read",
     "rollout.generating": "one owner of settings, warnings and the latest responses",
     "trainer": "one class: the order of the steps, and its arguments described; what the steps do is elsewhere",
 }
