@@ -63,7 +63,7 @@ class Sharded(Alone):
 
     def rounds(self, update: Sequence[T]) -> list[list[tuple[T, bool]]]:
         """One by one, and as many as the rank with the most has: the last is made again, and does not count."""
-        most = agree_largest(len(update), self.world)
+        most = agree_largest(len(update), self.world, "the count of minibatches")
         more = [(update[-1], False)] * (most - len(update))
         return [[one] for one in [*((index, True) for index in update), *more]]
 
@@ -105,7 +105,8 @@ class Sharded(Alone):
 
     def saved_as(self, model: nn.Module) -> dict[str, Any]:
         """The whole state, on the CPU of rank 0."""
-        return {"state_dict": on_first(model.state_dict(keep_vars=True), self.world.rank)}
+        with lost_ranks_named(self.world, "the gathering of weights to be saved"):
+            return {"state_dict": on_first(model.state_dict(keep_vars=True), self.world.rank)}
 
     def _gather(self) -> None:
         with torch.inference_mode(False), lost_ranks_named(self.world, "the gathering of weights"):

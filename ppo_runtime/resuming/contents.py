@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
+from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import on_first
 from ppo_runtime.resuming import files, reading, sealing
 from ppo_runtime.resuming.fitting import (
@@ -104,8 +105,9 @@ def gathered(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     held = trained(trainer.model), trainer.optimizer.state_dict()
     if not trainer.parallel.sharded:
         return held
-    frozen_digest(trainer)  # rank 0 alone asks for it again
-    return on_first(held, trainer.world.rank)
+    with lost_ranks_named(trainer.world, "the gathering of what a checkpoint holds"):
+        frozen_digest(trainer)  # rank 0 alone asks for it again
+        return on_first(held, trainer.world.rank)
 
 
 def write_shared(
