@@ -24,6 +24,7 @@ import attrs
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ppo_runtime import PPOTrainer
@@ -356,7 +357,7 @@ def print_table(cases: Sequence[str], engines: Sequence[str]) -> None:
                 seconds,
                 said,
             )
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
             print(*row, sep=" | ", flush=True)
     Console(width=200).print(table)
     print(f"{table.row_count} cases, {hung} processes hung")
