@@ -15,17 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import attrs
 import torch.distributed as dist
 
 from ppo_runtime.ranks.world import World, named
 
-# What gloo, nccl and the store say when another process is gone, or does not come.
-_OF_ANOTHER_RANK = re.compile(
-    r"\bgloo\b|\bNCCL\b|connection (closed|reset|refused)|broken pipe|timed out|timeout", re.IGNORECASE
-)
+# What errors of gloo hold, which have no class of their own: the line of its source. A callback puts words before it.
+_OF_GLOO = re.compile(r"\[(enforce fail at )?(\S*/)?gloo/\S+:\d+\b|\bGloo connectFullMesh failed|^Operation timed out!")
 _TOO_LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
 _PATIENCE = 3.0
 """Seconds in which the end of a process whose connections are closed can be seen."""
@@ -144,9 +142,11 @@ def lost_ranks_named(world: World, phase: str) -> Iterator[None]:
     except RankLost:
         raise
     except BaseException as error:
-        if isinstance(error, RuntimeError) and _OF_ANOTHER_RANK.search(str(error)):
+        if is_agreed(error):
+            raise
+        if _is_of_a_collective(error):
             raise RankLost(here.lose(error)) from error
-        if not is_agreed(error) and here.lost is None:
+        if here.lost is None:
             here.leave(_named_by_kind(error))
         raise
     finally:
@@ -162,6 +162,11 @@ def agreed(error: BaseException) -> BaseException:
 def is_agreed(error: BaseException) -> bool:
     """Whether every rank raises it here."""
     return "_on_all_ranks" in error.__dict__
+
+
+def _is_of_a_collective(error: BaseException) -> TypeGuard[Exception]:
+    """Whether torch raises it where another rank is gone, or does not come; others may speak of timeouts as well."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_OF_GLOO.search(str(error))))
 
 
 def _presence(world: World) -> _Presence:

@@ -142,6 +142,22 @@ def test_an_error_of_all_ranks_parts_nobody(meeting: Meeting) -> None:
     meeting.come(1, "the third phase")
 
 
+@pytest.mark.parametrize("text", ["the critic's server: request timed out", "NCCL, gloo: connection reset by peer"])
+def test_an_error_that_speaks_of_connections_is_of_no_collective(meeting: Meeting, text: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{text}$"):
+        meeting.come(1, "the second phase", agreed(RuntimeError(text)))
+    with pytest.raises(RuntimeError, match=f"^{text}$"):
+        meeting.come(1, "the third phase", RuntimeError(text))
+    assert f"rank 1 has left: RuntimeError: {text}" in meeting.said(0, "the third phase", CLOSED)
+
+
+@pytest.mark.parametrize(
+    "error", [CLOSED, LATE, dist.DistBackendError("NCCL error in: x"), dist.DistStoreError("wait timeout after 5ms")]
+)
+def test_errors_of_collectives_are_of_another_rank(meeting: Meeting, error: RuntimeError) -> None:
+    assert "ranks 1 and 2 were lost" in meeting.said(0, "the second phase", error)
+
+
 def test_phases_are_said_with_what_they_are_part_of(meeting: Meeting) -> None:
     with pytest.raises(RankLost, match="in the updates of step 3;"), lost_ranks_named(World(0, 3), "step 3"):
         meeting.come(0, "the updates", CLOSED)
