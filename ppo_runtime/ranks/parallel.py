@@ -146,7 +146,8 @@ class Replicated(Alone):
                 gradient_as_bucket_view=True,
                 **untouched,
             )
-            self._ddp.register_comm_hook(self.traffic, _summed)
+            # Torch reads annotations of a hook, and wants its types themselves.
+            self._ddp.register_comm_hook(self.traffic, lambda traffic, bucket: _summed(traffic, bucket))
         return self._ddp
 
     def _forget(self) -> None:
@@ -178,11 +179,8 @@ class _Watched(Pass):
         self.unread = nn.Parameter(torch.zeros_like(like.flatten()[:1]))
 
 
-def _summed(
-    traffic: Traffic,
-    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
-) -> torch.futures.Future[Tensor]:
-    """The sum over ranks of a bucket, when it is there."""
+def _summed(traffic: Traffic, bucket: Any) -> torch.futures.Future[Tensor]:
+    """The sum over ranks of a bucket of gradients, when it is there."""
     buffer = bucket.buffer()
     traffic.calls += 1
     traffic.bytes += buffer.nbytes

@@ -6,6 +6,8 @@ Run as a script, this file is one of the two processes.
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from ppo_runtime.learning import update
 from ppo_runtime.ranks.parallel import Alone, Replicated
 from ppo_runtime.ranks.shards import whole
 from ppo_runtime.ranks.world import world_from_environment
-from tests.runtime.support.processes import run_ranks
+from tests.runtime.support.processes import ROOT, run_ranks
 from tests.runtime.support.tiny import tiny_lora
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
@@ -267,6 +269,11 @@ def test_a_world_of_one_is_not_wrapped() -> None:
     assert type(trainer.parallel) is Alone
     trainer.step(*make_batch())
     assert trainer.parallel.traffic.calls == 0
+
+
+def test_the_trainer_needs_no_types_that_a_torch_without_processes_lacks() -> None:
+    code = "import torch.distributed as dist; del dist.GradBucket; import ppo_runtime.trainer"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
 
 
 if __name__ == "__main__":
