@@ -17,6 +17,7 @@ from ppo_runtime import arguments, results
 from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_in, steps_done
 from ppo_runtime.common import inputs
 from ppo_runtime.common.signals import stop_asked
+from ppo_runtime.learning import sameness
 from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.learning.inspection import not_finite
 from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
@@ -125,6 +126,7 @@ def train(
             "resume": resume,
             "output_dir": None if output is None else str(output.absolute()),
             "the step of the checkpoint found": done,
+            **sameness.generation(options),
         }
     if output is not None:
         with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory

@@ -47,7 +47,7 @@ from ppo_runtime.learning.update import (
     plan_updates,
     tokens_per_update,
 )
-from ppo_runtime.models.devices import check_devices, place
+from ppo_runtime.models.devices import check_devices, check_own_gpus, own_number, place
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
 from ppo_runtime.models.packing import keeps_rows_apart
@@ -122,7 +122,7 @@ class Trainer:
     ) -> None:
         config = PPOConfig() if config is None else config
         self.world = world_from_environment(getattr(config, "ranks_timeout", None))
-        with all_or_none(self.world, phase="the check of the trainer's arguments") as ballot:
+        with all_or_none(self.world, carries=1, phase="the check of the trainer's arguments") as ballot:
             assembly.check_callables(engine=engine, advantages=advantages, policy_loss=policy_loss)
             assembly.check_takes_config("advantages", advantages)
             assembly.check_takes_config("policy_loss", policy_loss)
@@ -134,15 +134,18 @@ class Trainer:
             self._model, self._tokenizer = model, tokenizer
             self.config = config
             self.tokenizer = tokenizer
-            place(model, ref_model, optimizer, config.device)
-            ballot.facts = lambda: self._standing_facts(ref_model)
-        self._warn_at_the_start()
-        broadcast_parameters(model, self.world)
-        with all_or_none(self.world, phase="the making of the trainer") as ballot:
-            check_devices(model, ref_model)
             check_trains(model)
             if optimizer is not None:
                 check_optimizer(optimizer, model)
+            place(model, ref_model, optimizer, config.device)
+            check_devices(model, ref_model)
+            ballot.mine[0] = own_number(model)
+            ballot.facts = lambda: self._standing_facts(ref_model)
+        check_own_gpus(ballot.all[:, 0].tolist())
+        self._warn_at_the_start()
+        broadcast_parameters(model, self.world)
+        with all_or_none(self.world, phase="the making of the trainer") as ballot:
+            if optimizer is not None:
                 check_moments(optimizer, model)
             check_scheduler(lr_scheduler, optimizer)
 
@@ -201,7 +204,7 @@ class Trainer:
             "current_step": self.current_step,
             "the class of ref_model": type(self.ref_model).__name__,
             **sameness.settings(self.config),
-            **sameness.moving_parts(self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
+            **sameness.moving_parts(self.model, self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
         }
 
     def _warn_at_the_start(self) -> None:

@@ -1,6 +1,6 @@
 """What must be the same on every rank, as plain facts by names: settings, models, data and what moves with steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -27,20 +27,25 @@ _FIRST = 8
 def settings(config: PPOConfig) -> dict[str, Any]:
     """Those that have an influence on what is computed, and on where ranks meet."""
     found = {name: value for name, value in plain_settings(config).items() if name not in _OWN_AFFAIR}
+    found["device"] = config.device.partition(":")[0]  # every rank has a GPU of its own
     # The arguments hold a token, which one rank alone may have.
     return found | {"the use of push_to_hub_if_best_kwargs": bool(config.push_to_hub_if_best_kwargs)}
 
 
 def moving_parts(
-    optimizer: torch.optim.Optimizer, scheduler: Any, controller: Any, *functions: Callable[..., Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, controller: Any, *functions: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Learning rates and the optimiser's other options, the KL coefficient, and what the trainer calls in a step."""
+    """What trains and in which group of the optimiser, its options, the KL coefficient, and what a step calls."""
     facts: dict[str, Any] = {
         "the class of optimizer": type(optimizer).__name__,
         "the class of lr_scheduler": type(scheduler).__name__,
         "the class of kl_ctl": type(controller).__name__,
         "the functions of a step": [getattr(one, "__qualname__", type(one).__name__) for one in functions],
     }
+    groups = {id(one): number for number, group in enumerate(optimizer.param_groups) for one in group["params"]}
+    for name, parameter in model.named_parameters():
+        held = f", in optimizer group {groups[id(parameter)]}" if id(parameter) in groups else ""
+        facts[f"{name} of model"] = f"{_described(parameter)}{held}"
     for number, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
             of_group = f"{'the number of parameters' if name == 'params' else name} of optimizer group {number}"
@@ -49,6 +54,15 @@ def moving_parts(
         if hasattr(controller, name):
             facts[f"kl_ctl.{name}"] = _plain(getattr(controller, name))
     return facts
+
+
+def generation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of generation, those of a configuration among them."""
+    config = options.get("generation_config")
+    inner = config.to_dict() if isinstance(config, transformers.GenerationConfig) else {}
+    found = {f"{name} of generation_config": value for name, value in inner.items()}
+    found |= {f"{name} of generation_kwargs": value for name, value in options.items()}
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def models(model: nn.Module, ref_model: Any) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """Where models live: on the device of their process, if there is one, and never half here and half there."""
 
+import os
+import platform
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -7,6 +11,8 @@ from torch import nn
 
 from ppo_runtime.common.launcher import number_in_environment
 from ppo_runtime.models.inner import pretrained_model
+from ppo_runtime.ranks.presence import agreed
+from ppo_runtime.ranks.world import named, speaks_nccl
 
 AUTO = "auto"
 
@@ -103,6 +109,37 @@ def check_devices(model: nn.Module, ref_model: nn.Module | None) -> None:
             f"ref_model is on {theirs[0]}, expected {mine[0]} like model: both read the same rows; move it with "
             f"ref_model.to({mine[0]!r})"
         )
+
+
+def own_number(model: nn.Module) -> float:
+    """A number of the GPU that a policy is on, of all GPUs of all machines; 0 where ranks may share what it is on.
+
+    With nccl each of them needs one of its own.
+    """
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    if len(gpus) != 1 or not speaks_nccl():
+        return 0.0
+    gpu = gpus.pop()
+    # What each process counts as its first may be another one, where launchers show each its own alone.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu.index
+    text = f"{platform.node()} {getattr(torch.cuda.get_device_properties(gpu), 'uuid', seen)}"
+    return float(int.from_bytes(sha256(text.encode()).digest()[:6], "big"))  # exact in float64
+
+
+def check_own_gpus(numbers: Sequence[float]) -> None:
+    """Refuse ranks that are on the same GPU, by what `own_number` gives on each.
+
+    Raises:
+        ValueError: likewise, the same on all ranks.
+    """
+    for number in filter(None, numbers):
+        if len(ranks := [rank for rank, theirs in enumerate(numbers) if theirs == number]) > 1:
+            raise agreed(
+                ValueError(
+                    f"{named(ranks)} have the model on the same GPU, expected one for each process; start as many "
+                    "processes per machine as it has GPUs, with device='auto', or set PPOConfig(device='cpu')"
+                )
+            )
 
 
 def _movable(model: nn.Module) -> bool:

@@ -124,7 +124,16 @@ def _raise_together(error: BaseException | None, world: World, phase: str) -> No
     said = [f"{named(ranks)}: {text}" for (_, text), ranks in failed.items()]
     more = f"; and {len(said) - _SHOWN} more messages" if len(said) > _SHOWN else ""
     kind, _ = next(iter(failed))
-    raise agreed(_KINDS[kind]("; ".join(said[:_SHOWN]) + more)) from error
+    raise agreed(_KINDS[kind]("; ".join(said[:_SHOWN]) + more)) from _as_a_cause(error)
+
+
+def _as_a_cause(error: BaseException | None) -> BaseException | None:
+    """The error; behind another one if it stops an iteration, which contextlib would raise in place of its effect."""
+    if not isinstance(error, StopIteration):
+        return error
+    shown = RuntimeError(repr(error))
+    shown.__cause__ = error
+    return shown
 
 
 def _told(error: BaseException) -> tuple[str, str]:

@@ -51,6 +51,11 @@ def world_from_environment(timeout: float | None = None) -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size())
 
 
+def speaks_nccl() -> bool:
+    """Whether the ranks meet by nccl, which refuses two of them on one GPU."""
+    return dist.is_available() and dist.is_initialized() and "nccl" in str(dist.get_backend_config())
+
+
 def named(ranks: Sequence[int]) -> str:
     """Ranks in words: "rank 1", "ranks 0, 2 and 3"; the first few of many."""
     first, more = list(map(str, ranks[:4])), len(ranks) - 4

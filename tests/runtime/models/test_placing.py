@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,30 @@ def test_a_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
         own_gpu()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert own_gpu() == torch.device("cuda", 0), "of launchers that show each process its own alone"
+
+
+def test_ranks_on_one_gpu_are_refused_where_they_meet_by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters that say they are on a GPU stand for such; two of its processes see it under other numbers."""
+    monkeypatch.setattr(devices, "speaks_nccl", lambda: True)
+    properties = [SimpleNamespace(uuid="a"), SimpleNamespace(uuid="b"), SimpleNamespace(uuid="a"), SimpleNamespace()]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties[gpu.index])
+
+    def on(device: str) -> Any:
+        return SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(device))]))
+
+    first, second, same, old, cpu = map(devices.own_number, map(on, ("cuda:0", "cuda:1", "cuda:2", "cuda:3", "cpu")))
+    assert first == same
+    assert cpu == 0
+    devices.check_own_gpus([first, second, old, cpu, cpu])
+    with pytest.raises(ValueError, match=r"^ranks 0 and 2 have the model on the same GPU, expected one for each"):
+        devices.check_own_gpus([first, second, same, cpu])
+    monkeypatch.setattr(devices, "speaks_nccl", lambda: False)
+    assert devices.own_number(on("cuda:0")) == 0
+
+
+def test_what_is_no_optimizer_is_refused_before_anything_is_moved() -> None:
+    with pytest.raises(TypeError, match="optimizer is a str, expected"):
+        make_trainer(device="cpu", optimizer_of=lambda _: "adam")
 
 
 @pytest.mark.usefixtures("away")

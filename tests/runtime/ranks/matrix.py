@@ -141,6 +141,24 @@ def other_kl_coefficient(rank: Rank) -> None:
     trainer.step(*rank.batch())
 
 
+def other_layer_frozen(rank: Rank) -> None:
+    """After the trainer was made, and on each rank another one."""
+    trainer = rank.trainer()
+    trainer.model.pretrained_model.model.layers[int(rank.goes_wrong())].requires_grad_(False)
+    trainer.step(*rank.batch())
+
+
+def other_embedding_frozen(rank: Rank) -> None:
+    """After the trainer was made, and on one rank alone."""
+    trainer = rank.trainer()
+    trainer.model.pretrained_model.get_input_embeddings().requires_grad_(not rank.goes_wrong())
+    trainer.step(*rank.batch())
+
+
+def model_without_numbers(rank: Rank) -> None:
+    rank.trainer(placed=lambda model: model.to("meta") if rank.goes_wrong() else model)
+
+
 def other_settings(rank: Rank) -> None:
     rank.trainer(mini_batch_size=1 if rank.goes_wrong() else 3)
 
@@ -273,6 +291,7 @@ def told_to_end(rank: Rank) -> None:
 Case = Callable[[Rank], None]
 AGREED: tuple[Case, ...] = (
     *(score_function_raises, score_is_nan, scores_are_too_few, row_is_too_long, sequences_are_too_few),
+    *(other_layer_frozen, other_embedding_frozen, model_without_numbers),
     *(other_mini_batches, other_learning_rate, other_kl_coefficient, other_settings, other_model, no_tokenizer),
     *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
     raises_in_an_update,

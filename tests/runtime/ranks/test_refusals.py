@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from ppo_runtime import AutoModelForCausalLMWithValueHead
+from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig
 from ppo_runtime.learning import sameness
 from ppo_runtime.ranks.agreement import agree_largest, all_or_none, differences
 from ppo_runtime.ranks.world import World, named, world_from_environment
@@ -32,6 +33,9 @@ SAID: dict[str, tuple[str, str]] = {
     "row_is_too_long": ("ValueError", "queries[1]"),
     "sequences_are_too_few": ("ValueError", "queries has 2 rows"),
     "other_mini_batches": ("ValueError", "mini_batch_size is "),
+    "other_layer_frozen": ("ValueError", "layers.0.self_attn.q_proj.weight of model is "),
+    "other_embedding_frozen": ("ValueError", "embed_tokens.weight of model is "),
+    "model_without_numbers": ("ValueError", "model has parameters on the meta device"),
     "other_learning_rate": ("ValueError", "lr of optimizer group 0 is "),
     "other_kl_coefficient": ("ValueError", "kl_ctl.value is "),
     "other_settings": ("ValueError", "mini_batch_size is "),
@@ -61,6 +65,7 @@ BLOCKS: dict[str, Callable[[int], None]] = {
     "a file": partial(raising, FileNotFoundError(errno.ENOENT, "No such file", "a"), None),
     "own kind": partial(raising, None, type("Own", (ValueError,), {})("x")),
     "text that can't be had": partial(raising, type("Mute", (Exception,), {"__str__": lambda _: 1 / 0})(), None),
+    "an iteration stopped": partial(raising, None, StopIteration()),
     "not made of a text": partial(raising, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), None),
 }
 
@@ -149,6 +154,7 @@ def test_what_all_ranks_say_alike_is_raised_as_it_is(ranks: list[dict[str, Any]]
         ("a file", "FileNotFoundError", "rank 0: [Errno 2] No such file: 'a'"),
         ("own kind", "ValueError", "rank 1: x"),
         ("text that can't be had", "RuntimeError", "rank 0: Mute: (its text can't be had: ZeroDivisionError)"),
+        ("an iteration stopped", "RuntimeError", "rank 1: StopIteration"),
         ("not made of a text", "ValueError", "rank 0: 'utf-8' codec can't decode"),
     ],
 )
@@ -193,6 +199,19 @@ def test_alone_an_error_is_untouched() -> None:
 )
 def test_ranks_in_words(ranks: list[int], words: str) -> None:
     assert named(ranks) == words
+
+
+def test_every_rank_has_a_gpu_of_its_own() -> None:
+    first, second, cpu = (sameness.settings(PPOConfig(device=name)) for name in ("cuda:0", "cuda:1", "cpu"))
+    assert first == second != cpu
+
+
+def test_settings_of_generation_are_plain() -> None:
+    config = GenerationConfig(temperature=0.5)
+    facts = sameness.generation({"top_k": torch.tensor(3), "stopping_criteria": [print], "generation_config": config})
+    assert facts["temperature of generation_config"] == 0.5
+    assert facts["top_k of generation_kwargs"] == 3
+    assert facts["stopping_criteria of generation_kwargs"] == [type(print).__name__]
 
 
 def test_value_heads_that_every_rank_has_drawn_for_its_reference_are_no_difference() -> None:

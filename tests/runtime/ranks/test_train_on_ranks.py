@@ -68,6 +68,14 @@ def failing(home: Path) -> str:
     return str(caught.value)
 
 
+def unlike(home: Path) -> str:
+    """Settings of generation that are not the same."""
+    trainer = _trainer(home)
+    with pytest.raises(ValueError, match="temperature") as caught:
+        train(trainer, lambda _, texts: [0.5] * len(texts), generation_kwargs={"temperature": 1.0 + trainer.world.rank})
+    return str(caught.value)
+
+
 def full(home: Path) -> str:
     """A disk that is full when the first rank saves the model."""
     trainer = _trainer(home)
@@ -139,6 +147,13 @@ def test_what_fails_on_one_rank_ends_all_of_them(ranks: tuple[Path, list[dict[st
     assert all("rank 0: " in rank["full"] and "No space left on device" in rank["full"] for rank in found)
 
 
+def test_settings_of_generation_that_differ_are_refused(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in ranks[1]:
+        assert rank["unlike"].startswith(
+            "temperature of generation_kwargs is 1.0 on rank 0 and 2.0 on rank 1; expected"
+        )
+
+
 def test_a_batch_of_one_rank_is_dropped_by_all(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = ranks
     assert [rank["dropped"] for rank in found] == [{"steps": 4, "calls": 5}] * 2
@@ -162,7 +177,7 @@ def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     assert [line["step"] for line in read_jsonl(folder / "sharded" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-RUNS = (signalled, failing, full, dropped, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
+RUNS = (signalled, failing, unlike, full, dropped, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
 
 
 def main(folder: Path) -> None:
