@@ -25,7 +25,7 @@ from ppo_runtime.compat.recording import recorded_stats
 from ppo_runtime.compat.stats import TOKENS, gather_stats
 from ppo_runtime.learning.advantages import estimated, globally_whitened
 from ppo_runtime.learning.forward import KL_ESTIMATORS, Evaluation, at_predictors, read_off, row_states
-from ppo_runtime.learning.guards import Cause, cause_in_losses
+from ppo_runtime.learning.guards import Cause, seen_in_losses
 from ppo_runtime.learning.step_inputs import start_token
 from ppo_runtime.learning.update import (
     Losses,
@@ -232,8 +232,8 @@ class Piecewise(Trainer):
             if count >= self.config.gradient_accumulation_steps:  # fewer may be asked for meanwhile
                 weight = self._divide_gradients(averages["ppo/loss/policy"])
                 with voted(self.world) as ballot:
-                    ballot.mine[0] = cause_in_losses(averages, self.config) if weight else Cause.EMPTY
-                if (cause := elected(ballot)) is Cause.NONE:
+                    ballot.mine[:] = seen_in_losses(averages)
+                if (cause := elected(ballot, weight, self.config)) is Cause.NONE:
                     self.parallel.sum_gradients()
                 cause, _ = prepare_update(self.model, self.optimizer, cause, self.config)
                 if cause is Cause.NONE:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Cause(IntEnum):
-    """Why an update is left out. Where ranks see different causes, the largest counts for all."""
+    """Why an update is left out, on all ranks alike."""
 
     NONE = 0
     """Nothing speaks against it."""
@@ -57,10 +57,23 @@ def stop_if_asked(cause: Cause, config: PPOConfig) -> None:
         raise agreed(NotFinite(f"an update cannot be made, and on_nonfinite is 'stop': {WHAT_TO_DO[cause]}"))
 
 
-def cause_in_losses(averages: dict[str, Average], config: PPOConfig) -> Cause:
-    """What speaks against an update, seen from its losses; one transfer from the device."""
+SEEN = 4
+"""How many numbers a rank has to tell of an update's losses."""
+
+
+def seen_in_losses(averages: dict[str, Average]) -> Tensor:
+    """What a rank tells of its part of an update [SEEN]: sums, so that those of all ranks add up; one transfer."""
+    ratio = averages["ppo/policy/ratio"]
     losses = averages["ppo/loss/policy"].total + averages["ppo/loss/value"].total
-    ratio, loss = torch.stack((mean_of(averages["ppo/policy/ratio"]), losses)).tolist()
+    totals = [part.total for part in averages.values()]
+    told = torch.stack((losses, ratio.total, ratio.weight, *totals)).cpu().double()
+    return torch.cat((told[:3], told[3:].sum()[None]))
+
+
+def cause_in_losses(seen: Tensor, config: PPOConfig) -> Cause:
+    """What speaks against an update, of which every rank has told [ranks, SEEN]; not how its rows were split."""
+    loss, ratios, weight, _ = seen.sum(0)
+    ratio = float(mean_of(Average(ratios, weight)))
     if ratio > config.ratio_threshold:
         return Cause.FAR
     return Cause.NONE if math.isfinite(loss) and math.isfinite(ratio) else Cause.LOSS

@@ -14,7 +14,7 @@ from ppo_core.averages import Average, average, mean_of, merge
 from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_value_loss
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
-from ppo_runtime.learning.guards import Cause, cause_in_losses, clip_gradients, stop_if_asked
+from ppo_runtime.learning.guards import SEEN, Cause, cause_in_losses, clip_gradients, seen_in_losses, stop_if_asked
 from ppo_runtime.models.modes import recomputes_within_backward, without_dropout
 from ppo_runtime.ranks.agreement import Ballot, all_or_none
 from ppo_runtime.ranks.gather import gather_averages
@@ -176,7 +176,7 @@ def optimise(
                 model.zero_grad(set_to_none=True)
                 optimizer.zero_grad(set_to_none=True)  # it may step parameters of the user's beside the model's
                 update_averages: dict[str, Average] = {}
-                cause = Cause.NONE
+                cause, finite = Cause.NONE, True
                 for group in parallel.rounds(update):
                     with voted(parallel.world) as ballot:
                         for number, (index, counts) in enumerate(group, 1):
@@ -187,8 +187,9 @@ def optimise(
                             merge_into(update_averages, found)
                             if updates == 0:
                                 deviation = torch.maximum(deviation, deviated)
-                        ballot.mine[0] = cause_in_losses(update_averages, config) if weight else Cause.EMPTY
-                    cause = elected(ballot)
+                        ballot.mine[:] = seen_in_losses(update_averages)
+                    cause = elected(ballot, weight, config)
+                    finite = bool(ballot.all[:, -1].isfinite().all())
                     parallel.settle(agreed=cause is Cause.NONE)
                 progress.update = update
                 cause, norm = prepare_update(model, optimizer, cause, config, shards_of=shards_of)
@@ -199,7 +200,7 @@ def optimise(
                 else:
                     skipped[cause] += 1
                     progress.left_out.append((cause, update))
-                    if not _all_finite(update_averages):
+                    if not finite:  # on any rank: their parts would not add up to an update
                         update_averages = _nothing_said(update_averages)
                         deviation = torch.zeros_like(deviation) if updates == 0 else deviation
                 updates += 1
@@ -279,13 +280,13 @@ def prepare_update(
 
 
 def voted(world: World) -> AbstractContextManager[Ballot]:
-    """A block at whose end every rank has written a cause into the ballot; one that fails fails on all of them."""
-    return all_or_none(world, carries=1, phase="the vote on an update")
+    """A block at whose end every rank has told what it sees of an update; one that fails fails on all of them."""
+    return all_or_none(world, carries=SEEN, phase="the vote on an update")
 
 
-def elected(ballot: Ballot) -> Cause:
-    """The gravest cause that any rank has voted for."""
-    return Cause(int(ballot.all.max()))
+def elected(ballot: Ballot, weight: float, config: PPOConfig) -> Cause:
+    """What speaks against an update with ``weight`` kept tokens on all ranks, from what all of them have told."""
+    return cause_in_losses(ballot.all, config) if weight else Cause.EMPTY
 
 
 @contextmanager
@@ -332,10 +333,6 @@ def merge_into(averages: dict[str, Average], more: dict[str, Average]) -> None:
     """Merge the metrics of another minibatch, update or epoch into ``averages``, in place."""
     for name, part in more.items():
         averages[name] = merge(averages[name], part) if name in averages else part
-
-
-def _all_finite(averages: dict[str, Average]) -> bool:
-    return bool(torch.stack([total for total, _ in averages.values()]).isfinite().all())
 
 
 def _nothing_said(averages: dict[str, Average]) -> dict[str, Average]:

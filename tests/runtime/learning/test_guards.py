@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ppo_runtime import PPOTrainer
+from ppo_core.averages import Average
+from ppo_runtime import PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import save_checkpoint
 from ppo_runtime.learning import update
-from ppo_runtime.learning.guards import PATIENCE, Cause, clip_gradients
+from ppo_runtime.learning.guards import PATIENCE, Cause, cause_in_losses, clip_gradients, seen_in_losses
 from tests.runtime.support.tiny import tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
@@ -596,3 +598,25 @@ def test_an_update_in_between_shows_that_it_is_not_in_vain() -> None:
             break
         trainer.step(*make_batch())
     assert trainer.current_step == 2 * PATIENCE - 2
+
+
+def told(ratio: float, tokens: float, other: float = 0.0) -> Tensor:
+    """What a rank tells of an update with this mean ratio over so many tokens."""
+    said = {name: Average(torch.tensor(other), torch.tensor(tokens)) for name in ("ppo/loss/policy", "ppo/loss/value")}
+    return seen_in_losses(said | {"ppo/policy/ratio": Average(torch.tensor(ratio * tokens), torch.tensor(tokens))})
+
+
+def test_the_ratio_that_leaves_an_update_out_is_the_mean_over_all_ranks() -> None:
+    """A rank with few rows, far off, is not an update that is far off."""
+    config = PPOConfig(ratio_threshold=1.5)
+    near, far = told(1.0, 8.0), told(2.0, 2.0)
+    assert cause_in_losses(far[None], config) is Cause.FAR
+    assert cause_in_losses(torch.stack((near, far)), config) is Cause.NONE
+    assert cause_in_losses(torch.stack((far, near)), attrs.evolve(config, ratio_threshold=1.15)) is Cause.FAR
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_counts_for_all() -> None:
+    for spoiled in (float("inf"), float("nan")):
+        seen = torch.stack((told(1.0, 8.0), told(1.0, 8.0, spoiled)))
+        assert cause_in_losses(seen, PPOConfig()) is Cause.LOSS
+        assert not seen[:, -1].isfinite().all()
