@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_runtime.ranks.presence import agreed, lost_ranks_named
+from ppo_runtime.ranks.presence import agreed, lost_ranks_named, place
 from ppo_runtime.ranks.world import World, named
 
 _BUILTIN = (ValueError, TypeError, RuntimeError, OSError)
 _FILES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _KINDS = {kind.__name__: kind for kind in (*_BUILTIN, *_FILES, NotImplementedError, TimeoutError)}
 """What all ranks can raise: errors that can be made of a text alone."""
+_HEAD = 64
+"""Numbers of the message in which ranks meet."""
 _SHOWN = 5
 """How many differences a message lists."""
 
@@ -94,13 +96,43 @@ def differences(facts: Mapping[str, Any], world: World, phase: str = "a comparis
 
 
 def gathered(vector: Tensor, world: World, phase: str) -> Tensor:
-    """[n] on every rank to [size, n], one row per rank."""
+    """[n] on every rank to [size, n], one row per rank.
+
+    What the ranks have come to goes with it, in a message whose size is always the same: those that have come to
+    something else could not be told from each other by what they send, and would end in the middle of it.
+
+    Raises:
+        RuntimeError: the ranks are in different collectives, on all of them.
+    """
     if world.size == 1:
         return vector[None]
     with lost_ranks_named(world, phase):
-        table = vector.new_empty(world.size, len(vector))
-        dist.all_gather(list(table), vector)
+        head = torch.zeros(_HEAD, dtype=torch.float64)
+        head[0] = _stamp({"phase": phase, "size": len(vector), "dtype": vector.dtype})
+        fits = len(vector) < _HEAD
+        if fits:
+            head[1 : 1 + len(vector)] = vector
+        heads = _all(head, world)
+        if (heads[:, 0] != head[0]).any():
+            _raise_apart(world)
+        return heads[:, 1 : 1 + len(vector)].to(vector.dtype) if fits else _all(vector, world)
+
+
+def _all(vector: Tensor, world: World) -> Tensor:
+    table = vector.new_empty(world.size, len(vector))
+    dist.all_gather(list(table), vector)
     return table
+
+
+def _raise_apart(world: World) -> NoReturn:
+    """Say where each rank is; all of them have seen that they are not in one place."""
+    places: list[str] = [""] * world.size
+    dist.all_gather_object(places, place(world))
+    found: dict[str, list[int]] = {}
+    for rank, where in enumerate(places):
+        found.setdefault(where, []).append(rank)
+    said = " and ".join(f"{named(ranks)} in {where}" for where, ranks in found.items())
+    raise agreed(RuntimeError(f"the ranks have parted, {said}: call this on every rank, in the same order"))
 
 
 def gathered_objects(value: Any, world: World, phase: str) -> list[Any]:

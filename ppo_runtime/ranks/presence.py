@@ -153,6 +153,11 @@ def lost_ranks_named(world: World, phase: str) -> Iterator[None]:
         del here.phases[depth:]
 
 
+def place(world: World) -> str:
+    """Where this rank is, in words."""
+    return _presence(world).place
+
+
 def agreed(error: BaseException) -> BaseException:
     """An error that every rank raises here, marked as such: they are still in step."""
     error.__dict__["_on_all_ranks"] = True

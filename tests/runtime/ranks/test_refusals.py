@@ -9,7 +9,9 @@ import errno
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ import torch
 from transformers import GenerationConfig
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig
+from ppo_runtime.checkpoint import save_checkpoint
 from ppo_runtime.learning import sameness
-from ppo_runtime.ranks.agreement import agree_largest, all_or_none, differences
+from ppo_runtime.ranks.agreement import agree_largest, all_or_none, differences, gathered
 from ppo_runtime.ranks.world import World, named, world_from_environment
 from tests.runtime.ranks import matrix
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_model
+from tests.runtime.support.trainers import make_batch, make_trainer
 
 ALONE = World(rank=0, size=1)
 # What both ranks say where the second one is wrong, and where the first one is.
@@ -81,6 +85,36 @@ def tried(block: Callable[[int], None], world: World) -> dict[str, Any]:
     return {"kind": "", "text": str(ballot.all.tolist()), "cause": None}
 
 
+def apart(world: World, *blocks: Callable[[], Any]) -> str:
+    """What is said where each rank has come to something else."""
+    try:
+        blocks[world.rank]()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def ballot(world: World, carries: int, phase: str) -> None:
+    with all_or_none(world, carries=carries, phase=phase):
+        pass
+
+
+def other_calls(world: World) -> dict[str, str]:
+    """Other calls of the trainer on each of two ranks, again and again with the same one."""
+    trainer, batch = make_trainer(), make_batch()
+    places = iter(TemporaryDirectory() for _ in range(9))
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: trainer.step(*batch),
+        "save_checkpoint": lambda: save_checkpoint(trainer, next(places).name),
+        "log_stats": lambda: trainer.log_stats({}, {}, batch[2]),
+    }
+    found = {
+        f"{first} and {second}": apart(world, calls[first], calls[second]) for first, second in permutations(calls, 2)
+    }
+    found["afterwards"] = str(float(trainer.step(*batch)["objective/kl"]))
+    return found
+
+
 def compared(world: World, facts: dict[str, Any]) -> str:
     try:
         with all_or_none(world) as ballot:
@@ -99,6 +133,14 @@ def be_one_rank(folder: Path) -> None:
     results["same facts"] = compared(world, {"a": 1, "b": "x"})
     results["differences"] = differences({"torch": f"2.{world.rank}"}, world)
     results["largest"] = agree_largest(world.rank, world)
+    results["sizes apart"] = apart(world, partial(ballot, world, 0, "one"), partial(ballot, world, 2, "one"))
+    results["places apart"] = apart(
+        world,
+        partial(ballot, world, 0, "one"),
+        partial(gathered, torch.ones(4096), world, "another"),
+    )
+    results["long"] = gathered(torch.full((200,), world.rank), world, "one").sum(-1).tolist()
+    results["calls"] = other_calls(world)
     for case in SAID:
         for culprit in range(world.size):
             (place := folder / f"{case}-{culprit}").mkdir(exist_ok=True)
@@ -175,6 +217,22 @@ def test_facts_that_differ_are_named_with_every_ranks_value(ranks: list[dict[str
         assert rank["facts"].startswith(said)
         assert rank["same facts"] == ""
         assert rank["differences"] == ["torch is '2.0' on rank 0 and '2.1' on rank 1"]
+
+
+def test_ranks_that_come_to_different_places_say_where_each_is(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["places apart"].startswith("the ranks have parted, rank 0 in one and rank 1 in another: call this")
+        assert rank["sizes apart"].startswith("the ranks have parted, ranks 0 and 1 in one")
+        assert rank["long"] == [0, 200]
+
+
+def test_ranks_that_call_different_things_can_go_on_together(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["calls"] for rank in ranks)
+    assert first == second
+    steps = first.pop("afterwards")
+    assert float(steps) == float(steps)
+    assert len(first) == 6
+    assert all(said.startswith("the ranks have parted, rank 0 in ") for said in first.values()), first
 
 
 def test_alone_an_error_is_untouched() -> None:
