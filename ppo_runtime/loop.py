@@ -117,7 +117,7 @@ def train(
             results.check_places(output)
             newest = newest_good(output)
             done = None if newest is None else steps_done(newest)
-            results.own_directory(output, done=done, resume=resume, current_step=trainer.current_step)
+            results.own_directory(trainer, output, newest=newest, done=done, resume=resume)
         ballot.facts = lambda: {
             "steps": steps,
             "checkpoint_every": every,

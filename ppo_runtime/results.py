@@ -12,6 +12,7 @@ from ppo_runtime.common.files import filled_whole, write_whole
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.reporting.model_card import is_ours
 from ppo_runtime.resuming.files import check_replaceable
+from ppo_runtime.resuming.reading import runs_in
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,26 @@ def check_places(output_dir: Path) -> None:
         )
 
 
-def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_step: int) -> None:
-    """Refuse a fresh run where another one's results lie, which it would replace.
+def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, done: int | None, resume: bool) -> None:
+    """Refuse a run where another one's results lie, which it would replace.
 
     Args:
+        trainer: one that has made steps goes on with its own run, and with no other.
         output_dir: of the run.
-        done: the steps of the checkpoint there; None without one.
+        newest: the checkpoint there; None without one.
+        done: the steps of that.
         resume: what the caller asked for.
-        current_step: of the trainer; one that has made steps goes on with its own run.
     """
-    if resume or current_step:
+    if resume:
+        return
+    if trainer.current_step:
+        # Rank 0 alone has the name that is written.
+        if newest is not None and trainer.world.rank == 0 and not _names(trainer) & runs_in(newest):
+            raise ValueError(
+                f"output_dir is {str(output_dir)!r}, which holds the checkpoint of another run after step {done}, "
+                f"expected none or one of the run that this trainer has made {trainer.current_step} steps of; choose "
+                "another output_dir, or load that checkpoint first"
+            )
         return
     if done is not None:
         raise ValueError(
@@ -61,6 +72,11 @@ def own_directory(output_dir: Path, *, done: int | None, resume: bool, current_s
                 f"output_dir is {str(output_dir)!r}, which holds {name!r}, expected a directory without one for a new "
                 "run, which would replace it; move it, or choose another output_dir"
             )
+
+
+def _names(trainer: Trainer) -> set[str | None]:
+    """Of the parts of the trainer's run, this one among them."""
+    return {trainer.run_log.run_name, *trainer.run_log.earlier_runs}
 
 
 def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: bool) -> None:

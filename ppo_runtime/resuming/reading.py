@@ -27,6 +27,13 @@ def steps_done(directory: str | Path) -> int | None:
     return read_trainer(source, read_state(source, manifest))["current_step"]
 
 
+def runs_in(directory: str | Path) -> set[str | None]:
+    """The names of the parts of a run that led to a checkpoint; None among them for one of before names."""
+    source = files.existing(files.resolved(directory))
+    state = read_state(source, read_manifest(source))
+    return {state.run, *state.earlier_runs}
+
+
 def check_whole(source: Path) -> int:
     """Look at everything in a checkpoint, as far as that takes no trainer; gives the steps it stands after.
 

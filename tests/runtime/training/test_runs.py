@@ -441,6 +441,22 @@ def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
     assert _files(tmp_path) == before
 
 
+def test_steps_of_its_own_let_a_trainer_into_its_own_run_only(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    _train(_trainer(home), home)
+    before = _files(home)
+    other = _trainer(tmp_path / "logs")
+    other.step(*make_batch(4))
+    with pytest.raises(ValueError, match=r"holds the checkpoint of another run after step 2, expected none or one of"):
+        _train(other, home, steps=3)
+    assert _files(home) == before
+    own = _trainer(home)
+    load_checkpoint(own, home / "checkpoint-2")
+    _train(own, home, steps=3)
+    _train(own, home, steps=4)
+    assert steps_done(home / "checkpoint-4") == 4
+
+
 @pytest.mark.parametrize("left", ["model", "model-broken-off", "run.json"])
 def test_a_fresh_run_replaces_no_results_unasked(tmp_path: Path, left: str) -> None:
     """A run whose checkpoints were removed, or a policy of the user's own under that name."""
