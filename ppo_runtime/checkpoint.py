@@ -100,7 +100,8 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     """Make ``<output_dir>/checkpoint-<step>``, and remove those that are no longer wanted; call it on every rank.
 
     What saves that were killed have left is removed as well, but never the only checkpoint. One that is damaged is
-    neither counted nor removed: :func:`newest_good` says what is wrong with it.
+    neither counted nor removed: :func:`newest_good` says what is wrong with it. Those of later steps, left by a run
+    that has gone back to an earlier one, are renamed to ``checkpoint-<step>.abandoned``.
 
     Args:
         output_dir: of the run.
@@ -124,6 +125,7 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     made = save_checkpoint(trainer, output / rotation.name_after(trainer.current_step))
     with all_or_none(trainer.world, phase="the clearing away of old checkpoints"):
         if trainer.world.rank == 0:
+            rotation.set_aside(output, made)
             rotation.prune(output, made, keep_last=keep_last, keep_best=keep_best)
     return made
 

@@ -71,6 +71,26 @@ def clean(output_dir: Path) -> None:
                 shutil.rmtree(path)
 
 
+def set_aside(output_dir: Path, made: Path) -> None:
+    """Rename checkpoints of later steps than ``made``, the one just made: no run goes on from a branch it has left."""
+    for path in list(_there(output_dir)):
+        if _number(path) > _number(made):
+            aside = path.with_name(f"{path.name}.abandoned")
+            tried = 1
+            while os.path.lexists(aside):
+                tried += 1
+                aside = path.with_name(f"{path.name}.abandoned-{tried}")
+            with _said(path):
+                path.rename(aside)
+                logger.warning(
+                    "%s is of a later step than %s, where the run has gone back to: it is %s now, and is neither gone "
+                    "on from nor removed",
+                    path,
+                    made.name,
+                    aside.name,
+                )
+
+
 def prune(output_dir: Path, made: Path, *, keep_last: int, keep_best: bool) -> None:
     """Remove the checkpoints that are neither among the latest nor the best; never ``made``, the one just made."""
     numbered = [path for path in _there(output_dir) if _number(path) >= 0]

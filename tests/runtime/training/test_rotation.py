@@ -182,6 +182,22 @@ def test_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
     assert newest_good(tmp_path) == tmp_path / "checkpoint-10"
 
 
+def test_an_abandoned_branch_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        trainer = make_trainer()
+        for _ in range(4):
+            step(trainer)
+            save_in(tmp_path, trainer, keep_last=4)
+        back = make_trainer()
+        load_checkpoint(back, tmp_path / "checkpoint-1")
+        step(back)
+        save_in(tmp_path, back, keep_last=2)
+        assert newest_good(tmp_path) == tmp_path / "checkpoint-2"
+    aside = {f"checkpoint-{number}.abandoned{again}" for number in (3, 4) for again in ("", "-2")}
+    assert aside | {"checkpoint-1", "checkpoint-2"} <= set(names(tmp_path))
+    assert "it is checkpoint-4.abandoned now" in caplog.text
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 _WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
