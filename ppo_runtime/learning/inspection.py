@@ -1,7 +1,8 @@
 """Batches that could not be trained on, kept for inspection: their tensors, what is not finite in them, and why.
 
 ``<logging_dir>/not-finite/step-<n>.safetensors`` (``step-<n>-rank-<r>`` of several ranks) holds tokens, masks, scores,
-and whatever was computed of them by then; the JSON file beside it says in words what was found.
+and whatever was computed of them by then; the JSON file beside it says in words what was found. Further batches of the
+same step, as after one that was dropped, are ``step-<n>-2`` and so on.
 """
 
 import json
@@ -9,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ class Inspection:
         rank = f"-rank-{world.rank}" if world.size > 1 else ""
         try:
             path = keep_batch(
-                config.logging_dir / FOLDER / f"step-{step}{rank}",
+                free_place(config.logging_dir / FOLDER / f"step-{step}{rank}"),
                 watched,
                 {"step": step, "rank": world.rank, "why": why, "rows": rows, "settings": plain_settings(config)},
             )
@@ -104,6 +106,16 @@ class Inspection:
             path,
             path.with_suffix(".json").name,
         )
+
+
+def free_place(place: Path) -> Path:
+    """The place itself, or with the first number from 2 on under which nothing lies yet."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(
+        free
+        for free in chain([place], numbered)
+        if not any(free.with_name(f"{free.name}{ending}").exists() for ending in (".safetensors", ".json"))
+    )
 
 
 def keep_batch(place: Path, watched: Watched, record: Mapping[str, Any]) -> Path:

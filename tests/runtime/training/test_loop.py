@@ -150,3 +150,17 @@ def test_batches_are_not_dropped_for_ever_nor_for_other_reasons(tmp_path: Path) 
     assert len(calls) == PATIENCE
     with pytest.raises(ValueError, match="returned 1 scores, expected 8"):
         train(trainer, lambda *_: [0.5], steps=3, console=_quiet())
+
+
+def test_all_batches_dropped_in_one_step_are_kept_for_inspection(tmp_path: Path) -> None:
+    calls = 0
+
+    def score(queries: list[str], responses: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [float("nan")] * len(responses) if calls <= 2 else _vowels(queries, responses)
+
+    trainer = _trainer(tmp_path, on_nonfinite="drop")
+    train(trainer, score, steps=1, generation_kwargs={"max_new_tokens": 3}, console=_quiet())
+    kept = {path.name for path in (tmp_path / "not-finite").iterdir()}
+    assert kept == {f"step-1{which}.{ending}" for which in ("", "-2") for ending in ("json", "safetensors")}
