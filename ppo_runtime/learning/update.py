@@ -1,7 +1,7 @@
 """The optimisation of one PPO step: epochs x updates x minibatches over a scored rollout."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -151,18 +151,18 @@ def optimise(
     epochs = updates = 0
     shards_of = parallel.world if parallel.sharded else None
 
-    def minibatch(index: Tensor, counts: bool) -> Callable[[Any], tuple[Tensor, dict[str, Average], Tensor]]:
-        """From the model to a loss, and to what is said of it without gradient."""
+    def minibatch(index: Tensor, counts: bool, last: bool) -> tuple[Tensor, dict[str, Average], Tensor]:
+        """A loss, and what is said of it without gradient."""
         part = rows.select(index)
         if not counts:
             part = part._replace(mask=torch.zeros_like(part.mask))
 
-        def work(policy: Any) -> tuple[Tensor, dict[str, Average], Tensor]:
-            losses = minibatch_losses(policy, part, targets, index, config, policy_loss)
+        def made(now: Evaluation) -> tuple[Tensor, dict[str, Average], Tensor]:
+            losses = minibatch_losses(now, part, targets, index, config, policy_loss)
             total = losses.policy.loss.total + config.vf_coef * losses.value.loss.total
             return total, averages_of(losses), losses.policy.ratio_deviation.detach()
 
-        return work
+        return parallel.through(lambda policy: evaluate(policy, part), made, last=last)
 
     with (
         without_dropout(model),
@@ -181,7 +181,7 @@ def optimise(
                     with voted(parallel.world) as ballot:
                         for number, (index, counts) in enumerate(group, 1):
                             last = number == len(group)
-                            total, found, deviated = parallel.through(minibatch(index, counts), last=last)
+                            total, found, deviated = minibatch(index, counts, last)
                             if weight or parallel.sharded:
                                 parallel.backward(total / max(weight, 1.0), last=last)
                             merge_into(update_averages, found)
@@ -223,10 +223,9 @@ def gradients_waiting(model: Any, optimizer: torch.optim.Optimizer) -> list[tupl
 
 
 def minibatch_losses(
-    model: Any, part: Rows, targets: Targets, index: Tensor, config: PPOConfig, policy_loss: PolicyObjective
+    now: Evaluation, part: Rows, targets: Targets, index: Tensor, config: PPOConfig, policy_loss: PolicyObjective
 ) -> Losses:
-    """Forward pass and both losses of one minibatch, with gradient."""
-    now = evaluate(model, part)
+    """Both losses of one minibatch from what the model says of it, with gradient."""
     return losses_of(now, targets.select(index, part.mask.shape[1]), part.mask, config, policy_loss)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_runtime.ranks.presence import agreed, lost_ranks_named, place
+from ppo_runtime.ranks.presence import agreed, has_left, lost_ranks_named, place
 from ppo_runtime.ranks.world import World, named
 
 _BUILTIN = (ValueError, TypeError, RuntimeError, OSError)
@@ -42,7 +42,8 @@ class Ballot:
 
 @contextmanager
 def all_or_none(world: World, *, carries: int = 0, phase: str = "an agreement") -> Iterator[Ballot]:
-    """Raise on all ranks if the block fails on any of them; the block itself must not use collectives.
+    """Raise on all ranks if the block fails on any of them; the block itself must not use collectives,
+    except within :func:`~ppo_runtime.ranks.presence.lost_ranks_named`: a rank that fails in those does not vote.
 
     Without this, the other ranks would wait for the failed one in their next collective.
 
@@ -68,6 +69,8 @@ def all_or_none(world: World, *, carries: int = 0, phase: str = "an agreement") 
         facts = ballot.facts()
         told = torch.cat((torch.tensor([0.0, _stamp(facts)], dtype=torch.float64), ballot.mine))
     except BaseException as found:
+        if has_left(world):  # a pass that others wait in: there is no vote
+            raise
         error = found
         told = torch.zeros(2 + carries, dtype=torch.float64)  # wherever the block has stopped
         told[0] = 1

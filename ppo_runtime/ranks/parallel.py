@@ -22,8 +22,9 @@ from ppo_runtime.ranks.gather import sum_gradients
 from ppo_runtime.ranks.world import World
 
 T = TypeVar("T")
+U = TypeVar("U")
 Work = Callable[[Any], T]
-"""A forward pass of the model that it is given, and what is made of it."""
+"""A forward pass of the model that it is given."""
 
 
 @attrs.define
@@ -60,9 +61,9 @@ class Alone:
         """The minibatches of an update, in groups after which ranks meet, and whether each of them counts."""
         return [[(index, True) for index in update]]
 
-    def through(self, work: Work[T], *, last: bool) -> T:
-        """A pass with gradient; ``last`` in its round."""
-        return work(self.model)
+    def through(self, work: Work[T], made: Callable[[T], U], *, last: bool) -> U:
+        """What is ``made`` of a pass with gradient; ``last`` in its round."""
+        return made(work(self.model))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """The backward pass of one; where the ranks meet in the last of a round, it waits until they have agreed."""
@@ -104,13 +105,13 @@ class Replicated(Alone):
         finally:
             self._forget()
 
-    def through(self, work: Work[T], *, last: bool) -> T:
+    def through(self, work: Work[T], made: Callable[[T], U], *, last: bool) -> U:
         """The gradients of the last one will be summed while they are made."""
         if self._reentrant:
-            return work(self.model)
+            return made(work(self.model))
         ddp = self._wrapped()
         with nullcontext() if last else ddp.no_sync():
-            return ddp(work)
+            return ddp(lambda model: made(work(model)))  # torch looks for what the loss alone does not read
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """All but the last, at once."""

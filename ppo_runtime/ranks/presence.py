@@ -158,6 +158,11 @@ def place(world: World) -> str:
     return _presence(world).place
 
 
+def has_left(world: World) -> bool:
+    """Whether this rank has left a block that others wait in, or has lost one of them: it can't meet them again."""
+    return world.size > 1 and _presence(world).lost is not None
+
+
 def agreed(error: BaseException) -> BaseException:
     """An error that every rank raises here, marked as such: they are still in step."""
     error.__dict__["_on_all_ranks"] = True

@@ -9,7 +9,7 @@ all weights are gathered once, at the beginning, and let go at the end.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ppo_runtime.ranks.shards import on_first
 from ppo_runtime.ranks.world import World
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Sharded(Alone):
@@ -67,9 +68,11 @@ class Sharded(Alone):
         more = [(update[-1], False)] * (most - len(update))
         return [[one] for one in [*((index, True) for index in update), *more]]
 
-    def through(self, work: Work[T], *, last: bool) -> T:
-        """All ranks together."""
-        return self._roots[0](work)
+    def through(self, work: Work[T], made: Callable[[T], U], *, last: bool) -> U:
+        """All ranks together: one that fails in the pass itself leaves others waiting for weights, and can't vote."""
+        with lost_ranks_named(self.world, "a pass of an update"):
+            passed = self._roots[0](work)
+        return made(passed)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """It waits, whichever it is: gradients are summed in each."""

@@ -40,8 +40,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         record.rewards.append(result.rewards)
         return result
 
-    def minibatch_losses(model: Any, part: Any, targets: Targets, *args: Any, **kwargs: Any) -> Any:
-        losses = minibatch(model, part, targets, *args, **kwargs)
+    def minibatch_losses(now: Any, part: Any, targets: Targets, *args: Any, **kwargs: Any) -> Any:
+        losses = minibatch(now, part, targets, *args, **kwargs)
         record.targets.append(targets)
         for kept, loss in ((record.policy_losses, losses.policy.loss), (record.value_losses, losses.value.loss)):
             kept.append((loss.total.item(), loss.weight.item()))

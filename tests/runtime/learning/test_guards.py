@@ -221,8 +221,8 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_moments(field: str, monkey
     before = snapshot(trainer)
     minibatch = update.minibatch_losses
 
-    def spoiled(model: Any, part: Any, targets: update.Targets, *args: Any) -> Any:
-        return minibatch(model, part, targets._replace(**{field: targets._asdict()[field] * NAN}), *args)
+    def spoiled(now: Any, part: Any, targets: update.Targets, *args: Any) -> Any:
+        return minibatch(now, part, targets._replace(**{field: targets._asdict()[field] * NAN}), *args)
 
     monkeypatch.setattr(update, "minibatch_losses", spoiled)
     stats = trainer.step(*make_batch(seed=1))

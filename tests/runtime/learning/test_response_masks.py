@@ -61,9 +61,9 @@ def test_advantages_are_those_of_the_deleted_sequence(family: str, monkeypatch: 
     seen: list[update.Targets] = []
     minibatch = update.minibatch_losses
 
-    def spy(model: Any, part: Any, targets: update.Targets, *args: Any) -> Any:
+    def spy(now: Any, part: Any, targets: update.Targets, *args: Any) -> Any:
         seen.append(targets)
-        return minibatch(model, part, targets, *args)
+        return minibatch(now, part, targets, *args)
 
     monkeypatch.setattr(update, "minibatch_losses", spy)
     with trainer._reference() as reference:

@@ -254,6 +254,18 @@ def raises_in_an_update(rank: Rank) -> None:
     trainer.step(*rank.batch())
 
 
+def raises_in_a_pass(rank: Rank) -> None:
+    """In a layer, whose weights the others gather where each has a part of them."""
+    trainer = rank.trainer()
+
+    def refuse(*_: Any) -> None:
+        if torch.is_grad_enabled() and rank.goes_wrong():
+            raise MemoryError("no room for the layer")
+
+    trainer.model.pretrained_model.model.layers[0].mlp.register_forward_pre_hook(refuse)
+    trainer.step(*rank.batch())
+
+
 def raises_between_steps(rank: Rank) -> None:
     trainer = rank.trainer()
     trainer.step(*rank.batch())
@@ -296,7 +308,9 @@ AGREED: tuple[Case, ...] = (
     *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
     raises_in_an_update,
 )
-PARTING: tuple[Case, ...] = (*(killed, killed_in_an_update, raises_between_steps, ends_earlier, hangs, told_to_end),)
+PARTING: tuple[Case, ...] = (
+    *(killed, killed_in_an_update, raises_in_a_pass, raises_between_steps, ends_earlier, hangs, told_to_end),
+)
 CASES = {case.__name__: case for case in (*AGREED, *PARTING)}
 
 

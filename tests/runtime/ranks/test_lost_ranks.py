@@ -47,6 +47,18 @@ def test_a_rank_whose_script_ends_by_an_error_is_named_with_it(tmp_path: Path) -
     assert "step 2" in said
 
 
+def test_a_rank_that_fails_in_a_pass_of_a_divided_model_is_named_with_its_error(tmp_path: Path) -> None:
+    """It makes no vote, since the others wait for a layer's weights."""
+    ends, cases = matrix.run(["raises_in_a_pass"], 1, "fsdp2", tmp_path)
+    found, its = cases["raises_in_a_pass"]
+    assert [ended.code for ended in ends] == [1, 1], ends
+    assert found is not None
+    assert its is not None
+    assert (its.kind, its.message) == ("MemoryError", "no room for the layer")
+    assert found.kind == "RankLost"
+    assert "rank 1 has left: MemoryError: no room for the layer. The others waited in a pass" in found.message
+
+
 def test_a_rank_whose_script_ends_before_the_others_is_named(tmp_path: Path) -> None:
     assert "rank 0 has left: its script has ended. The others waited in " in left_alone("ends_earlier", 0, tmp_path)
 

@@ -163,11 +163,11 @@ def spoil_second(more: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(**(HALVED | {"ppo_epochs": 3} | more))
     rank, minibatch, calls = trainer.world.rank, update.minibatch_losses, 0
 
-    def spoiled(model: Any, part: Any, targets: Any, *args: Any) -> Any:
+    def spoiled(now: Any, part: Any, targets: Any, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         nan = float("nan") if rank == 1 and calls == 4 else 1.0
-        return minibatch(model, part, targets._replace(advantages=targets.advantages * nan), *args)
+        return minibatch(now, part, targets._replace(advantages=targets.advantages * nan), *args)
 
     update.minibatch_losses = spoiled
     found = stepped(trainer, SHARES["half"][rank], count=1)
