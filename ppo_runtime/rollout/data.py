@@ -129,9 +129,9 @@ def prompt_digest(dataset: Any) -> str | None:
             ids = ids.cpu().tolist()
         elif isinstance(ids, np.ndarray):
             ids = ids.tolist()
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        if not isinstance(ids, list | tuple) or not all(isinstance(token, int | np.integer) for token in ids):
             return None
-        digest.update(repr(ids).encode())
+        digest.update(repr([int(token) for token in ids]).encode())
     return digest.hexdigest()
 
 
