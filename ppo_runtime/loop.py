@@ -114,9 +114,10 @@ def train(
         newest, done = None, None
         if output is not None:
             check_storable(trainer)
-            results.check_places(output)
             newest = newest_good(output)
             done = None if newest is None else steps_done(newest)
+            begins = (done or 0) if resume else trainer.current_step
+            results.check_places(output, done=begins, steps=steps)
             results.own_directory(trainer, output, newest=newest, done=done, resume=resume)
         ballot.facts = lambda: {
             "steps": steps,

@@ -20,14 +20,20 @@ logger = logging.getLogger(__name__)
 MODEL, BROKEN_OFF, RECORD = "model", "model-broken-off", "run.json"
 
 
-def check_places(output_dir: Path) -> None:
+def check_places(output_dir: Path, *, done: int, steps: int) -> None:
     """Refuse a run whose results would find something else in their places at its end.
+
+    Args:
+        output_dir: of the run.
+        done: the steps that the run begins after.
+        steps: after which it ends.
 
     Raises:
         ValueError: a checkpoint's, a model's or the record's place holds what they cannot replace.
     """
     for place in sorted(output_dir.glob("checkpoint-*")):
-        if place.name.removeprefix("checkpoint-").isdecimal():
+        step = place.name.removeprefix("checkpoint-")
+        if step.isdecimal() and done < int(step) <= steps:
             check_replaceable(place)
     for name in (MODEL, BROKEN_OFF):
         if (place := output_dir / name).exists() and not place.is_dir():

@@ -19,7 +19,8 @@ FORMAT = 2
 POLICY, OPTIMIZER, STATE, MANIFEST = "policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 # What file managers and network disks leave in any directory.
 _LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs.*")
-OURS = re.compile(rf"{'|'.join(map(re.escape, (POLICY, OPTIMIZER, STATE, MANIFEST)))}|rank-(0|[1-9]\d{{0,8}})\.json")
+_RANK = re.compile(r"rank-(0|[1-9]\d{0,8})\.json")
+OURS = re.compile(rf"{'|'.join(map(re.escape, (POLICY, OPTIMIZER, STATE, MANIFEST)))}|{_RANK.pattern}")
 """The names of a checkpoint's files: no other is written, looked into or removed."""
 LONGEST = 2**26
 """Bytes that a file of JSON has at most, some hundred times those of a large model's."""
@@ -49,7 +50,9 @@ def check_replaceable(directory: str | Path) -> None:
             f"as {target / 'checkpoint'}"
         )
     others = sorted(name for name in names if not OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
-    if names and (others or not {STATE, MANIFEST} & names):
+    # A damaged one may have lost any of them; a policy alone may be anybody's.
+    known = {STATE, MANIFEST} & names or any(_RANK.fullmatch(name) for name in names)
+    if names and (others or not known):
         held = others[0] if others else f"no {STATE}"
         raise ValueError(
             f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; give the "

@@ -41,6 +41,8 @@ def check_whole(source: Path) -> int:
         ValueError: something is not as it was written.
     """
     manifest = read_manifest(source)
+    if manifest is None:
+        read_state(source, manifest)  # which refuses what has lost its manifest: that is of no earlier version
     check_sealed(source, manifest)
     state = read_state(source, manifest)
     for rank in range(state.world_size):

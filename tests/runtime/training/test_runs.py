@@ -441,6 +441,24 @@ def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
     assert _files(tmp_path) == before
 
 
+def test_checkpoints_that_no_save_replaces_stop_no_resume(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    notes = tmp_path / "checkpoint-2" / "notes.txt"
+    notes.write_text("precious")
+    _train(_trainer(tmp_path), tmp_path, steps=3, resume=True)
+    assert notes.read_text() == "precious"
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_resumed_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _train(_trainer(tmp_path), tmp_path, checkpoint_every=1)
+    for name in ("state.json", "manifest.json"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    _train(_trainer(tmp_path), tmp_path, checkpoint_every=1, resume=True)
+    assert steps_done(tmp_path / "checkpoint-2") == 2
+    assert "checkpoint-2 cannot be read (state.json is missing)" in caplog.text
+    assert "earlier version" not in caplog.text
+
+
 def test_steps_of_its_own_let_a_trainer_into_its_own_run_only(tmp_path: Path) -> None:
     home = tmp_path / "home"
     _train(_trainer(home), home)
