@@ -130,7 +130,7 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     return made
 
 
-def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
+def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     """Bring a freshly made trainer to where ``save_checkpoint`` was called.
 
     Make it from the same original model, reference, dataset and kind of optimiser and scheduler; the reference is the
@@ -155,6 +155,11 @@ def load_checkpoint(trainer: Trainer, directory: str | Path) -> None:
     if trainer.parallel.sharded:
         contents.frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
     with all_or_none(world, phase="the reading of a checkpoint") as ballot:
+        if directory is None:  # as newest_good says where there is none
+            raise FileNotFoundError(
+                "directory is None, expected that of a checkpoint: newest_good has found none, so there is nothing to "
+                "go on from; begin without load_checkpoint"
+            )
         source = files.existing(files.resolved(directory))
         found = contents.read(source, trainer)
         ballot.facts = lambda: {f"what is in {directory}": found.stamp}

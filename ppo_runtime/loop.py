@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,8 +306,24 @@ def _status(stats: dict[str, float]) -> str:
     return f"score {stats['env/reward_mean']:+.3f}  KL {stats['objective/kl']:.2f}"
 
 
+class _Bar(Progress):
+    """A bar that is shown as long as there is somewhere to: a terminal that has closed ends no run."""
+
+    def start(self) -> None:
+        with suppress(OSError):
+            super().start()
+
+    def refresh(self) -> None:
+        with suppress(OSError):
+            super().refresh()
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            super().stop()
+
+
 def _progress(console: Console, *, disable: bool) -> Progress:
-    return Progress(
+    return _Bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -1,5 +1,7 @@
 """Whether a trainer's state can be kept in a checkpoint, and whether a run could go on from it."""
 
+import math
+
 from torch import Tensor
 
 from ppo_runtime.common.trees import plain
@@ -26,7 +28,8 @@ def check_worth_keeping(trainer: Trainer) -> None:
     """Refuse what no run could go on from.
 
     Raises:
-        ValueError: the last step was broken off, or weights or moments are not finite or do not fit together.
+        ValueError: the last step was broken off, the KL coefficient, weights or moments are not finite, or the latter
+            do not fit together.
     """
     if trainer.broken_off is not None:
         raise ValueError(
@@ -35,6 +38,11 @@ def check_worth_keeping(trainer: Trainer) -> None:
         )
     if trainer.lr_scheduler is not None:
         check_kind_of_scheduler(trainer.lr_scheduler)
+    if not math.isfinite(trainer.kl_ctl.value):
+        raise ValueError(
+            f"kl_ctl.value is {trainer.kl_ctl.value}, expected a finite number: no run could go on from it, and no "
+            "checkpoint is made; set trainer.kl_ctl.value"
+        )
     check_fits(trainer.optimizer, trainer.model)
     weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}

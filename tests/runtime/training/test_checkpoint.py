@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
+from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_checkpoint
 from ppo_runtime.common.trees import plain
 from ppo_runtime.resuming import files, frozen
 from ppo_runtime.resuming.frozen import frozen_digest
@@ -225,3 +227,16 @@ def test_frozen_weights_are_read_once_and_again_when_they_have_changed(
     assert len(set(digests)) == len(digests)
     assert len(read) == 5 * once
     load_checkpoint(make_trainer(), tmp_path / "0")
+
+
+def test_nothing_to_go_on_from_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="directory is None, expected that of a checkpoint: newest_good"):
+        load_checkpoint(make_trainer(), newest_good(tmp_path))
+
+
+def test_no_checkpoint_is_made_that_could_not_be_loaded(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.kl_ctl = SimpleNamespace(value=math.nan, update=lambda *_: None)
+    with pytest.raises(ValueError, match=r"kl_ctl\.value is nan, expected a finite number"):
+        save_checkpoint(trainer, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()

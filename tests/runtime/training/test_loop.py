@@ -57,6 +57,18 @@ def test_every_step_is_a_line_of_metrics(tmp_path: Path) -> None:
     assert run["acceleration"]["backend"] == "eager"
 
 
+def test_a_terminal_that_closes_ends_no_run(tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    console = Console(file=Closed(), force_terminal=True)
+    result = train(_trainer(tmp_path), _vowels, steps=2, output_dir=tmp_path, console=console)
+    assert len(result.history) == 2
+    assert not result.interrupted
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 2
+
+
 def test_ctrl_c_leaves_metrics_and_model(tmp_path: Path) -> None:
     calls = 0
 
