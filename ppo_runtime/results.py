@@ -57,6 +57,8 @@ def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, do
         resume: what the caller asked for.
     """
     if resume:
+        if newest is None and not trainer.current_step:
+            _begin_again(output_dir)
         return
     if trainer.current_step:
         # Rank 0 alone has the name that is written.
@@ -78,6 +80,21 @@ def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, do
                 f"output_dir is {str(output_dir)!r}, which holds {name!r}, expected a directory without one for a new "
                 "run, which would replace it; move it, or choose another output_dir"
             )
+
+
+def _begin_again(output_dir: Path) -> None:
+    """Refuse to begin a finished run again, whose checkpoints are gone; one that was broken off may."""
+    try:
+        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+        finished = record["steps_done"] >= record["steps"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if finished:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds the results of a finished run and no checkpoint, expected "
+            f"one to go on from: beginning again would replace {MODEL!r}; put the checkpoint back, or choose another "
+            "output_dir"
+        )
 
 
 def _names(trainer: Trainer) -> set[str | None]:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,7 +49,7 @@ def check_replaceable(directory: str | Path) -> None:
             f"{target} is a mount point, expected a directory that a new checkpoint can replace; take one in it, such "
             f"as {target / 'checkpoint'}"
         )
-    others = sorted(name for name in names if not OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
+    others = strangers(names)
     # A damaged one may have lost any of them; a policy alone may be anybody's.
     known = {STATE, MANIFEST} & names or any(_RANK.fullmatch(name) for name in names)
     if names and (others or not known):
@@ -58,6 +58,11 @@ def check_replaceable(directory: str | Path) -> None:
             f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; give the "
             f"checkpoint a directory of its own, such as {target / 'checkpoint'}"
         )
+
+
+def strangers(names: Iterable[str]) -> list[str]:
+    """Those names in a checkpoint that are neither its own nor what systems leave anywhere."""
+    return sorted(name for name in names if not OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
 
 
 def siblings(target: Path) -> tuple[Path, Path]:

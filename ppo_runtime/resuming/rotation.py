@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from ppo_runtime.common.launcher import speaks_for_all
@@ -105,8 +106,16 @@ def prune(output_dir: Path, made: Path, *, keep_last: int, keep_best: bool) -> N
     for path in whole:
         if path.name not in kept and not path.is_symlink():
             with _said(path):
+                if others := files.strangers(os.listdir(path)):
+                    _say_kept(path, others[0])
+                    continue
                 # Under its new name it is no checkpoint any more, also while half of it is gone.
                 shutil.rmtree(path.rename(files.siblings(path)[0]))
+
+
+@cache
+def _say_kept(path: Path, held: str) -> None:
+    logger.warning("%s is no longer wanted, but holds %s, which is not its own: it is kept", path, held)
 
 
 @contextmanager

@@ -427,10 +427,34 @@ def test_a_start_that_is_refused_touches_no_earlier_run(tmp_path: Path, asked: d
 def test_a_start_that_fails_before_its_first_step_saves_nothing(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path)
     (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"steps": 9}))  # a run that was broken off
     before = _files(tmp_path / "model") | {tmp_path / "run.json": (tmp_path / "run.json").read_bytes()}
     with pytest.raises(ZeroDivisionError):
         _train(_trainer(tmp_path), tmp_path, score=lambda *_: 1 / 0, resume=True)
     assert before.items() <= _files(tmp_path).items()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    before = _files(tmp_path)
+    with pytest.raises(ValueError, match="holds the results of a finished run and no checkpoint"):
+        _train(_trainer(tmp_path), tmp_path, resume=True)
+    assert _files(tmp_path) == before
+
+
+def test_files_of_the_users_in_old_checkpoints_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def score(_: Any, texts: Any) -> list[float]:
+        if (tmp_path / "checkpoint-1").is_dir():
+            (tmp_path / "checkpoint-1" / "eval.json").write_text("precious")
+        return [0.5] * len(texts)
+
+    _train(_trainer(tmp_path), tmp_path, steps=5, checkpoint_every=1, score=score)
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
+    assert (tmp_path / "checkpoint-1" / "eval.json").read_text() == "precious"
+    assert caplog.text.count("holds eval.json, which is not its own: it is kept") == 1
 
 
 def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
