@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def _names(trainer: Trainer) -> set[str | None]:
 
 
 def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: bool) -> None:
-    """Write the policy and the record of a run, each whole or as it was before; only rank 0 does.
+    """Write the policy and then the record of a run, each whole or as it was before; only rank 0 does.
 
     Weights between two steps go to a place of their own.
 
@@ -114,23 +116,22 @@ def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: boo
         changed: whether the policy is another than when the run began; one that lies there already is left alone else.
 
     Raises:
-        OSError: what was there is kept.
+        OSError: one of them could not be written; what was in its place is kept.
     """
     weights = trainer.parallel.saved_as(trainer.model)
     if trainer.world.rank != 0 or (not changed and _saved_already(trainer, output_dir)):
         return
     model = output_dir / (BROKEN_OFF if trainer.broken_off else MODEL)
-    try:
-        with filled_whole(model, replaces=_not_a_users_card) as draft:
-            trainer.save_pretrained(draft, **weights)
+    after = f"the model after step {trainer.current_step}"
+    with (
+        _told(f"{after} was not saved in {model}", "What was there before is kept"),
+        filled_whole(model, replaces=_not_a_users_card) as draft,
+    ):
+        trainer.save_pretrained(draft, **weights)
+    with _told(
+        f"{RECORD} was not written", f"{model} holds {after}, and {RECORD} still tells of what was there before"
+    ):
         write_whole(output_dir / RECORD, json.dumps(_record(trainer, steps), indent=2, default=str) + "\n")
-    except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
-        said = (
-            f"the model after step {trainer.current_step} was not saved in {model}: {error}. What was there before is "
-            "kept; mend that, and call train with resume=True"
-        )
-        number = getattr(error, "errno", None)
-        raise (OSError(said) if number is None else OSError(number, said)) from error
     if trainer.broken_off:
         logger.warning(
             "weights between two steps are in %s; those after step %d in the last checkpoint",
@@ -139,6 +140,17 @@ def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: boo
         )
     if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
         logger.warning("the saved model in %s holds weights that are not finite", model)
+
+
+@contextmanager
+def _told(what: str, holds: str) -> Iterator[None]:
+    """Say what was not written, what is there now, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
+        said = f"{what}: {error}. {holds}; mend that, and call train with resume=True"
+        number = getattr(error, "errno", None)
+        raise (OSError(said) if number is None else OSError(number, said)) from error
 
 
 def _saved_already(trainer: Trainer, output_dir: Path) -> bool:

@@ -1,5 +1,6 @@
 """A run's files are the run's: ended, broken off, resumed, or begun where another one was."""
 
+import errno
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ppo_runtime import results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
@@ -546,6 +548,23 @@ def test_a_disk_that_fills_in_the_last_save_is_told_of(tmp_path: Path) -> None:
     assert steps_done(tmp_path / "checkpoint-2") == 2
     _train(_trainer(tmp_path), tmp_path, steps=2, resume=True)
     assert _files(tmp_path / "model") != before
+
+
+def test_a_record_that_cannot_be_written_beside_a_new_model_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train(trainer := _trainer(tmp_path), tmp_path, steps=1)
+    before, record = _files(tmp_path / "model"), (tmp_path / "run.json").read_bytes()
+
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(results, "write_whole", full)
+    said = r"run\.json was not written: .*model holds the model after step 2, and run\.json still tells of what was"
+    with pytest.raises(OSError, match=said):
+        _train(trainer, tmp_path, steps=2)
+    assert _files(tmp_path / "model") != before
+    assert (tmp_path / "run.json").read_bytes() == record
 
 
 def test_ctrl_c_in_the_last_step_interrupts_nothing(tmp_path: Path) -> None:
