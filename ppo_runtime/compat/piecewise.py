@@ -41,6 +41,7 @@ from ppo_runtime.models.heads import lm_head, logits_at
 from ppo_runtime.models.modes import dropout_off, recomputes, without_dropout
 from ppo_runtime.models.precision import own_precision
 from ppo_runtime.models.references import reference_context
+from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.gather import gather_averages
 from ppo_runtime.trainer import Trainer
 
@@ -209,15 +210,16 @@ class Piecewise(Trainer):
         Returns:
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
         """
-        self._check_parts()
-        targets = Targets(old_logprobs, values, advantages, returns)
-        kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
-        if not (logprobs.requires_grad or vpreds.requires_grad):
-            raise ValueError(
-                "neither logprobs nor vpreds carries a gradient, so there is nothing to train by; take them from "
-                "batched_forward_pass outside torch.no_grad()"
-            )
-        losses = self._losses(targets, logits, vpreds, logprobs, kept)
+        with all_or_none(self.world, phase="the check of a minibatch"):
+            self._check_parts()
+            targets = Targets(old_logprobs, values, advantages, returns)
+            kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
+            if not (logprobs.requires_grad or vpreds.requires_grad):
+                raise ValueError(
+                    "neither logprobs nor vpreds carries a gradient, so there is nothing to train by; take them from "
+                    "batched_forward_pass outside torch.no_grad()"
+                )
+            losses = self._losses(targets, logits, vpreds, logprobs, kept)
         step, count, averages = self._pending
         if count == 0 or step != self.current_step:
             count, averages = 0, {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppo_core.averages import Average, mean_of
 from ppo_runtime.common.inputs import NotFinite
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.ranks.agreement import gathered
 from ppo_runtime.ranks.presence import agreed
@@ -18,6 +19,7 @@ from ppo_runtime.ranks.shards import here
 from ppo_runtime.ranks.world import World
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 
 class Cause(IntEnum):

@@ -195,7 +195,8 @@ def optimise(
                 cause, norm = prepare_update(model, optimizer, cause, config, shards_of=shards_of)
                 if cause is Cause.NONE:
                     progress.begin()
-                    optimizer.step()
+                    with all_or_none(parallel.world, phase="a step of the optimiser"):  # which may be the user's own
+                        optimizer.step()
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
                 else:
                     skipped[cause] += 1

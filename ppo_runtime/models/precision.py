@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.undoing import undoing
 from ppo_runtime.models.inner import is_peft_model, pretrained_model, transformers_model
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 HALF = (torch.float16, torch.bfloat16)
 _COMPUTE = torch.bfloat16

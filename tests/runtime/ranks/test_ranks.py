@@ -193,13 +193,13 @@ def test_what_one_rank_cannot_take_all_ranks_leave_out_or_refuse(ranks: list[dic
     ]
 
 
-def test_ranks_meet_few_times_in_a_step_and_twice_in_an_update(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_meet_few_times_in_a_step_and_three_times_in_an_update(ranks: list[dict[str, Any]]) -> None:
     """To agree that all may begin, on the advantages' moments, and for statistics and distributions.
 
     A small message goes before the last two, by which ranks see that they are in one place.
-    In an update they agree on its losses, and sum the gradients.
+    In an update they agree on its losses, sum the gradients, and agree that all have stepped.
     """
-    assert [rank["collectives"] for rank in ranks] == [{"all_gather": 6 + 2, "all_reduce": 2}] * 2
+    assert [rank["collectives"] for rank in ranks] == [{"all_gather": 6 + 2 * 2, "all_reduce": 2}] * 2
 
 
 def test_dictionaries_of_statistics_are_gathered(ranks: list[dict[str, Any]]) -> None:

@@ -89,7 +89,7 @@ def apart(world: World, *blocks: Callable[[], Any]) -> str:
     """What is said where each rank has come to something else."""
     try:
         blocks[world.rank]()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
 
@@ -113,6 +113,30 @@ def other_calls(world: World) -> dict[str, str]:
     }
     found["afterwards"] = str(float(trainer.step(*batch)["objective/kl"]))
     return found
+
+
+def optimiser_raises(culprits: set[int], world: World) -> tuple[str, bool]:
+    """What a step says in which the optimiser fails, and whether the next one is made."""
+    trainer, batch = make_trainer(), make_batch()
+    if world.rank in culprits:
+        trainer.optimizer.step = partial(raising, ValueError("a bad option"), ValueError("a bad option"), world.rank)
+    said = apart(world, *[lambda: trainer.step(*batch)] * 2)
+    vars(trainer.optimizer).pop("step", None)
+    trainer.step(*batch)
+    return said, trainer.broken_off is None
+
+
+def piece_refused(world: World) -> str:
+    """A minibatch of TRL's pieces that one rank refuses, which is made again afterwards."""
+    trainer, (queries, responses, _) = make_trainer(mini_batch_size=6), make_batch()
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+    old = logprobs.detach(), values.detach()
+    targets = torch.ones_like(old[0]), torch.ones_like(old[0])
+    wrong = mask[:, 1:] if world.rank == 1 else mask
+    said = apart(world, *[lambda: trainer.train_minibatch(*old, logprobs, logits, values, wrong, *targets)] * 2)
+    trainer.train_minibatch(*old, logprobs, logits, values, mask, *targets)
+    return said
 
 
 def compared(world: World, facts: dict[str, Any]) -> str:
@@ -141,6 +165,8 @@ def be_one_rank(folder: Path) -> None:
     )
     results["long"] = gathered(torch.full((200,), world.rank), world, "one").sum(-1).tolist()
     results["calls"] = other_calls(world)
+    results["optimisers"] = [optimiser_raises(culprits, world) for culprits in ({0}, {1}, {0, 1})]
+    results["piece"] = piece_refused(world)
     for case in SAID:
         for culprit in range(world.size):
             (place := folder / f"{case}-{culprit}").mkdir(exist_ok=True)
@@ -233,6 +259,19 @@ def test_ranks_that_call_different_things_can_go_on_together(ranks: list[dict[st
     assert float(steps) == float(steps)
     assert len(first) == 6
     assert all(said.startswith("the ranks have parted, rank 0 in ") for said in first.values()), first
+
+
+def test_an_optimiser_that_fails_loses_no_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        said, whole = zip(*rank["optimisers"], strict=True)
+        assert said == ("rank 0: a bad option", "rank 1: a bad option", "a bad option")
+        assert all(whole)
+
+
+def test_a_piece_that_one_rank_refuses_is_refused_by_both(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["piece"] for rank in ranks)
+    assert first == second
+    assert first.startswith("rank 1: mask ")
 
 
 def test_alone_an_error_is_untouched() -> None:
