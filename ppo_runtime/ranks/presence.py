@@ -160,7 +160,7 @@ def place(world: World) -> str:
 
 def has_left(world: World) -> bool:
     """Whether this rank has left a block that others wait in, or has lost one of them: it can't meet them again."""
-    return world.size > 1 and _presence(world).lost is not None
+    return _here is not None and _here.lost is not None and _presence(world).lost is not None
 
 
 def agreed(error: BaseException) -> BaseException:
