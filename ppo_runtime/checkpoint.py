@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ppo_runtime.common.files import siblings, sync
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.shards import fill, moments_in_parts
 from ppo_runtime.resuming import contents, files, rotation, sealing
@@ -63,7 +64,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
     stands_in_it = files.is_working_directory(target)
     with all_or_none(world, phase="the making of a checkpoint's directory"):
         check_replaceable(target)
-        draft, previous = files.siblings(target)
+        draft, previous = siblings(target)
         if world.rank == 0:
             with files.told(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
                 with files.told(target):
                     sealing.write_manifest(draft, contents.manifest_of(shared, ballot.all))
                     files.put_in_place(draft, target, previous)
-                files.sync(target.parent)
+                sync(target.parent)
                 shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
         if world.rank == 0:

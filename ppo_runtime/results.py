@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 from safetensors import SafetensorError
 
-from ppo_runtime.common.files import filled_whole, write_whole
+from ppo_runtime.common.files import filled_whole, told_again, write_whole
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.reporting.model_card import is_ours
 from ppo_runtime.resuming.files import check_replaceable
@@ -149,8 +149,7 @@ def _told(what: str, holds: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
         said = f"{what}: {error}. {holds}; mend that, and call train with resume=True"
-        number = getattr(error, "errno", None)
-        raise (OSError(said) if number is None else OSError(number, said)) from error
+        raise told_again(error, said) from error
 
 
 def _saved_already(trainer: Trainer, output_dir: Path) -> bool:

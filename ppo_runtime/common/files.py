@@ -33,7 +33,7 @@ def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterat
     target = directory.resolve()  # where it is a link, what it leads to may lie on another disk
     _put_back(target)
     mounted = os.path.ismount(target)
-    drafts = target / ".draft" if mounted else target.with_name(f".{target.name}.draft")
+    drafts = target / ".draft" if mounted else siblings(target)[0]
     draft = drafts / directory.name
     shutil.rmtree(drafts, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -55,14 +55,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _previous(target: Path) -> Path:
-    """Where a directory waits while another one takes its place."""
-    return target.with_name(f".{target.name}.previous")
+def siblings(target: Path) -> tuple[Path, Path]:
+    """Where a directory is written, and where the one that it replaces waits meanwhile."""
+    return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")
+
+
+def told_again(error: Exception, said: str) -> OSError:
+    """What the system refused, in other words and with its number, where it has one."""
+    number = getattr(error, "errno", None)
+    return OSError(said) if number is None else OSError(number, said)
 
 
 def _put_back(target: Path) -> None:
     """Undo what a kill has left of a replacement."""
-    previous = _previous(target)
+    _, previous = siblings(target)
     if previous.is_dir():
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -77,7 +83,7 @@ def _renamed(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> boo
         sync(target.parent)
         return True
     _carry_over(target, draft, replaces)
-    previous = _previous(target)
+    _, previous = siblings(target)
     try:
         os.rename(target, previous)
     except OSError:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ppo_runtime.common.files import siblings, sync, told_again
+
 FORMAT = 2
 POLICY, OPTIMIZER, STATE, MANIFEST = "policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 # What file managers and network disks leave in any directory.
@@ -65,11 +67,6 @@ def strangers(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not OURS.fullmatch(name) and not _LEFT_BY_SYSTEMS.fullmatch(name))
 
 
-def siblings(target: Path) -> tuple[Path, Path]:
-    """Where a checkpoint is written, and where the one that it replaces waits meanwhile."""
-    return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")
-
-
 def put_in_place(draft: Path, target: Path, previous: Path) -> None:
     """Rename a whole draft; where that fails, what it should have replaced is there again and the draft is gone."""
     try:
@@ -95,8 +92,7 @@ def told(target: Path) -> Iterator[None]:
             f"no checkpoint was made in {target}: {error}. What was there is kept; give the checkpoint a directory "
             f"that can be made and renamed where it lies, and has room, such as {target / 'checkpoint'}"
         )
-        number = getattr(error, "errno", None)
-        raise (OSError(said) if number is None else OSError(number, said)) from error
+        raise told_again(error, said) from error
 
 
 def is_working_directory(target: Path) -> bool:
@@ -193,12 +189,3 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, and wait until it is on disk."""
     path.write_text(as_json(content), encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from ppo_runtime.common.files import siblings
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.resuming import files
 from ppo_runtime.resuming.reading import check_whole
@@ -110,7 +111,7 @@ def prune(output_dir: Path, made: Path, *, keep_last: int, keep_best: bool) -> N
                     _say_kept(path, others[0])
                     continue
                 # Under its new name it is no checkpoint any more, also while half of it is gone.
-                shutil.rmtree(path.rename(files.siblings(path)[0]))
+                shutil.rmtree(path.rename(siblings(path)[0]))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,19 @@ from tests.runtime.support.tiny import EOS_ID, tiny_model
 from tests.runtime.support.trainers import make_trainer
 
 
+def sampled_lengths(trainer: Any, queries: list[torch.Tensor], lengths: Iterator[int], **options: Any) -> list[int]:
+    """Of the responses to queries for which these lengths are drawn."""
+    responses = trainer.generate(
+        queries,
+        return_prompt=False,
+        length_sampler=lambda: next(lengths),
+        do_sample=True,
+        eos_token_id=None,
+        **options,
+    )
+    return [len(response) for response in responses]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.2}], ids=["our loop", "transformers"])
 def test_a_batch_outgrows_no_context(family: str, more: dict[str, Any]) -> None:
@@ -20,15 +34,7 @@ def test_a_batch_outgrows_no_context(family: str, more: dict[str, Any]) -> None:
     assert context == tiny_model(family).config.max_position_embeddings
     long, short = torch.arange(3, 3 + context - 9) % 60 + 3, torch.arange(3, 8)
     lengths = iter([4, context - 14] * 2)
-    responses = trainer.generate(
-        [long] * 4 + [short] * 4,
-        return_prompt=False,
-        length_sampler=lambda: next(lengths),
-        do_sample=True,
-        eos_token_id=None,
-        **more,
-    )
-    assert [len(response) for response in responses] == [4] * 4 + [context - 14] * 4
+    assert sampled_lengths(trainer, [long] * 4 + [short] * 4, lengths, **more) == [4] * 4 + [context - 14] * 4
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
@@ -41,15 +47,7 @@ def test_a_batch_outgrows_no_context_however_many_rows_memory_holds(
     context = trainer.model.config.max_position_embeddings
     long, short = torch.arange(context - 12) % 60 + 3, torch.arange(context - 14) % 60 + 3
     lengths = iter([4, 14])
-    responses = trainer.generate(
-        [long] * 4 + [short] * 4,
-        return_prompt=False,
-        length_sampler=lambda: next(lengths),
-        do_sample=True,
-        eos_token_id=None,
-        **more,
-    )
-    assert [len(response) for response in responses] == [4] * 4 + [14] * 4
+    assert sampled_lengths(trainer, [long] * 4 + [short] * 4, lengths, **more) == [4] * 4 + [14] * 4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])

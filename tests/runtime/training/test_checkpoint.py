@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ppo_runtime import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_checkpoint
+from ppo_runtime.common.files import siblings
 from ppo_runtime.common.trees import plain
 from ppo_runtime.resuming import files, frozen
 from ppo_runtime.resuming.frozen import frozen_digest
@@ -136,7 +137,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
                 save_checkpoint(trainer, path)
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     # Stopped between the two renames: what was replaced is still found.
-    path.rename(files.siblings(path)[1])
+    path.rename(siblings(path)[1])
     load_checkpoint(trainer, path)
     assert trainer.current_step == 1
 

@@ -24,7 +24,7 @@ from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_checkpoint
 from ppo_runtime.resuming import files
 from tests.runtime.support.sealing import change, make_old, seal_again
 from tests.runtime.support.trainers import make_batch, make_trainer
-from tests.runtime.training.test_checkpoint_misfits import WRITTEN, everything
+from tests.runtime.training.test_checkpoint_misfits import WRITTEN, assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,6 @@ def run(two: Path, tmp_path: Path) -> Path:
 def trainer() -> PPOTrainer:
     """One that only refuses."""
     return make_trainer()
-
-
-def assert_refused(trainer: PPOTrainer, path: Path, message: str) -> None:
-    before = everything(trainer)
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(trainer, path)
-    assert str(everything(trainer)) == str(before)
-    torch.testing.assert_close(everything(trainer)["weights"], before["weights"], rtol=0, atol=0)
 
 
 def flipped(content: bytes, bit: int) -> bytes:
