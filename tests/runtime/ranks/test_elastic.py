@@ -42,6 +42,7 @@ def make_trainer(ranks: int) -> PPOTrainer:
         use_score_scaling=True,
         use_score_norm=True,
         learning_rate=1e-3,
+        adam_eps=1e-4,
     )
     trainer.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.9)
     return trainer

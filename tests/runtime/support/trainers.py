@@ -29,17 +29,20 @@ def make_trainer(
     layers: int = 2,
     peft_config: Any = None,
     placed: Any = None,
+    adam_eps: float | None = None,
     **settings: Any,
 ) -> PPOTrainer:
     """A trainer around a tiny random model; ``settings`` go to PPOConfig.
 
-    ``placed`` moves the model to where it shall be.
+    ``placed`` moves the model to where it shall be. ``adam_eps`` is for runs that are compared up to rounding: Adam
+    divides a gradient by its own size, so with its usual 1e-8 the rounding of one that is almost zero moves a weight
+    by a good part of the learning rate, more on one processor than on another.
     """
     set_seed(0)
     parent = AutoModelForSeq2SeqLMWithValueHead if family in SEQ2SEQ_FAMILIES else AutoModelForCausalLMWithValueHead
     model = parent.from_pretrained(tiny_model(family, dropout=dropout, layers=layers), peft_config=peft_config)
     model = model if placed is None else placed(model)
-    return PPOTrainer(
+    trainer = PPOTrainer(
         PPOConfig(**(SETTINGS | settings)),
         model,
         ref_model,
@@ -48,6 +51,9 @@ def make_trainer(
         optimizer=None if optimizer_of is None else optimizer_of(model),
         num_shared_layers=num_shared_layers,
     )
+    for group in trainer.optimizer.param_groups if adam_eps is not None else ():
+        group["eps"] = adam_eps
+    return trainer
 
 
 def untimed(stats: dict[str, Any]) -> dict[str, Any]:
