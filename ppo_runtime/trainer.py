@@ -18,6 +18,7 @@ from ppo_core.scores import ScoreState
 from ppo_runtime import assembly
 from ppo_runtime.accel.heap import freed_memory_kept
 from ppo_runtime.accel.products import fast_products
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning import sameness
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
@@ -210,9 +211,9 @@ class Trainer:
     def _warn_at_the_start(self) -> None:
         """Say what works, but is hardly meant."""
         if found := differences(sameness.versions(), self.world, "the comparison of versions"):
-            logger.warning("%s: numbers may be rounded differently there", "; ".join(found))
+            _say("%s: numbers may be rounded differently there", "; ".join(found))
         if updates := self.config.updates_of_one_sequence:
-            logger.warning(
+            _say(
                 "mini_batch_size is 1 and batch_size %d: every step makes %d optimiser updates, each on one sequence "
                 "alone; set mini_batch_size, or gradient_accumulation_steps where memory is short",
                 self.config.batch_size,
@@ -396,14 +397,15 @@ class Trainer:
             freed_memory_kept(),
             own_precision(self.device),
             fast,
-            self._undone_unless_whole() as progress,
+            # Around the undoing: a step is whole before its batch is kept, which may be interrupted.
             self._inspection.watching(
                 watched := Watched(queries, responses, scores, response_masks),
-                progress,
+                progress := Progress(gradients_waiting(self.model, self.optimizer)),
                 step=self.current_step + 1,
                 config=self.config,
                 world=self.world,
             ),
+            self._undone_unless_whole(progress),
             lost_ranks_named(self.world, f"step {self.current_step + 1}"),
         ):
             return self._step(queries, responses, scores, response_masks, progress, watched.computed)
@@ -488,7 +490,7 @@ class Trainer:
         # Last, together with the counter: what is broken off before is undone without them.
         if self.lr_scheduler is not None and progress.begun and (error := advance(self.lr_scheduler, self.optimizer)):
             self._unscheduled = self.lr_scheduler
-            logger.warning("%s", no_rate(self.lr_scheduler, self.current_step + 2, error))
+            _say("%s", no_rate(self.lr_scheduler, self.current_step + 2, error))
         self.current_step += 1
         self.recent_scores.add(raw)
         return stats | {f"time/ppo/{name}": seconds for name, seconds in times.items()}
@@ -646,15 +648,14 @@ class Trainer:
         return queries, responses, scores, masks
 
     @contextmanager
-    def _undone_unless_whole(self) -> Iterator[Progress]:
+    def _undone_unless_whole(self, progress: Progress) -> Iterator[None]:
         """A step that does not end leaves the trainer as it was; where weights have moved, ``broken_off`` says so.
 
         No copy of the weights is kept to go back to: it would be as large as the model.
         """
         before, order = self.state_dict(), self.shuffle.get_state()
-        progress = Progress(gradients_waiting(self.model, self.optimizer))
         try:
-            yield progress
+            yield
         except BaseException as error:
             marked = self.broken_off
             if progress.begun:
@@ -697,10 +698,17 @@ class Trainer:
             self._unscheduled = None
 
     def _update_controller(self, kl: float, n_steps: int) -> None:
-        try:
-            self.kl_ctl.update(kl, n_steps)
-        except ValueError as refusal:
-            logger.warning("the KL controller kept its coefficient %s: %s", self.kl_ctl.value, refusal)
+        with all_or_none(self.world, phase="the update of the KL controller"):  # which may be the user's own
+            try:
+                self.kl_ctl.update(kl, n_steps)
+            except ValueError as refusal:
+                _say("the KL controller kept its coefficient %s: %s", self.kl_ctl.value, refusal)
+
+
+def _say(text: str, *values: Any) -> None:
+    """Log what all ranks have come to, once."""
+    if speaks_for_all():
+        logger.warning(text, *values)
 
 
 @contextmanager

@@ -76,9 +76,11 @@ def cause_in_losses(seen: Tensor, config: PPOConfig) -> Cause:
     """What speaks against an update, of which every rank has told [ranks, SEEN]; not how its rows were split."""
     loss, ratios, weight, _ = seen.sum(0)
     ratio = float(mean_of(Average(ratios, weight)))
-    if ratio > config.ratio_threshold:
+    if not math.isfinite(loss):
+        return Cause.LOSS
+    if ratio > config.ratio_threshold:  # an infinite one too, where clipping has kept the loss finite
         return Cause.FAR
-    return Cause.NONE if math.isfinite(loss) and math.isfinite(ratio) else Cause.LOSS
+    return Cause.NONE if math.isfinite(ratio) else Cause.LOSS
 
 
 def clip_gradients(

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo_runtime.common.files import write_whole
 from ppo_runtime.common.inputs import NotFinite
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.guards import INSPECTED, WHAT_TO_DO
@@ -29,6 +30,7 @@ from ppo_runtime.learning.update import Progress
 from ppo_runtime.ranks.world import World
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 MOST = 3
 """Batches that a process keeps: the first ones are those that tell."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.models.inner import is_merged, pretrained_model
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 
 def check_trains(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_runtime.accel.onednn import rollout_layers
 from ppo_runtime.common import inputs
+from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.transfers import together
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.models.context import Context, decoder_start
@@ -31,6 +32,7 @@ from ppo_runtime.rollout.settings import Settings, check_settings
 from ppo_runtime.rollout.values import COUNT, token_ids, whole
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 # Queries that share a drawn length where nobody says how many are generated together: TRL's batch.
 _SHARING = 4

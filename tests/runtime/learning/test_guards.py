@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ppo_core.averages import Average
 from ppo_runtime import PPOConfig, PPOTrainer
 from ppo_runtime.checkpoint import save_checkpoint
-from ppo_runtime.learning import update
+from ppo_runtime.learning import inspection, update
 from ppo_runtime.learning.guards import PATIENCE, Cause, cause_in_losses, clip_gradients, seen_in_losses
 from tests.runtime.support.tiny import tiny_model
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
@@ -512,6 +512,27 @@ def test_an_empty_update_is_kept_as_well(tmp_path: Path) -> None:
     assert "keep none of its tokens" in record["why"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_speaks_for_all(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError
+
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    spoil_gradients(trainer, NAN, only=1)
+    monkeypatch.setattr(trainer.kl_ctl, "update", refuse)
+    trainer.model.pretrained_model.requires_grad_(False)
+    trainer.generate(torch.tensor([5]), max_new_tokens=1, do_sample=True, top_k=1)
+    trainer.step(*make_batch())
+    assert list(_kept(tmp_path)) == ["step-1"]
+    expected = ["top_k", "nothing of the language model", "KL controller kept", "left out", "kept for inspection"]
+    assert [text for text, said in zip(expected, caplog.messages, strict=False) if text in said] == expected[rank * 5 :]
+    assert len(caplog.messages) == 5 * (1 - rank)
+
+
 def test_a_few_batches_are_kept_and_none_of_what_is_merely_wrong(tmp_path: Path) -> None:
     trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
     queries, responses, scores = make_batch()
@@ -523,6 +544,25 @@ def test_a_few_batches_are_kept_and_none_of_what_is_merely_wrong(tmp_path: Path)
             trainer.step(queries, responses, [NAN, *scores[1:]])
         trainer.step(*make_batch(seed=step))
     assert list(_kept(tmp_path)) == ["step-1", "step-2", "step-3"]
+
+
+def test_a_whole_step_stays_one_where_the_keeping_of_its_batch_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(project_kwargs={"logging_dir": str(tmp_path)})
+    spoil_gradients(trainer, NAN, only=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(inspection, "keep_batch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.step(*make_batch())
+    assert trainer.current_step == 1
+    assert trainer.broken_off is None
+    save_checkpoint(trainer, tmp_path / "checkpoint")
+    trainer.step(*make_batch(seed=1))
+    assert trainer.current_step == 2
 
 
 def test_what_cannot_be_kept_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -613,6 +653,18 @@ def test_the_ratio_that_leaves_an_update_out_is_the_mean_over_all_ranks() -> Non
     assert cause_in_losses(far[None], config) is Cause.FAR
     assert cause_in_losses(torch.stack((near, far)), config) is Cause.NONE
     assert cause_in_losses(torch.stack((far, near)), attrs.evolve(config, ratio_threshold=1.15)) is Cause.FAR
+
+
+@pytest.mark.parametrize("loss", [INF, NAN])
+@pytest.mark.parametrize("ratio", [1.0, 20.0, INF])
+def test_a_loss_that_is_not_finite_is_no_ratio_above_the_threshold(ratio: float, loss: float) -> None:
+    assert cause_in_losses(told(ratio, 8.0, loss)[None], PPOConfig()) is Cause.LOSS
+
+
+def test_a_ratio_that_has_overflown_is_above_the_threshold() -> None:
+    """Where the loss is finite, since the ratio is clipped."""
+    assert cause_in_losses(told(INF, 8.0)[None], PPOConfig()) is Cause.FAR
+    assert cause_in_losses(told(NAN, 8.0)[None], PPOConfig()) is Cause.LOSS
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_counts_for_all() -> None:

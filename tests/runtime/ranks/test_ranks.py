@@ -82,6 +82,27 @@ def guarded() -> dict[str, Any]:
     return result | {"skipped": stats["ppo/policy/skipped_updates"], "said": said}
 
 
+def left_out(rows: slice, count: int) -> list[tuple[float, list[float]]]:
+    """Updates left out of three, on some of six rows, by threshold; and the ratios seen here."""
+    found = []
+    for threshold in (1.013, 1.05):
+        trainer = trainers.make_trainer(
+            batch_size=count, mini_batch_size=count, drop_last=False, learning_rate=3e-3, ppo_epochs=3
+        )
+        trainer.config.ratio_threshold = threshold
+        seen: list[float] = []
+
+        def objective(*args: Any, seen: list[float] = seen, **settings: Any) -> update.PolicyLoss:
+            loss = update.clipped_objective(*args, **settings)
+            seen.append(float(loss.ratio.total / loss.ratio.weight))
+            return loss
+
+        trainer.policy_objective = objective
+        stats = trainer.step(*(part[rows] for part in trainers.make_batch()))
+        found.append((stats["ppo/policy/skipped_updates"], seen))
+    return found
+
+
 def gathered() -> dict[str, Any]:
     """A dictionary of statistics over the ranks: token-weighted numbers, ragged distributions, the rest as it is."""
     trainer = trainers.make_trainer()
@@ -150,6 +171,7 @@ def be_one_rank(folder: Path) -> None:
         "sampled": sampled(),
         "guarded": guarded(),
         "collectives": collectives(),
+        "left out": left_out(slice(0, 4) if rank == 0 else slice(4, 6), 4),
         "gathered": gathered(),
         "logged": logged(),
     }
@@ -193,13 +215,23 @@ def test_what_one_rank_cannot_take_all_ranks_leave_out_or_refuse(ranks: list[dic
     ]
 
 
-def test_ranks_meet_few_times_in_a_step_and_three_times_in_an_update(ranks: list[dict[str, Any]]) -> None:
-    """To agree that all may begin, on the advantages' moments, and for statistics and distributions.
+def test_the_ratio_that_leaves_an_update_out_is_the_mean_over_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Of all their tokens, where one rank has four rows and another two; each of them alone would judge otherwise."""
+    alone = left_out(slice(None), 6)
+    for (skipped, _), (first, ours), (second, theirs) in zip(alone, *(rank["left out"] for rank in ranks), strict=True):
+        assert first == second == skipped
+        assert ours[-1] > 1.05
+        assert theirs[-1] < 1.013 < alone[-1][1][-1] < 1.05
+    assert [skipped for skipped, _ in alone] == [1, 0]
 
-    A small message goes before the last two, by which ranks see that they are in one place.
+
+def test_ranks_meet_few_times_in_a_step_and_three_times_in_an_update(ranks: list[dict[str, Any]]) -> None:
+    """To agree that all may begin, on the advantages' moments, for statistics and distributions, and on the controller.
+
+    A small message goes before statistics and distributions, by which ranks see that they are in one place.
     In an update they agree on its losses, sum the gradients, and agree that all have stepped.
     """
-    assert [rank["collectives"] for rank in ranks] == [{"all_gather": 6 + 2 * 2, "all_reduce": 2}] * 2
+    assert [rank["collectives"] for rank in ranks] == [{"all_gather": 7 + 2 * 2, "all_reduce": 2}] * 2
 
 
 def test_dictionaries_of_statistics_are_gathered(ranks: list[dict[str, Any]]) -> None:

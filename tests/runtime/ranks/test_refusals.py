@@ -54,6 +54,9 @@ SAID: dict[str, tuple[str, str]] = {
     "raises_in_an_update": ("RuntimeError", "MemoryError: no room for the gradients"),
 }
 
+# Parts of a trainer that may be the user's own, and what a step calls of them.
+PARTS = {"optimizer": "step", "kl_ctl": "update"}
+
 
 def raising(error: BaseException | None, other: BaseException | None, rank: int) -> None:
     error = error if rank == 0 else other
@@ -89,7 +92,7 @@ def apart(world: World, *blocks: Callable[[], Any]) -> str:
     """What is said where each rank has come to something else."""
     try:
         blocks[world.rank]()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         return str(error)
     return ""
 
@@ -115,13 +118,14 @@ def other_calls(world: World) -> dict[str, str]:
     return found
 
 
-def optimiser_raises(culprits: set[int], world: World) -> tuple[str, bool]:
-    """What a step says in which the optimiser fails, and whether the next one is made."""
+def part_raises(part: str, method: str, culprits: set[int], world: World) -> tuple[str, bool]:
+    """What a step says in which a part of the user's fails, and whether the next one is made."""
     trainer, batch = make_trainer(), make_batch()
     if world.rank in culprits:
-        trainer.optimizer.step = partial(raising, ValueError("a bad option"), ValueError("a bad option"), world.rank)
+        error = LookupError("a bad option")
+        setattr(getattr(trainer, part), method, lambda *_: raising(error, error, world.rank))
     said = apart(world, *[lambda: trainer.step(*batch)] * 2)
-    vars(trainer.optimizer).pop("step", None)
+    vars(getattr(trainer, part)).pop(method, None)
     trainer.step(*batch)
     return said, trainer.broken_off is None
 
@@ -165,7 +169,8 @@ def be_one_rank(folder: Path) -> None:
     )
     results["long"] = gathered(torch.full((200,), world.rank), world, "one").sum(-1).tolist()
     results["calls"] = other_calls(world)
-    results["optimisers"] = [optimiser_raises(culprits, world) for culprits in ({0}, {1}, {0, 1})]
+    for part, method in PARTS.items():
+        results[part] = [part_raises(part, method, culprits, world) for culprits in ({0}, {1}, {0, 1})]
     results["piece"] = piece_refused(world)
     for case in SAID:
         for culprit in range(world.size):
@@ -261,10 +266,11 @@ def test_ranks_that_call_different_things_can_go_on_together(ranks: list[dict[st
     assert all(said.startswith("the ranks have parted, rank 0 in ") for said in first.values()), first
 
 
-def test_an_optimiser_that_fails_loses_no_rank(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_fails_loses_no_rank(ranks: list[dict[str, Any]], part: str) -> None:
     for rank in ranks:
-        said, whole = zip(*rank["optimisers"], strict=True)
-        assert said == ("rank 0: a bad option", "rank 1: a bad option", "a bad option")
+        said, whole = zip(*rank[part], strict=True)
+        assert said == ("rank 0: LookupError: a bad option", "rank 1: LookupError: a bad option", "a bad option")
         assert all(whole)
 
 

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: what the first and the second do, and what is as before afterwards."""
 
 import io
+import json
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from ppo_runtime import loop
 from ppo_runtime.common.signals import stop_asked
+from ppo_runtime.learning import inspection
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.trainers import make_trainer
@@ -102,6 +104,38 @@ def test_after_the_first_signal_the_second_does_what_it_did_before(number: int, 
     stopped = _train(_trainer(tmp_path), tmp_path, score=score)
     assert handlers == before
     assert (stopped.interrupted, stopped.signal, stopped.history) == (True, signal.SIGINT, [])
+
+
+def test_a_run_that_is_stopped_while_a_batch_is_kept_counts_its_step_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second step, of which an update was left out."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    straight = _trainer(tmp_path / "straight")
+    _train(straight, tmp_path / "straight")
+    trainer = _trainer(home := tmp_path / "stopped")
+    backward = 0
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal backward
+        backward += 1
+        return gradient * (float("nan") if backward == 3 else 1.0)
+
+    trainer.config.on_nonfinite = "drop"
+    trainer.model.v_head.summary.weight.register_hook(spoil)
+    with monkeypatch.context() as patched:
+        patched.setattr(inspection, "keep_batch", interrupt)
+        stopped = _train(trainer, home, checkpoint_every=1)
+    assert (stopped.interrupted, trainer.current_step, trainer.broken_off) == (True, 2, None)
+    assert json.loads((home / "run.json").read_text())["steps_done"] == 2
+    resumed = _trainer(home)
+    assert len(_train(resumed, home, resume=True).history) == 3
+    assert [line["step"] for line in read_jsonl(home / "metrics.jsonl")] == [1, 2, 3, 4]
+    for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_signal_during_a_save_stops_right_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
