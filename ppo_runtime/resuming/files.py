@@ -90,7 +90,7 @@ def told(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         said = (
             f"no checkpoint was made in {target}: {error}. What was there is kept; give the checkpoint a directory "
-            f"that can be made and renamed where it lies, and has room, such as {target / 'checkpoint'}"
+            "that can be made and renamed where it lies, and has room"
         )
         raise told_again(error, said) from error
 
@@ -117,9 +117,13 @@ def existing(target: Path) -> Path:
     raise FileNotFoundError(f"{target} holds no {STATE}, expected a directory made by save_checkpoint")
 
 
-def damaged(source: Path, what: str) -> ValueError:
+class Damaged(ValueError):
+    """A checkpoint is not as it was written."""
+
+
+def damaged(source: Path, what: str) -> Damaged:
     """What is said of a checkpoint that is not as it was written."""
-    return ValueError(f"{source} cannot be read ({what}), expected {_WHOLE}")
+    return Damaged(f"{source} cannot be read ({what}), expected {_WHOLE}")
 
 
 def opened(path: Path) -> BinaryIO:
@@ -164,6 +168,20 @@ def read_json(path: Path) -> Any:
         raise damaged(path.parent, f"{path.name}: {error}") from error
 
 
+def format_of(source: Path, state: Any) -> Any:
+    """The format of a checkpoint, as what its ``state.json`` holds says.
+
+    Raises:
+        ValueError: it is a later one than ours, in which anything else may be another as well.
+    """
+    found = state.get("format") if isinstance(state, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise ValueError(
+            f"{source} has format {found!r:.20}, expected at most {FORMAT}: a later version has made it; use that one"
+        )
+    return found
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, in the memory of the CPU once they are looked at."""
     opened(path).close()  # a plain file
@@ -185,7 +203,19 @@ def as_json(content: Any) -> str:
     return json.dumps(content, default=str) + "\n"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, and wait until it is on disk."""
-    path.write_text(as_json(content), encoding="utf-8")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, and wait until it is on disk.
+
+    Raises:
+        ValueError: it would be longer than what is read again.
+    """
+    text = as_json(content).encode()
+    if len(text) > LONGEST:
+        sizes = {name: len(as_json(part).encode()) for name, part in content.items()}
+        name = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"{path.name} would have {len(text)} bytes, {sizes[name]} of them for {name!r}, expected at most "
+            f"{LONGEST}, with which it can be read again: no checkpoint is made; keep what is long out of that"
+        )
+    path.write_bytes(text)
     sync(path)

@@ -41,8 +41,6 @@ def check_whole(source: Path) -> int:
         ValueError: something is not as it was written.
     """
     manifest = read_manifest(source)
-    if manifest is None:
-        read_state(source, manifest)  # which refuses what has lost its manifest: that is of no earlier version
     check_sealed(source, manifest)
     state = read_state(source, manifest)
     for rank in range(state.world_size):
@@ -61,15 +59,10 @@ def read_state(source: Path, manifest: Manifest | None) -> StateRecord:
         manifest: of it.
     """
     held = files.read_json(source / files.STATE)
-    found = held.get("format") if isinstance(held, dict) else None
-    if isinstance(found, int) and found > files.FORMAT:
-        raise ValueError(
-            f"{source} has format {found!r:.20}, expected at most {files.FORMAT}; use the version that wrote it"
-        )
+    found = files.format_of(source, held)
     state = read_record(source, StateRecord, held, files.STATE, complete=found == files.FORMAT)
     if (manifest is None) != (state.format == 1):
-        missing = f"{files.MANIFEST} is missing" if manifest is None else f"{files.STATE} is of format {state.format}"
-        raise damaged(source, missing)
+        raise damaged(source, f"{files.STATE} is of format {state.format}")
     if manifest is not None and manifest.ranks != state.world_size:
         raise damaged(source, f"{files.STATE} is of {state.world_size} ranks, and there are files of {manifest.ranks}")
     return state

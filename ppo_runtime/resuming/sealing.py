@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,26 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(source: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None where it has none, as those of format 1.
+    """The manifest of a checkpoint; None of one of format 1, which has none.
 
     Raises:
-        ValueError: it is not what :func:`write_manifest` has written, to the letter.
+        ValueError: it is missing, or not what :func:`write_manifest` has written, to the letter; or a later version has
+            written it.
     """
-    path = source / files.MANIFEST
-    if not os.path.lexists(path):
+    if not os.path.lexists(source / files.MANIFEST):
+        if files.format_of(source, files.read_json(source / files.STATE)) != 1:
+            raise damaged(source, f"{files.MANIFEST} is missing")
         return None
+    try:
+        return _as_written(source)
+    except ValueError:
+        with suppress(files.Damaged):  # that of the manifest is told first
+            files.format_of(source, files.read_json(source / files.STATE))
+        raise
+
+
+def _as_written(source: Path) -> Manifest:
+    path = source / files.MANIFEST
     held = files.read_json(path)
     content = held.get("content") if isinstance(held, dict) else None
     if not isinstance(content, dict) or files.as_json(_sealed(content)).encode() != files.read_text(path):

@@ -121,9 +121,48 @@ def test_a_checkpoint_of_before_loads_and_is_said_to_have_no_checksums(
     assert newest_good(run) == run / "checkpoint-2"
 
 
-def test_a_manifest_that_is_gone_does_not_make_it_one_of_before(run: Path, trainer: PPOTrainer) -> None:
+def test_a_manifest_that_is_gone_does_not_make_it_one_of_before(
+    run: Path, trainer: PPOTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
     (run / "checkpoint-2" / files.MANIFEST).unlink()
     assert_refused(trainer, run / "checkpoint-2", r"manifest\.json is missing")
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        steps_done(run / "checkpoint-2")
+    assert newest_good(run) == run / "checkpoint-1"
+    assert "earlier version" not in caplog.text
+
+
+@pytest.mark.parametrize("manifest", ["with one file more", "of another kind", "none"])
+def test_a_checkpoint_of_a_later_version_is_not_called_damaged(
+    manifest: str, run: Path, trainer: PPOTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = run / "checkpoint-2"
+    (source / "shard-0.safetensors").write_bytes(b"")
+    change(source, files.STATE, lambda state: state | {"format": files.FORMAT + 1})
+    if manifest == "of another kind":
+        (source / files.MANIFEST).write_text('["another"]')
+    elif manifest == "none":
+        (source / files.MANIFEST).unlink()
+    assert_refused(trainer, source, f"has format {files.FORMAT + 1}.*a later version has made it")
+    with pytest.raises(ValueError, match="a later version has made it"):
+        steps_done(source)
+    assert newest_good(run) == run / "checkpoint-1"
+    assert "earlier version" not in caplog.text
+
+
+def test_no_state_is_written_that_could_not_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that keeps its whole schedule, say."""
+    trainer = make_trainer()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+    trainer.lr_scheduler = scheduler
+    save_in(run, trainer)
+    scheduler.planned = list(range(100000))  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(files, "LONGEST", 100000)
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    with pytest.raises(ValueError, match=r"state\.json would have \d+ bytes, \d+ of them for 'lr_scheduler'.* 100000"):
+        save_checkpoint(trainer, run / "checkpoint-0")
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+    assert steps_done(run / "checkpoint-0") == 0
 
 
 # --- malice -----------------------------------------------------------------------------------------------------------
