@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ from ppo_runtime.resuming.reading import runs_in
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = re.compile(
+    r"(pytorch_|adapter_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
 
 MODEL, BROKEN_OFF, RECORD = "model", "model-broken-off", "run.json"
 
@@ -125,7 +130,7 @@ def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: boo
     after = f"the model after step {trainer.current_step}"
     with (
         _told(f"{after} was not saved in {model}", "What was there before is kept"),
-        filled_whole(model, replaces=_not_a_users_card) as draft,
+        filled_whole(model, replaces=_not_a_users_card, drops=_are_weights) as draft,
     ):
         trainer.save_pretrained(draft, **weights)
     with _told(
@@ -171,6 +176,11 @@ def _record(trainer: Trainer, steps: int) -> dict[str, Any]:
         "acceleration": attrs.asdict(trainer.acceleration),
         "config": plain_settings(trainer.config),
     }
+
+
+def _are_weights(file: Path) -> bool:
+    """Whether transformers or peft would take a file for a model's, or half of one, beside those that were saved."""
+    return _WEIGHTS.fullmatch(file.name) is not None
 
 
 def _not_a_users_card(file: Path) -> bool:

@@ -2,19 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, which takes its place only once all of it is on disk."""
+    """Write a file, which takes its place only once all of it is on disk, with the mode of what was there.
+
+    A link stays one: what it leads to is written.
+    """
+    path = Path(os.path.realpath(path))
     draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -22,13 +29,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterator[Path]:
+def filled_whole(
+    directory: Path, *, replaces: Callable[[Path], bool], drops: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
     """A directory of the same name to write into, which takes the place of ``directory`` once all of it is on disk.
 
     An error in between leaves ``directory`` as it was, and a kill leaves the files of one time, never of two. (One
     between the two renames leaves none, and those of before under a hidden name beside it: they are put back by the
-    next use.) Other files in it stay, and so does one that ``replaces``, which is asked about each new file's place
-    there, refuses. A mount point cannot be renamed: its files are replaced one by one.
+    next use.) A mount point cannot be renamed: its files are replaced one by one.
+
+    Args:
+        directory: to be filled; it keeps its mode.
+        replaces: asked about each file that has a new one, whether that replaces it.
+        drops: asked about each other file that lies in it, whether it goes; one in a directory there always stays.
     """
     target = directory.resolve()  # where it is a link, what it leads to may lie on another disk
     _put_back(target)
@@ -40,8 +53,8 @@ def filled_whole(directory: Path, *, replaces: Callable[[Path], bool]) -> Iterat
     try:
         yield draft
         _sync_all(draft)
-        if mounted or not _renamed(draft, target, replaces):
-            _replace_each(draft, target, replaces)
+        if mounted or not _renamed(draft, target, replaces, drops):
+            _replace_each(draft, target, replaces, drops)
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
 
@@ -60,6 +73,16 @@ def siblings(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")
 
 
+def free_place(place: Path, *, endings: Sequence[str] = ("",), first: int = 2) -> Path:
+    """The place itself, or with the next number from ``first`` on, under which nothing lies yet, with any ending."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in count(first))
+    return next(
+        free
+        for free in chain([place], numbered)
+        if not any(os.path.lexists(free.with_name(f"{free.name}{ending}")) for ending in endings)
+    )
+
+
 def told_again(error: Exception, said: str) -> OSError:
     """What the system refused, in other words and with its number, where it has one."""
     number = getattr(error, "errno", None)
@@ -76,13 +99,13 @@ def _put_back(target: Path) -> None:
             os.rename(previous, target)
 
 
-def _renamed(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> bool:
+def _renamed(draft: Path, target: Path, replaces: Callable[[Path], bool], drops: Callable[[Path], bool]) -> bool:
     """Put a draft in the place of a directory; False where the system renames none such, as in an image's layers."""
     if not target.exists():
         os.rename(draft, target)
         sync(target.parent)
         return True
-    _carry_over(target, draft, replaces)
+    _carry_over(target, draft, replaces, drops)
     _, previous = siblings(target)
     try:
         os.rename(target, previous)
@@ -93,20 +116,21 @@ def _renamed(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> boo
     except BaseException:
         os.rename(previous, target)
         raise
+    shutil.copymode(previous, target)
     sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
     return True
 
 
-def _carry_over(old: Path, new: Path, replaces: Callable[[Path], bool]) -> None:
+def _carry_over(old: Path, new: Path, replaces: Callable[[Path], bool], drops: Callable[[Path], bool]) -> None:
     """Give a draft the files that stay; links of the same disk, since they may be large."""
     for entry in os.scandir(old):
         source, place = Path(entry.path), new / entry.name
         if entry.is_dir(follow_symlinks=False):
             if not place.is_file():
                 place.mkdir(exist_ok=True)
-                _carry_over(source, place, replaces)
-        elif not os.path.lexists(place) or not replaces(source):
+                _carry_over(source, place, replaces, lambda _: False)
+        elif not (replaces if os.path.lexists(place) else drops)(source):
             place.unlink(missing_ok=True)
             try:
                 os.link(source, place, follow_symlinks=False)
@@ -114,12 +138,16 @@ def _carry_over(old: Path, new: Path, replaces: Callable[[Path], bool]) -> None:
                 shutil.copy2(source, place, follow_symlinks=False)
 
 
-def _replace_each(draft: Path, target: Path, replaces: Callable[[Path], bool]) -> None:
+def _replace_each(draft: Path, target: Path, replaces: Callable[[Path], bool], drops: Callable[[Path], bool]) -> None:
+    new = os.listdir(draft)
     for file in sorted(path for path in draft.rglob("*") if path.is_file()):
         place = target / file.relative_to(draft)
         if not place.exists() or replaces(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
+    for entry in list(os.scandir(target)):
+        if entry.name not in new and not entry.is_dir(follow_symlinks=False) and drops(Path(entry.path)):
+            os.unlink(entry)
     sync(target)
 
 

@@ -33,6 +33,8 @@ def plain(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> A
     if isinstance(value, np.generic) and _is_plain(value.dtype):
         return value.item()
     if isinstance(value, Tensor) and tensors is not None:
+        while where in tensors:  # as {"a.b": ...} beside {"a": {"b": ...}}
+            where += "'"
         tensors[where] = value
         return {"stored": where}
     if isinstance(value, Tensor) and not value.is_complex():
@@ -55,8 +57,8 @@ def plain(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> A
 
 
 def _is_plain(dtype: np.dtype[Any]) -> bool:
-    """Whether JSON has what an array's entries are: truth values, strings, and numbers of 64 bits at most."""
-    return dtype.kind == "U" or (dtype.kind in "biuf" and dtype.itemsize <= 8)
+    """Whether JSON has what an array's entries are: truth values, short strings, and numbers of 64 bits at most."""
+    return dtype.itemsize <= {"U": _WIDEST, "b": 8, "i": 8, "u": 8, "f": 8}.get(dtype.kind, -1)
 
 
 def restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -101,7 +103,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return found.reshape(value.get("shape", found.shape))  # which an empty list does not tell
     if "array" in value:
         kind = np.dtype(value["dtype"])
-        if not _is_plain(kind) or kind.itemsize > _WIDEST:
+        if not _is_plain(kind):
             raise TypeError(f"{kind} is no dtype of plain values")
         array = np.array(value["array"], dtype=kind)
         return array.reshape(value.get("shape", array.shape))

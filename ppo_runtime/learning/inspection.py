@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ppo_runtime.common.files import write_whole
+from ppo_runtime.common.files import free_place, write_whole
 from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import plain_settings
@@ -94,7 +93,7 @@ class Inspection:
         rank = f"-rank-{world.rank}" if world.size > 1 else ""
         try:
             path = keep_batch(
-                free_place(config.logging_dir / FOLDER / f"step-{step}{rank}"),
+                free_place(config.logging_dir / FOLDER / f"step-{step}{rank}", endings=(".safetensors", ".json")),
                 watched,
                 {"step": step, "rank": world.rank, "why": why, "rows": rows, "settings": plain_settings(config)},
             )
@@ -108,16 +107,6 @@ class Inspection:
             path,
             path.with_suffix(".json").name,
         )
-
-
-def free_place(place: Path) -> Path:
-    """The place itself, or with the first number from 2 on under which nothing lies yet."""
-    numbered = (place.with_name(f"{place.name}-{number}") for number in count(2))
-    return next(
-        free
-        for free in chain([place], numbered)
-        if not any(free.with_name(f"{free.name}{ending}").exists() for ending in (".safetensors", ".json"))
-    )
 
 
 def keep_batch(place: Path, watched: Watched, record: Mapping[str, Any]) -> Path:

@@ -4,11 +4,10 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ppo_runtime.common.files import sync, write_whole
+from ppo_runtime.common.files import free_place, sync, write_whole
 from ppo_runtime.reporting.tables import Table
 
 _RESERVED = ("step", "tables", "nonfinite", "run")
@@ -68,9 +67,14 @@ class JsonlTracker:
 def set_aside(path: str | os.PathLike[str]) -> Path | None:
     """Move an earlier run's lines to ``metrics-1.jsonl``, or the next number; returns that path, None without lines."""
     path = Path(path)
-    if not path.exists() or b"\n" not in path.read_bytes():
+    if not path.exists() or b"\n" not in (content := path.read_bytes()):
         return None
-    return path.rename(_beside(path))
+    aside = _beside(path)
+    if not path.is_symlink():
+        return path.rename(aside)
+    write_whole(aside, content)  # beside the link, which stays for the lines to come
+    write_whole(path, b"")
+    return aside
 
 
 def set_aside_after(path: str | os.PathLike[str], step: float) -> Path | None:
@@ -113,8 +117,8 @@ def run_at(path: str | os.PathLike[str], step: float) -> str | None:
 
 def _beside(path: Path) -> Path:
     """A name that is free: ``metrics-1.jsonl``, or the next number."""
-    number = next(n for n in count(1) if not path.with_name(f"{path.stem}-{n}{path.suffix}").exists())
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+    free = free_place(path.with_name(path.stem), endings=[path.suffix], first=1)
+    return free.with_name(f"{free.name}{path.suffix}")
 
 
 def _run_at(content: bytes, step: float) -> str | None:

@@ -72,6 +72,7 @@ def put_in_place(draft: Path, target: Path, previous: Path) -> None:
     try:
         sync(draft)
         if target.exists():
+            shutil.copymode(target, draft)
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
         draft.rename(target)

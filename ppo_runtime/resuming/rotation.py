@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from ppo_runtime.common.files import siblings
+from ppo_runtime.common.files import free_place, siblings
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.resuming import files
 from ppo_runtime.resuming.reading import check_whole
@@ -77,11 +77,7 @@ def set_aside(output_dir: Path, made: Path) -> None:
     """Rename checkpoints of later steps than ``made``, the one just made: no run goes on from a branch it has left."""
     for path in list(_there(output_dir)):
         if _number(path) > _number(made):
-            aside = path.with_name(f"{path.name}.abandoned")
-            tried = 1
-            while os.path.lexists(aside):
-                tried += 1
-                aside = path.with_name(f"{path.name}.abandoned-{tried}")
+            aside = free_place(path.with_name(f"{path.name}.abandoned"))
             with _said(path):
                 path.rename(aside)
                 logger.warning(

@@ -498,6 +498,13 @@ def test_a_checkpoint_that_cannot_be_put_in_place_leaves_what_was_there(
     save_checkpoint(trainer, target)
 
 
+def test_a_checkpoint_keeps_the_mode_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    save_checkpoint(trainer, tmp_path / "c").chmod(0o750)
+    save_checkpoint(trainer, tmp_path / "c")
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")

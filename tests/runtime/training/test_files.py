@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ppo_runtime.common import files
-from ppo_runtime.common.files import filled_whole
+from ppo_runtime.common.files import filled_whole, free_place, write_whole
 
 
 def _all(_: Path) -> bool:
@@ -50,6 +50,47 @@ def test_new_files_come_and_others_stay(model: Path) -> None:
     assert (model / "link").is_symlink()
     assert (model / "notes" / "mine").stat().st_ino == inode, "large files are not copied"
     assert os.listdir(model.parent) == ["model"]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_what_is_dropped_goes_and_what_lies_deeper_stays(
+    mounted: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "notes" / "weights-1").write_text("mine")
+    (model / "weights-1").write_text("1")
+    monkeypatch.setattr(os.path, "ismount", lambda path: mounted and Path(path) == model)
+    with filled_whole(model, replaces=_all, drops=lambda file: file.name.startswith("weights")) as draft:
+        (draft / "weights").write_text("2")
+    kept = {"notes/mine": "mine", "notes/weights-1": "mine", "card": "mine", "config": "1"}
+    assert _content(model) == kept | {"weights": "2", "link": "2"}
+
+
+def test_a_directory_keeps_its_mode(model: Path) -> None:
+    model.chmod(0o750)
+    _renewed(model)
+    assert model.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_file_keeps_its_mode_and_a_link_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "file").write_text("1")
+    (tmp_path / "far" / "file").chmod(0o640)
+    (tmp_path / "link").symlink_to("far/file")
+    write_whole(tmp_path / "link", "2")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "file").read_text() == "2"
+    assert (tmp_path / "far" / "file").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["far", "file", "link"]
+
+
+def test_a_free_place_is_one_with_nothing_in_it(tmp_path: Path) -> None:
+    assert free_place(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").symlink_to("nowhere")
+    (tmp_path / "a-2.json").touch()
+    assert free_place(tmp_path / "a") == tmp_path / "a-2"
+    assert free_place(tmp_path / "a", first=1) == tmp_path / "a-1"
+    assert free_place(tmp_path / "a", endings=[".json"]) == tmp_path / "a"
+    assert free_place(tmp_path / "a", endings=["", ".json"]) == tmp_path / "a-3"
 
 
 def test_where_there_are_no_links_files_are_copied(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

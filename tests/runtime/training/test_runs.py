@@ -125,6 +125,22 @@ def test_steps_beyond_the_checkpoint_are_not_doubled(tmp_path: Path, own_loop: b
     assert _steps(tmp_path / EARLIER) == [1]
 
 
+@pytest.mark.parametrize("goes_on_after", [None, 1])
+def test_metrics_that_are_a_link_stay_one(tmp_path: Path, goes_on_after: int | None) -> None:
+    (tmp_path / "far").mkdir()
+    lines = '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "far" / "file").write_text(lines)
+    (tmp_path / FILE).symlink_to("far/file")
+    for tracker in make_trackers(None, tmp_path, {}, "p", {}, goes_on_after=goes_on_after):
+        tracker.log(2, {"a": 1.0}, {})
+        tracker.close()
+    assert (tmp_path / FILE).is_symlink()
+    before, aside = ("", lines) if goes_on_after is None else ('{"step": 1}\n', '{"step": 2}\n')
+    assert (tmp_path / "far" / "file").read_text() == before + '{"step": 2, "a": 1.0}\n'
+    assert (tmp_path / EARLIER).read_text() == aside
+    assert not (tmp_path / EARLIER).is_symlink()
+
+
 def test_what_is_taken_out_is_only_what_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / FILE
     path.write_text('{"step": 1}\nno json\n{"step": 3}\n{"step": 2}\n[4]\n{"st')
@@ -664,6 +680,22 @@ def test_a_users_files_beside_the_model_stay(tmp_path: Path) -> None:
     for name in ("README.md", "notes.txt"):
         assert (tmp_path / "model" / name).read_text() == "mine"
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != weights
+
+
+def test_no_weights_of_another_form_stay_beside_the_models(tmp_path: Path) -> None:
+    """As they are left by a save in shards, or of an adapter: two models in one directory."""
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    written = {path.name for path in (tmp_path / "model").iterdir()}
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    others = "model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors"
+    mine = {"model-Q4.gguf", "my-model.safetensors", "model.txt", "best"}
+    for name in (*shards, *others, *mine - {"best"}, "best/model.safetensors"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("mine")
+    _train(trainer, tmp_path, steps=2)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == written | mine
+    assert (tmp_path / "model" / "best" / "model.safetensors").read_text() == "mine"
 
 
 def test_frozen_weights_in_eight_bits_are_saved(tmp_path: Path) -> None:

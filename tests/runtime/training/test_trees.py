@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_runtime.common.trees import plain, restored
+from ppo_runtime.common.trees import plain, read_back, restored
 
 HELD: dict[str, Any] = {
     "tensor": torch.tensor([0.1, float("nan"), float("inf")]),
@@ -41,6 +41,15 @@ def test_what_was_held_is_what_it_was(case: str, apart: bool) -> None:
     assert told(restored(json.loads(text), tensors)) == told(HELD[case])
 
 
+def test_no_name_of_a_tensor_stands_for_two() -> None:
+    held = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, 1: torch.tensor(3), "1": torch.tensor(4)}
+    held["a.b'"] = torch.tensor(5)
+    tensors: dict[str, Tensor] = {}
+    text = json.loads(json.dumps(plain(held, "it", tensors)))
+    assert told(read_back(text, "it", tensors)) == told(held)
+    assert len(tensors) == 5
+
+
 WIDE = pytest.mark.skipif(np.dtype(np.longdouble).itemsize <= 8, reason="a long double is an ordinary one here")
 
 
@@ -55,6 +64,7 @@ WIDE = pytest.mark.skipif(np.dtype(np.longdouble).itemsize <= 8, reason="a long 
         (np.array(["2020-01-01"], dtype="datetime64[D]"), "ndarray of datetime64"),
         (np.array([{}, None], dtype=object), "ndarray of object"),
         (np.array([b"a"]), r"ndarray of \|S1"),
+        (np.array(["a" * 5000]), "ndarray of <U5000"),
         ({1}, "set"),
         (b"a", "bytes"),
     ],
