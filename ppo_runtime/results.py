@@ -63,19 +63,23 @@ def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, do
         done: the steps of that.
         resume: what the caller asked for.
     """
+    own = trainer.current_step > 0 and (
+        # Rank 0 alone has the names that are written.
+        trainer.world.rank != 0
+        or bool(_names(trainer) & (_runs_recorded(output_dir) if newest is None else runs_in(newest)))
+    )
     if resume:
-        if newest is None and not trainer.current_step:
+        if newest is None and not own:
             _begin_again(output_dir)
         return
-    if trainer.current_step:
-        # Rank 0 alone has the name that is written.
-        if newest is not None and trainer.world.rank == 0 and not _names(trainer) & runs_in(newest):
-            raise ValueError(
-                f"output_dir is {str(output_dir)!r}, which holds the checkpoint of another run after step {done}, "
-                f"expected none or one of the run that this trainer has made {trainer.current_step} steps of; choose "
-                "another output_dir, or load that checkpoint first"
-            )
+    if own:
         return
+    stepped = f"the run that this trainer has made {trainer.current_step} steps of"
+    if done is not None and trainer.current_step:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds the checkpoint of another run after step {done}, "
+            f"expected none or one of {stepped}; choose another output_dir, or load that checkpoint first"
+        )
     if done is not None:
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, which holds the checkpoint of a run after step {done}, expected a "
@@ -83,18 +87,19 @@ def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, do
         )
     for name in (MODEL, BROKEN_OFF, RECORD):
         if (output_dir / name).exists():
+            expected = f"none or that of {stepped}" if trainer.current_step else "a directory without one for a new run"
             raise ValueError(
-                f"output_dir is {str(output_dir)!r}, which holds {name!r}, expected a directory without one for a new "
-                "run, which would replace it; move it, or choose another output_dir"
+                f"output_dir is {str(output_dir)!r}, which holds {name!r}, expected {expected}, which would replace "
+                "it; move it, or choose another output_dir"
             )
 
 
 def _begin_again(output_dir: Path) -> None:
     """Refuse to begin a finished run again, whose checkpoints are gone; one that was broken off may."""
+    record = _recorded(output_dir)
     try:
-        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
         finished = record["steps_done"] >= record["steps"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return
     if finished:
         raise ValueError(
@@ -102,6 +107,22 @@ def _begin_again(output_dir: Path) -> None:
             f"one to go on from: beginning again would replace {MODEL!r}; put the checkpoint back, or choose another "
             "output_dir"
         )
+
+
+def _recorded(output_dir: Path) -> dict[str, Any]:
+    """The record there; nothing without one that can be read."""
+    try:
+        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _runs_recorded(output_dir: Path) -> set[str | None]:
+    """The names of the parts of the run that has left its record; None for one of before names."""
+    record = _recorded(output_dir)
+    runs = record.get("runs", [None]) if record else []
+    return {name for name in runs if isinstance(name, str | None)} if isinstance(runs, list) else set()
 
 
 def _names(trainer: Trainer) -> set[str | None]:
@@ -159,12 +180,9 @@ def _told(what: str, holds: str) -> Iterator[None]:
 
 def _saved_already(trainer: Trainer, output_dir: Path) -> bool:
     """Whether the policy after the trainer's present step lies there, as far as the record tells."""
-    try:
-        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    there = isinstance(record, dict) and record.get("steps_done") == trainer.current_step
-    return there and record.get("broken_off") is None and (output_dir / MODEL).is_dir()
+    record = _recorded(output_dir)
+    there = record.get("steps_done") == trainer.current_step and record.get("broken_off") is None
+    return there and (output_dir / MODEL).is_dir()
 
 
 def _record(trainer: Trainer, steps: int) -> dict[str, Any]:
@@ -172,6 +190,7 @@ def _record(trainer: Trainer, steps: int) -> dict[str, Any]:
         "steps": max(steps, trainer.current_step),
         "steps_done": trainer.current_step,
         "broken_off": trainer.broken_off,
+        "runs": [*trainer.run_log.earlier_runs, trainer.run_log.run_name],
         "kl_coef": trainer.kl_ctl.value,
         "acceleration": attrs.asdict(trainer.acceleration),
         "config": plain_settings(trainer.config),

@@ -517,6 +517,44 @@ def test_steps_of_its_own_let_a_trainer_into_its_own_run_only(tmp_path: Path) ->
     assert steps_done(home / "checkpoint-4") == 4
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("left", ["all but checkpoints", "a record of before names", "a model alone"])
+def test_steps_of_its_own_let_a_trainer_replace_no_other_runs_model(tmp_path: Path, left: str, resume: bool) -> None:
+    _train(_trainer(tmp_path), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    if left == "a record of before names":
+        record = json.loads((tmp_path / "run.json").read_text())
+        del record["runs"]
+        (tmp_path / "run.json").write_text(json.dumps(record))
+    elif left == "a model alone":
+        (tmp_path / "run.json").unlink()
+        resume = False  # as after a first save that was cut short, which is gone on from
+    before = _files(tmp_path)
+    other = _trainer(tmp_path / "logs")
+    other.step(*make_batch(4))
+    said = (
+        "the results of a finished run" if resume else r"'model', expected none or that of the run .* made 1 steps of"
+    )
+    with pytest.raises(ValueError, match=said):
+        _train(other, tmp_path, steps=3, resume=resume)
+    assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("left", ["by an error", "by a run whose checkpoints are gone"])
+def test_a_trainer_goes_on_where_its_own_results_lie_alone(tmp_path: Path, left: str, resume: bool) -> None:
+    trainer = _trainer(tmp_path)
+    if left == "by an error":
+        with pytest.raises(ZeroDivisionError):
+            _train(trainer, tmp_path, score=lambda _, texts: [1 / (1 - trainer.current_step)] * len(texts))
+    else:
+        _train(trainer, tmp_path, steps=1)
+        shutil.rmtree(tmp_path / "checkpoint-1")
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 1
+    _train(trainer, tmp_path, steps=2, resume=resume)
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 2
+
+
 @pytest.mark.parametrize("left", ["model", "model-broken-off", "run.json"])
 def test_a_fresh_run_replaces_no_results_unasked(tmp_path: Path, left: str) -> None:
     """A run whose checkpoints were removed, or a policy of the user's own under that name."""
