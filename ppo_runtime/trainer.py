@@ -516,8 +516,7 @@ class Trainer:
         numbers, table = log_entry(stats, batch, rewards, columns_to_log, tokenizer=self.tokenizer, world=self.world)
         with all_or_none(self.world, phase="the writing of statistics"):
             if self.world.rank == 0:
-                for tracker in self.trackers:
-                    tracker.log(self.current_step, numbers, {"game_log": table})
+                self.run_log.log(self.trackers, self.current_step, numbers, {"game_log": table})
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides weights, optimiser, scheduler and random generators."""

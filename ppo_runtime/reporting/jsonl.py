@@ -4,12 +4,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ppo_runtime.common.files import free_place, sync, write_whole
+from ppo_runtime.common.files import free_place, sync, told_again, write_whole
 from ppo_runtime.reporting.tables import Table
 
+_BEGINS = b'{"step": '
 _RESERVED = ("step", "tables", "nonfinite", "run")
 
 
@@ -25,7 +27,7 @@ class JsonlTracker:
         self.run = run
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab+")
+        self._file = self.path.open("ab+", buffering=0)
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
@@ -33,7 +35,11 @@ class JsonlTracker:
         self._named = _run_at(content, math.inf)
 
     def log(self, step: int, scalars: Mapping[str, float], tables: Mapping[str, Table]) -> None:
-        """Append one line and flush it."""
+        """Append one line.
+
+        Raises:
+            OSError: the system lets none be written; the file ends with the line before.
+        """
         if taken := [key for key in _RESERVED if key in scalars]:
             raise ValueError(f"scalars has the key {taken[0]!r}, which the file uses itself; rename that metric")
         nonfinite: list[str] = []
@@ -48,11 +54,21 @@ class JsonlTracker:
             }
         if nonfinite:
             line["nonfinite"] = sorted(set(nonfinite))
-        self._file.write(
-            json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+        self._append(
+            json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n", step
         )
-        self._file.flush()
         self._named = self.run
+
+    def _append(self, line: bytes, step: int) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            said = f"{self.path} has no line of step {step}: {error}; make room, and log the next step: it comes first"
+            raise told_again(error, said) from error
 
     def sync(self) -> None:
         """Wait until the lines have reached the disk."""
@@ -67,7 +83,8 @@ class JsonlTracker:
 def set_aside(path: str | os.PathLike[str]) -> Path | None:
     """Move an earlier run's lines to ``metrics-1.jsonl``, or the next number; returns that path, None without lines."""
     path = Path(path)
-    if not path.exists() or b"\n" not in (content := path.read_bytes()):
+    content = path.read_bytes() if path.exists() else b""
+    if b"\n" not in content and content[: len(_BEGINS)] == _BEGINS[: len(content)]:  # a crash has left nothing whole
         return None
     aside = _beside(path)
     if not path.is_symlink():

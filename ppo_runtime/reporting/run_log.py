@@ -1,5 +1,6 @@
 """The log of a run: what its trackers are given, and when they are opened and closed, under the names of its parts."""
 
+import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from ppo_runtime.common import inputs
-from ppo_runtime.common.redact import plain_settings
+from ppo_runtime.common.redact import hide, plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.reporting.tables import rollout_table
 from ppo_runtime.reporting.tracking import make_trackers
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -29,10 +32,12 @@ class RunLog:
         self.run_name = secrets.token_hex(8)
         """The name of this part of the run in them, until a checkpoint is loaded."""
         self.earlier_runs: tuple[str | None, ...] = ()
+        self._missed: dict[int, list[Any]] = {}
 
     def go_on(self, step: int, runs: Sequence[str | None]) -> None:
         """Let what is logged next stand behind a step of earlier parts of the run, under a new name."""
         self.close()
+        self._missed.clear()
         self.goes_on_after, self.run_name, self.earlier_runs = step, secrets.token_hex(8), tuple(runs)
 
     def opened(self, config: PPOConfig, facts: Mapping[str, Any]) -> list[Any]:
@@ -55,6 +60,23 @@ class RunLog:
             )
         return self._trackers
 
+    def log(self, trackers: Sequence[Any], *entry: Any) -> None:
+        """Give an entry to each tracker, behind those that the system would not let it write before."""
+        for place in range(len(trackers)):
+            self._missed.setdefault(place, []).append(entry)
+        try:
+            for place, tracker in enumerate(trackers):
+                while waiting := self._missed[place]:
+                    tracker.log(*waiting[0])
+                    waiting.pop(0)
+        except OSError:
+            raise
+        except BaseException:  # what is refused would be the next time as well
+            for waiting in self._missed.values():
+                if waiting and waiting[-1] is entry:
+                    waiting.pop()
+            raise
+
     def sync(self) -> None:
         """Wait until what was logged has reached the disk, as far as trackers can tell."""
         for tracker in self._trackers or []:
@@ -66,7 +88,19 @@ class RunLog:
         with ExitStack() as all_of_them:
             for tracker in trackers:
                 self.goes_on_after = math.inf
-                all_of_them.callback(tracker.close, failed=failed)
+                all_of_them.callback(_close, tracker, failed=failed)
+
+
+def _close(tracker: Any, *, failed: bool) -> None:
+    """Close a tracker; what fails there is said, and takes no other error's place."""
+    try:
+        tracker.close(failed=failed)
+    except Exception as error:
+        logger.warning(
+            "%s could not be closed, and may lack the last steps: %s",
+            type(tracker).__name__,
+            hide(f"{type(error).__name__}: {error}"),
+        )
 
 
 def log_entry(

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,4 +151,12 @@ def var_explained(error: float, returns_variance: float) -> float:
 
 def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
     """The entries that are single numbers: what a curve can show. Their names are shared by all steps of a history."""
-    return {sys.intern(name): float(value) for name, value in stats.items() if isinstance(value, int | float)}
+    return {sys.intern(name): float(value) for name, value in stats.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.ndim and not value.is_complex()
+    if isinstance(value, np.ndarray | np.generic):
+        return not value.ndim and value.dtype.kind in "biuf"
+    return isinstance(value, int | float)

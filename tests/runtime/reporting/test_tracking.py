@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.plotting import plot_curves
+from ppo_runtime.reporting.statistics import scalars
 from ppo_runtime.reporting.tracking import TensorBoardTracker, WandbTracker, make_trackers
 
 ROWS = [{"query": "Für | Elise\n", "response": " da da", "reward": 0.5}, {"query": "b", "reward": math.nan}]
@@ -73,6 +75,19 @@ def test_a_torn_last_line_is_dropped_and_the_file_continued(tmp_path: Path, torn
     tracker.log(2, {}, {})
     tracker.close()
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_of_somebody_elses_without_a_line_end_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"mine": 1}')
+    (tracker,) = make_trackers(None, tmp_path, {}, "ppo", {})
+    tracker.close()
+    assert (tmp_path / "metrics-1.jsonl").read_text() == '{"mine": 1}'
+
+
+def test_numbers_of_any_kind_are_scalars() -> None:
+    numbers = {"a": np.float32(1), "b": torch.tensor(2.0), "c": 3, "d": np.array(4), "e": np.bool_(1), "f": True}
+    others = {"g": "5", "h": torch.ones(1), "i": np.array("6"), "j": torch.tensor(1j), "k": np.array([1.0]), "l": None}
+    assert scalars(numbers | others) == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 1.0, "f": 1.0}
 
 
 def test_a_broken_line_elsewhere_is_named(tmp_path: Path) -> None:

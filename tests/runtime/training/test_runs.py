@@ -333,7 +333,9 @@ def test_a_checkpoint_that_was_being_replaced_is_resumed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("fails", ["close", "both"])
-def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) -> None:
+def test_a_tracker_that_cannot_close_costs_no_model(
+    tmp_path: Path, fails: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         def log(self, *_: Any) -> None: ...
 
@@ -344,11 +346,65 @@ def test_a_tracker_that_cannot_close_costs_no_model(tmp_path: Path, fails: str) 
     closed: list[Any] = []
     trainer = _trainer(tmp_path)
     trainer.run_log._trackers = [Broken(), Broken()] if fails == "both" else [Broken(), JsonlTracker(tmp_path / FILE)]
-    with pytest.raises(RuntimeError, match="no network"):
-        _train(trainer, tmp_path, steps=1)
+    assert len(_train(trainer, tmp_path, steps=1).history) == 1
+    assert "Broken could not be closed, and may lack the last steps: RuntimeError: no network" in caplog.text
     assert (tmp_path / "model" / "config.json").exists()
     assert len(closed) == (2 if fails == "both" else 1)
     assert fails == "both" or _steps(tmp_path / FILE) == [1]
+
+
+def test_the_error_that_ends_a_run_is_raised_although_a_tracker_cannot_close(tmp_path: Path) -> None:
+    class Broken:
+        def log(self, *_: Any) -> None: ...
+
+        def close(self, **_: Any) -> None:
+            raise OSError("no network")
+
+    def score(*_: Any) -> list[float]:
+        raise KeyError("a mistake of the user's")
+
+    trainer = _trainer(tmp_path)
+    trainer.run_log._trackers = [Broken()]
+    with pytest.raises(KeyError, match="a mistake of the user's"):
+        _train(trainer, None, score=score)
+
+
+def test_a_line_that_could_not_be_written_comes_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        """A disk with room for a few bytes more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, 10
+
+        def write(self, content: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = self.file.write(content[: self.room])
+            self.room = 0
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    trainer, seen = _trainer(tmp_path), []
+
+    def score(_: Any, texts: list[str]) -> list[float]:
+        seen.append(len(seen))
+        if len(seen) == 2:
+            (tracker,) = trainer.trackers
+            monkeypatch.setattr(tracker, "_file", Full(tracker._file))
+        return [float(len(text)) for text in texts]
+
+    with pytest.raises(OSError, match=rf"{FILE} has no line of step 2: .*No space left.*; make room") as failed:
+        _train(trainer, None, steps=4, score=score)
+    assert failed.value.errno == errno.ENOSPC
+    assert trainer.current_step == 2
+    assert (tmp_path / FILE).read_bytes().endswith(b"}\n"), "half a line is left"
+    assert _steps(tmp_path / FILE) == [1]
+    _train(trainer, None, steps=4, score=score)
+    assert _steps(tmp_path / FILE) == [1, 2, 3, 4]
 
 
 # --- another run's checkpoint ------------------------------------------------------------------------------------
