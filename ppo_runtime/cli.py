@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from ppo_runtime.demo.options import DEFAULTS, EMBEDDED_LEARNING_RATE, LEARNING_
 
 # Before torch is loaded: on a busy machine, threads that spin while they wait slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="PPO for language models.")
 
@@ -105,11 +108,23 @@ def _now() -> datetime:
     return datetime.fromtimestamp(agree_largest(int(time.time()), world_from_environment()))
 
 
+def _agreed() -> AbstractContextManager[Any]:
+    """A block whose errors are those of all ranks; torch is not loaded for it where there is one process."""
+    if processes_started() == 1:
+        return nullcontext()
+    from ppo_runtime.ranks.agreement import all_or_none
+    from ppo_runtime.ranks.world import world_from_environment
+
+    return all_or_none(world_from_environment(), phase="the check of the options")
+
+
 def _demo(given: dict[str, Any], output: Path | None, resume: bool) -> None:
-    if resume and output is None:
-        raise ValueError("--resume is given without --output, expected the directory of the run to go on with")
-    output = output or Path("runs") / f"demo-{_now():%Y%m%d-%H%M%S}"
-    options = settle(given, output=output, resume=resume)
+    now = None if output else _now()
+    with _agreed():
+        if resume and output is None:
+            raise ValueError("--resume is given without --output, expected the directory of the run to go on with")
+        output = output or Path("runs") / f"demo-{now:%Y%m%d-%H%M%S}"
+        options = settle(given, output=output, resume=resume)
     from ppo_runtime.demo.run import run_demo
 
     run_demo(options, Console())
@@ -152,7 +167,7 @@ def _or_exit(command: Any, *args: Any) -> None:
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="ppo-core" if Path(sys.argv[0]).name != "__main__.py" else "python -m ppo_runtime")
+    _start(app, "ppo-core" if Path(sys.argv[0]).name != "__main__.py" else "python -m ppo_runtime")
 
 
 def demo_main() -> None:
@@ -160,7 +175,15 @@ def demo_main() -> None:
     _log_to_terminal()
     alone = typer.Typer(add_completion=False)
     alone.command()(demo)
-    alone(prog_name="python -m ppo_runtime.demo")
+    _start(alone, "python -m ppo_runtime.demo")
+
+
+def _start(commands: typer.Typer, name: str) -> None:
+    """Run the command of this process's command line, of whose misuse the first rank tells: it is that of all ranks."""
+    try:
+        sys.exit(commands(prog_name=name, standalone_mode=speaks_for_all()))
+    except _UsageError:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

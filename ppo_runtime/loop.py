@@ -24,6 +24,7 @@ from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
 from ppo_runtime.ranks.presence import is_agreed
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.keeping import check_storable
+from ppo_runtime.resuming.position import position, restore_position
 from ppo_runtime.rollout.data import collate
 from ppo_runtime.rollout.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.rollout.room import prompt_room
@@ -64,6 +65,9 @@ def train(
 ) -> TrainResult:
     """Train on the trainer's ``dataloader``, epoch after epoch.
 
+    A trainer that has made steps goes on with the prompts behind those that it has drawn, so that two calls are what
+    one is, bit for bit; what a step was broken off with is passed over. A dataloader of your own begins again.
+
     Args:
         trainer: made with a dataset whose rows have "input_ids".
         score_fn: from prompts and responses, as text, to one finite number each; higher is better.
@@ -100,7 +104,8 @@ def train(
         if trainer.dataloader is None:
             raise ValueError("the trainer has no dataset, expected one with 'input_ids'; pass dataset= when it is made")
         arguments.check_kinds(score_fn=score_fn, resume=resume, keep_best=keep_best, console=console)
-        steps = arguments.whole_number("steps", steps, optional=True) or trainer.config.total_ppo_epochs
+        given = arguments.whole_number("steps", steps, optional=True)
+        steps = given or trainer.config.total_ppo_epochs
         every = arguments.whole_number("checkpoint_every", checkpoint_every, optional=True)
         keep_last = arguments.whole_number("keep_last", keep_last, optional=False) or 1
         generated = arguments.whole_number("generation_batch_size", generation_batch_size, optional=True)
@@ -137,11 +142,15 @@ def train(
     keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)
     with all_or_none(world, phase="the opening of trackers"):
         if trainer.current_step >= steps:
-            said = "nothing is left to train after step %d, since steps is %d; ask for more steps"
-            _say(trainer, said, trainer.current_step, steps)
+            why, advice = "steps is %d", "ask for more steps"
+            if given is None:
+                why, advice = "total_ppo_epochs is %d, which config.steps and batch_size make", "pass train more steps"
+            _say(trainer, f"nothing is left to train after step %d, since {why}; {advice}", trainer.current_step, steps)
         elif world.rank == 0:
             arguments.make_writable("logging_dir", trainer.config.logging_dir)
             trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+    if trainer.current_step:
+        restore_position(trainer, position(trainer))  # a new iteration would begin another epoch
     history: list[dict[str, float]] = []
     interrupted, together, begun = 0, False, trainer.current_step
     # Standard error, so that what a program prints can still be piped.

@@ -34,6 +34,7 @@ from ppo_runtime.ranks.seeding import set_seed
 from ppo_runtime.ranks.world import world_from_environment
 from ppo_runtime.recipe import load_policy, tokenized
 from ppo_runtime.reporting.plotting import plot_curves
+from ppo_runtime.results import BROKEN_OFF, MODEL
 from ppo_runtime.trainer import Trainer
 
 ASSETS = files("ppo_runtime.demo") / "assets"
@@ -55,37 +56,20 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     started, world = time.perf_counter(), world_from_environment()
     if world.rank != 0:
         console = Console(quiet=True)  # the first rank speaks for all
-    score = sentiment()
-    require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
     output = options.output
-    with all_or_none(world):  # none begins to write before the others have looked
+    with all_or_none(world, phase="the beginning of the demo"):  # none begins to write before the others have looked
+        score = sentiment()
+        require("matplotlib", extra="demo", wanted_by="the demo, for its curves,")
         check_output(output, resume=options.resume)
         if options.resume and (report := finished(options, console)) is not None:
             return report
-    # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    set_seed(options.seed)
-    model, tokenizer = load(options.model)
+        # Metrics and samples speak for themselves; the libraries' own chatter would break the progress bar.
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()
+        config = settings(options)
+        set_seed(options.seed)
+        model, tokenizer = load(options.model)
     prompts = load_prompts()
-    config = PPOConfig(
-        exp_name="demo",
-        seed=options.seed,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        mini_batch_size=options.batch_size // 2,
-        steps=options.steps * options.batch_size,
-        ppo_epochs=3,
-        init_kl_coef=0.08,
-        target=options.target,
-        horizon=options.batch_size * 5,
-        gamma=1.0,
-        lam=0.95,
-        max_grad_norm=1.0,
-        accel=options.accel,
-        accel_strict=options.accel in ("ipex", "compile"),  # who asks for it by name on a command line wants to know
-        project_kwargs={"logging_dir": str(output)},
-    )
     trainer = Trainer(config, model, tokenizer, dataset=tokenized(prompts["train"], tokenizer))
     parameters = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
     acceleration = trainer.acceleration
@@ -128,13 +112,11 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     if history:
         plot_curves(history, output / "curves.png", f"PPO demo, seed {options.seed}", kl_target=options.target)
     if result.interrupted:
-        console.print(
-            Text(
-                f"Stopped after step {trainer.current_step} of {options.steps}; model, metrics and curves are in "
-                f"{output}. Go on with --resume --output {output}",
-                style="yellow",
-            )
-        )
+        there = [name for name in (MODEL, BROKEN_OFF) if (output / name).exists()]
+        there += ["metrics.jsonl", "curves.png"] if history else []
+        said = f"Stopped after step {trainer.current_step} of {options.steps}"
+        said += f", with {', '.join(there)} in {output}" if there else ""
+        console.print(Text(f"{said}. Go on with --resume --output {output}", style="yellow"))
         raise SystemExit(128 + result.signal)  # as a shell has it
     after = evaluate(trainer, prompts["eval"], score, options, console, "held-out prompts, after")
     if world.rank != 0:
@@ -147,6 +129,28 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     files = "model/, checkpoint-<step>/, metrics.jsonl, curves.png, samples.json, report.json"
     console.print(Text.assemble("Saved to ", (str(output), "bold"), f": {files}"))
     return report
+
+
+def settings(options: DemoOptions) -> PPOConfig:
+    """The configuration of a run."""
+    return PPOConfig(
+        exp_name="demo",
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        mini_batch_size=options.batch_size // 2,
+        steps=options.steps * options.batch_size,
+        ppo_epochs=3,
+        init_kl_coef=0.08,
+        target=options.target,
+        horizon=options.batch_size * 5,
+        gamma=1.0,
+        lam=0.95,
+        max_grad_norm=1.0,
+        accel=options.accel,
+        accel_strict=options.accel in ("ipex", "compile"),  # who asks for it by name on a command line wants to know
+        project_kwargs={"logging_dir": str(options.output)},
+    )
 
 
 def sentiment() -> Callable[[Sequence[str]], list[float]]:

@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 
 import ppo_core
 import ppo_runtime
+from ppo_runtime import loop
 from ppo_runtime.accel.backends import choose
 from ppo_runtime.cli import app
 from ppo_runtime.demo import run, standing
 from ppo_runtime.demo.options import settle
 from ppo_runtime.models import gguf as convert
 from ppo_runtime.reporting.jsonl import read_jsonl
-from tests.runtime.support.processes import ROOT
+from tests.runtime.support.processes import ROOT, ends_of_ranks
 from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import untimed
 
@@ -202,11 +203,31 @@ def test_an_interrupted_run_goes_on_by_the_advice_it_gives(tmp_path: Path, monke
     monkeypatch.setattr(run, "sentiment", interrupting)
     shown = _words(_demo(output, "--steps", "2", "--accel", "eager", exit_code=130))
     advice = f"Go on with --resume --output {output}"
-    assert "Stopped after step 1 of 2" in shown
+    assert f"Stopped after step 1 of 2, with model, metrics.jsonl, curves.png in {output}. Go on" in shown
     assert advice in shown
     result = CliRunner().invoke(app, ["demo", *advice.removeprefix("Go on with ").split()])
     assert result.exit_code == 0, result.output
     assert json.loads((output / "report.json").read_text())["steps"] == 2
+
+
+def test_a_run_that_is_stopped_before_its_first_step_names_no_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_one_step", interrupt)
+    shown = _words(_demo(tmp_path / "run", "--steps", "2", "--accel", "eager", exit_code=130))
+    assert "Stopped after step 0 of 2. Go on with --resume" in shown
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "3"], ["--accel", "bogus"], ["--steps", "0"]])
+def test_what_all_ranks_refuse_is_said_once(options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ppo_runtime", "demo", "--output", str(tmp_path / "run"), *options]
+    first, second = ends_of_ranks(command, limit=120)
+    assert first.code == second.code == 2
+    assert options[0].removeprefix("--") in first.complaint
+    assert second.complaint == ""
 
 
 def test_the_ways_out_do_not_lead_in_a_circle(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def _trainer(home: Path, dataset: Any = None, **settings: Any) -> Any:
     return make_trainer(dataset=dataset or _rows(), project_kwargs={"logging_dir": str(home)}, **(options | settings))
 
 
-def _train(trainer: Any, home: Path | None, *, steps: int = 2, score: Any = None, **options: Any) -> Any:
+def _train(trainer: Any, home: Path | None, *, steps: int | None = 2, score: Any = None, **options: Any) -> Any:
     return train(
         trainer,
         score or (lambda _, texts: [len(set(text)) / 4 for text in texts]),
@@ -271,6 +271,29 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, steps: int, caplog: pyt
     assert f"nothing is left to train after step 2, since steps is {steps}; ask for more steps" in caplog.text
     assert (tmp_path / FILE).read_bytes() == lines
     assert steps_done(tmp_path / "checkpoint-2") == 2
+
+
+def test_steps_that_nobody_has_set_are_told_by_their_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Eight sequences in steps of four."""
+    _train(_trainer(tmp_path), tmp_path, steps=2)
+    trainer = _trainer(tmp_path)
+    trainer.config.steps = 8
+    assert _train(trainer, tmp_path, steps=None, resume=True).history == []
+    assert (
+        "nothing is left to train after step 2, since total_ppo_epochs is 2, which config.steps and batch_size make; "
+        "pass train more steps"
+    ) in caplog.text
+
+
+def test_training_that_is_asked_for_again_goes_on_with_the_next_prompts(tmp_path: Path) -> None:
+    """In the middle of an epoch, as a run that resumes does."""
+    straight = _trainer(tmp_path / "straight")
+    _train(straight, tmp_path / "straight", steps=5)
+    parted = _trainer(tmp_path / "parted")
+    for steps in (1, 2, 5):
+        _train(parted, tmp_path / "parted", steps=steps)
+    assert _same(_weights(straight), _weights(parted))
+    assert _steps(tmp_path / "parted" / FILE) == [1, 2, 3, 4, 5]
 
 
 def test_resuming_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
