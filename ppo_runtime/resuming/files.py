@@ -121,10 +121,14 @@ def existing(target: Path) -> Path:
 class Damaged(ValueError):
     """A checkpoint is not as it was written."""
 
+    def __init__(self, source: Path, what: str) -> None:
+        super().__init__(f"{source} cannot be read ({what}), expected {_WHOLE}")
+        self.what = what
+
 
 def damaged(source: Path, what: str) -> Damaged:
     """What is said of a checkpoint that is not as it was written."""
-    return Damaged(f"{source} cannot be read ({what}), expected {_WHOLE}")
+    return Damaged(source, what)
 
 
 def opened(path: Path) -> BinaryIO:

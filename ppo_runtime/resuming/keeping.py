@@ -1,27 +1,49 @@
 """Whether a trainer's state can be kept in a checkpoint, and whether a run could go on from it."""
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ppo_runtime.common.trees import plain
+from ppo_runtime.common.trees import plain, read_back
 from ppo_runtime.learning.optimisers import check_fits, check_kind_of_scheduler
 from ppo_runtime.ranks.shards import here
+from ppo_runtime.resuming.fields import record
+from ppo_runtime.resuming.files import Damaged, as_json
+from ppo_runtime.resuming.records import OptimizerRecord, TrainerRecord
+from ppo_runtime.resuming.stepping import check_steps
 from ppo_runtime.trainer import Trainer
 
 
 def check_storable(trainer: Trainer) -> None:
-    """Refuse an optimiser, a scheduler or a state of the trainer's that no checkpoint could hold.
+    """Refuse an optimiser, a scheduler or a state of the trainer's that no checkpoint could hold, or be loaded with.
 
     Raises:
         TypeError: it is none of what JSON and tensors can express, by its place.
+        ValueError: it is something that is refused where a checkpoint is read.
     """
     scheduler = trainer.lr_scheduler
-    if scheduler is not None:
-        check_kind_of_scheduler(scheduler)
-        plain(scheduler.state_dict(), "lr_scheduler")
-    plain(trainer.optimizer.state_dict(), "optimizer", {})
-    plain(trainer.state_dict(), "trainer")
+    try:
+        if scheduler is not None:
+            check_kind_of_scheduler(scheduler)
+            _read_again(scheduler.state_dict(), "lr_scheduler")
+        optimizer = _read_again(trainer.optimizer.state_dict(), "optimizer", {})
+        record(OptimizerRecord, optimizer, "optimizer")
+        check_steps(Path("it"), optimizer, trainer.optimizer, "make another optimizer")
+        record(TrainerRecord, _read_again(trainer.state_dict(), "trainer"), "trainer")
+    except ValueError as error:
+        what = error.what if isinstance(error, Damaged) else error
+        raise ValueError(f"no checkpoint is made, since none of this trainer could be loaded: {what}") from error
+
+
+def _read_again(state: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
+    """A state as it is read from a checkpoint that holds it."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{where}.state_dict() gives a {type(state).__name__}, expected a dictionary")
+    return read_back(json.loads(as_json(plain(state, where, tensors))), where, tensors)
 
 
 def check_worth_keeping(trainer: Trainer) -> None:
@@ -54,3 +76,4 @@ def check_worth_keeping(trainer: Trainer) -> None:
                 f"{name} holds numbers that are not finite: no checkpoint is made of them; load the last one, and "
                 f"{lower} or set max_grad_norm"
             )
+    check_storable(trainer)

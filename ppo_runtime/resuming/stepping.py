@@ -6,7 +6,7 @@ a user's own is taken as it is.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppo_runtime.learning.optimisers import fits, moments_of, steps_as_torch
+from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.fields import LARGEST
 from ppo_runtime.resuming.files import damaged
 
@@ -51,8 +52,8 @@ def check_steps(source: Path, state: Mapping[str, Any], optimizer: torch.optim.O
         raise damaged(source, "the optimizer's parameters are not numbered as torch numbers them")
     kind = next(kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim"))
     for group, now in zip(groups, optimizer.param_groups, strict=True):
-        _check_options(source, group, now, advice)
         takes = inspect.signature(kind).parameters.keys() - IMPLEMENTATION - {"params"}
+        _check_options(source, group, now, takes, advice)
         options = {name: value for name, value in group.items() if name in takes}
         for place, parameter in zip(group["params"], now["params"], strict=True):
             held = state["state"].get(place, {})
@@ -80,9 +81,11 @@ def check_scheduled(source: Path, then: Any, scheduler: Any) -> None:
             raise damaged(source, what)
 
 
-def _check_options(source: Path, then: Mapping[str, Any], now: Mapping[str, Any], advice: str) -> None:
+def _check_options(source: Path, then: Mapping[str, Any], now: Mapping[str, Any], takes: Set[str], advice: str) -> None:
     for name, value in now.items():
         if name in IMPLEMENTATION or name == "params":
+            continue
+        if name not in takes and (name not in then or not _is_number(value)):  # the user's own, of which no step knows
             continue
         stored = then.get(name, value if value is None else False)  # as a later torch fills in what an earlier lacks
         if isinstance(value, bool) and isinstance(stored, bool):
@@ -100,7 +103,7 @@ def _alike(then: Any, now: Any) -> bool:
     if isinstance(now, list | tuple):
         return isinstance(then, list | tuple) and len(then) == len(now) and all(map(_alike, then, now))
     if _is_number(now):
-        return _is_number(then) and _is_finite(then)
+        return _is_number(then) and (_is_finite(then) or not _is_finite(now))
     return type(then) is type(now)
 
 
@@ -120,7 +123,7 @@ def _is_finite(value: Any) -> bool:
 def _check_entry(source: Path, name: str, value: Any) -> None:
     """Refuse what no step leaves for a parameter."""
     if isinstance(value, Tensor) and value.ndim:
-        fine = not value.is_floating_point() or bool(value.isfinite().all())
+        fine = not value.is_floating_point() or bool(here(value).isfinite().all())
     elif _is_number(value):
         fine = _is_finite(value) and (name != "step" or (float(value) >= 0 and float(value).is_integer()))
     else:

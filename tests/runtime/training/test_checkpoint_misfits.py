@@ -19,6 +19,7 @@ import torch
 from ppo_runtime import PPOTrainer
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.common.trees import plain, restored
+from ppo_runtime.loop import train
 from ppo_runtime.ranks import agreement
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.ranks.world import World
@@ -593,3 +594,87 @@ def test_a_rollback_takes_its_lines_out_of_open_metrics(tmp_path: Path) -> None:
     go()
     trainer.close()
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# --- what could never be loaded again ----------------------------------------------------------------------------
+
+
+class Wrapped(torch.optim.Adam):
+    def state_dict(self) -> Any:
+        return {"inner": super().state_dict()}
+
+
+class Listed:
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> Any:
+        return [1]
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def wrapped(trainer: PPOTrainer) -> None:
+    trainer.optimizer = Wrapped(trainer.model.parameters())
+
+
+def listed(trainer: PPOTrainer) -> None:
+    trainer.lr_scheduler = Listed(trainer.optimizer)
+
+
+def backwards(trainer: PPOTrainer) -> None:
+    trainer.optimizer.param_groups[0]["lr"] = -1e-3
+
+
+def noted(trainer: PPOTrainer) -> None:
+    trainer.optimizer.state[trainer.optimizer.param_groups[0]["params"][0]]["note"] = "mine"
+
+
+def beyond(trainer: PPOTrainer) -> None:
+    trainer.kl_ctl.value = 1e39
+
+
+def long_text(trainer: PPOTrainer) -> None:
+    trainer.optimizer.param_groups[0]["note"] = np.array(["x" * 5000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    {
+        wrapped: "optimizer has no 'state'",
+        listed: r"lr_scheduler.state_dict\(\) gives a list, expected a dictionary",
+        backwards: "the optimizer's lr is -0.001",
+        noted: "the optimizer holds numbers that are not finite, or none at all, as note",
+        beyond: r"kl_coef is 1e\+39, expected a finite number",
+        long_text: "note is a ndarray of <U5000, expected numbers, strings",
+    }.items(),
+)
+def test_no_checkpoint_is_made_that_could_not_be_loaded(tmp_path: Path, spoil: Any, told: str) -> None:
+    trainer = make_trainer(dataset=[{"input_ids": [5, 6]}] * 6, project_kwargs={"logging_dir": str(tmp_path / "log")})
+    trainer.step(*make_batch())
+    save_checkpoint(trainer, tmp_path / "run" / "checkpoint-1")
+    spoil(trainer)
+    with pytest.raises((TypeError, ValueError), match=told):
+        save_checkpoint(trainer, tmp_path / "run" / "checkpoint-1")
+    load_checkpoint(make_trainer(dataset=[{"input_ids": [5, 6]}] * 6), tmp_path / "run" / "checkpoint-1")
+    with pytest.raises((TypeError, ValueError), match=told):
+        train(trainer, lambda *_: [], steps=2, output_dir=tmp_path / "run")
+    assert trainer.current_step == 1
+
+
+def test_what_a_user_has_put_into_an_optimizers_groups_may_be_anything(tmp_path: Path) -> None:
+    def made(model: Any) -> torch.optim.Optimizer:
+        group = {"params": list(model.parameters()), "most": float("inf"), "seen": [], "calm": True, "left": 3.0}
+        return torch.optim.AdamW([group], lr=1e-3)
+
+    trainer = make_trainer(optimizer_of=made)
+    trainer.step(*make_batch())
+    trainer.optimizer.param_groups[0].update(seen=[1, 2], calm=False, left=2.0)
+    del trainer.optimizer.param_groups[0]["most"]
+    save_checkpoint(trainer, tmp_path / "c")
+    again = make_trainer(optimizer_of=made)
+    load_checkpoint(again, tmp_path / "c")
+    (group,) = again.optimizer.param_groups
+    assert [group[name] for name in ("most", "seen", "calm", "left")] == [float("inf"), [1, 2], False, 2.0]
