@@ -319,6 +319,8 @@ class _Bar(Progress):
     """A bar that is shown as long as there is somewhere to: a terminal that has closed ends no run."""
 
     def start(self) -> None:
+        # Where the reader of a pipe has gone away, rich would end the program, and silence its standard output before.
+        vars(self.console)["on_broken_pipe"] = partial(setattr, self.console, "quiet", True)
         with suppress(OSError):
             super().start()
 
@@ -329,6 +331,7 @@ class _Bar(Progress):
     def stop(self) -> None:
         with suppress(OSError):
             super().stop()
+        vars(self.console).pop("on_broken_pipe", None)
 
 
 def _progress(console: Console, *, disable: bool) -> Progress:

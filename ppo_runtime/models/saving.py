@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.models.inner import is_peft_model
 from ppo_runtime.models.value_head import HEAD_PREFIX, INNER_PREFIX, check_head, write_head
@@ -34,10 +38,34 @@ def save(wrapper: Any, save_directory: str | os.PathLike[str], kwargs: dict[str,
             check_head(given, wrapper.v_head, "state_dict")
         head = given or head
         kwargs["state_dict"] = inner
-    wrapper.pretrained_model.save_pretrained(save_directory, **kwargs)
+    with _no_bar():
+        wrapper.pretrained_model.save_pretrained(save_directory, **kwargs)
     if writes:
         for place in (save_directory, *_adapter_places(wrapper.pretrained_model, save_directory)):
             write_head(dict(head), place)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' progress bar, which fails the save where nobody reads standard error any more."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_has_none = are_progress_bars_disabled()
+    _quietly(transformers_logging.disable_progress_bar)
+    try:
+        yield
+    finally:
+        _quietly(transformers_logging.enable_progress_bar)
+        if hub_has_none:
+            disable_progress_bars()
+
+
+def _quietly(switch: Callable[[], None]) -> None:
+    """Without the hub's warning where the environment decides about its bars."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        switch()
 
 
 def _adapter_places(model: Any, directory: str | os.PathLike[str]) -> list[Path]:

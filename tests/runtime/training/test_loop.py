@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.loop import train
@@ -67,6 +69,32 @@ def test_a_terminal_that_closes_ends_no_run(tmp_path: Path) -> None:
     assert len(result.history) == 2
     assert not result.interrupted
     assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 2
+
+
+def test_a_reader_of_standard_error_that_goes_away_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with ``2>&1 | head``: neither rich's bar nor transformers' may end the run, nor silence standard output."""
+
+    class Broken(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    trainer, before = _trainer(tmp_path), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stderr", Broken())
+            console = Console(stderr=True, force_terminal=True)
+            result = train(trainer, _vowels, steps=2, output_dir=tmp_path, console=console)
+        assert transformers_logging.is_progress_bar_enabled(), "the user's own bars are as before"
+    finally:
+        if not before:
+            transformers_logging.disable_progress_bar()
+    assert len(result.history) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    os.write(1, b"still here")
+    assert "still here" in capfd.readouterr().out
 
 
 def test_ctrl_c_leaves_metrics_and_model(tmp_path: Path) -> None:
