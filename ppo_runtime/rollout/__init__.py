@@ -2,6 +2,7 @@
 
 generating  responses, with settings checked and warned about
 batching    how many prompts are answered together, and in which order
+lengths     how long each response may become, and whether there is room
 plan        what the batches of a call have in common
 engine      batched generation, each response as long as it was
 decoding    token by token by the model's forward pass, for plain ways to choose a token

@@ -15,7 +15,7 @@ from ppo_runtime.common import inputs
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.transfers import together
 from ppo_runtime.config import PPOConfig
-from ppo_runtime.models.context import Context, decoder_start
+from ppo_runtime.models.context import decoder_start
 from ppo_runtime.models.heads import reads_padding
 from ppo_runtime.models.inner import has_encoder, transformers_model
 from ppo_runtime.models.modes import dropout_off
@@ -26,6 +26,7 @@ from ppo_runtime.rollout.batching import by_length, rows_together
 from ppo_runtime.rollout.drawn import Drawn
 from ppo_runtime.rollout.ending import criteria_of
 from ppo_runtime.rollout.engine import Engine
+from ppo_runtime.rollout.lengths import check_sampler, have_room, longest_response, most_tokens
 from ppo_runtime.rollout.plan import Plan
 from ppo_runtime.rollout.sampling import NEUTRAL, departures, gaps
 from ppo_runtime.rollout.settings import Settings, check_settings
@@ -38,8 +39,6 @@ logger.addFilter(lambda _: speaks_for_all())
 _SHARING = 4
 # Functions of the caller's that see which rows are generated together, or are told their places.
 _SEEING_ROWS = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria")
-# Tokens of a response whose length nobody has told.
-_SUPPOSED = 1024
 
 
 @attrs.define
@@ -110,8 +109,8 @@ class ResponseGenerator:
         generation_kwargs = self._without_padding_arguments(generation_kwargs)
         settings = Settings(self.model, generation_kwargs)
         check_settings(settings, self.model)
-        _check_sampler(length_sampler)
-        longest, places = self._longest_response(queries, settings, length_sampler), list(range(len(queries)))
+        check_sampler(length_sampler)
+        longest, places = longest_response(queries, settings, length_sampler), list(range(len(queries)))
         sharing = _SHARING if batch_size is None else batch_size
         ends_apart = (settings["num_beams"] or 1) > 1 or settings["forced_eos_token_id"] is not None
         if length_sampler is not None and ends_apart:
@@ -134,8 +133,8 @@ class ResponseGenerator:
         elif generate_ref_response:
             models.append((self.model, reference_context(self.model)))
         # All lengths are drawn before anything is generated, so that one without room is refused in time.
-        mosts = [self._most_tokens(queries, settings, plan, length_sampler, sharing) for _ in models]
-        if not all(self._fits(queries, plan, most) for most in mosts):
+        mosts = [most_tokens(self.model, queries, settings, plan, length_sampler, sharing) for _ in models]
+        if not all(have_room(self.model, queries, plan, most) for most in mosts):
             # A batch runs up to its longest response, beside its longest prompt: those that share a length have room.
             before, places = places, list(range(len(queries)))
             plan = self._plan(settings, self._batch_size(queries, sharing), places)
@@ -180,7 +179,7 @@ class ResponseGenerator:
         settings = Settings(self.model, self._without_padding_arguments(generation_kwargs))
         check_settings(settings, self.model)
         self._plan(settings, 1, None)
-        _check_sampler(length_sampler)
+        check_sampler(length_sampler)
 
     def _without_padding_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """The old trainer's ``remove_padding`` and ``pad_to_multiple_of``, which ask for nothing here, taken out."""
@@ -223,20 +222,6 @@ class ResponseGenerator:
     def _static(self) -> int:
         """The width that prompts are padded to; 0 where that is the longest one's."""
         return (self.config.pad_max_input_len or 0) if self.config.pad_for_acceleration else 0
-
-    def _longest_response(
-        self, queries: list[Tensor], settings: Settings, length_sampler: Callable[[], int] | None
-    ) -> int:
-        """Tokens of a response at most, as far as that can be told before a length is drawn."""
-        if length_sampler is not None:
-            # A LengthSampler's; what others call so may be anything.
-            lengths = getattr(length_sampler, "values", None)
-            if isinstance(lengths, list) and all(type(length) is int and length > 0 for length in lengths):
-                return max(lengths, default=_SUPPOSED)
-            return _SUPPOSED
-        if settings["max_new_tokens"] is not None:
-            return settings["max_new_tokens"]
-        return max(1, (settings["max_length"] or _SUPPOSED) - max(map(len, queries)))
 
     def _layers(self, model: Any, longest: int) -> AbstractContextManager[Any]:
         return rollout_layers(
@@ -282,54 +267,6 @@ class ResponseGenerator:
             prompt_width=self._static,
             places=places,
         )
-
-    def _most_tokens(
-        self,
-        queries: list[Tensor],
-        settings: Settings,
-        plan: Plan,
-        length_sampler: Callable[[], int] | None,
-        sharing: int,
-    ) -> list[int]:
-        """Most tokens of each response, in the plan's order, where there is room for them.
-
-        One length is drawn for every ``sharing`` queries in the caller's order, however many memory holds.
-        """
-        drawn: list[int] = []
-        if length_sampler is not None:
-            groups = range(0, len(queries), sharing)
-            drawn = [whole("what length_sampler gives", length_sampler(), COUNT) for _ in groups]
-        lengths = [len(query) for query in queries]
-        places = range(len(queries)) if plan.places is None else plan.places
-        mosts = [0] * len(queries)
-        what = "a token"
-        for start in range(0, len(queries), plan.batch_size):
-            batch = places[start : start + plan.batch_size]
-            width = 1 if has_encoder(self.model) else max(plan.prompt_width, *(lengths[place] for place in batch))
-            most = 1
-            if length_sampler is not None:
-                what = "length_sampler's length"
-            elif settings["max_new_tokens"] is not None:
-                most, what = settings["max_new_tokens"], "max_new_tokens"
-            elif settings["max_length"] is not None:
-                most, what = settings["max_length"] - width, "the rest of max_length"
-                if most < 1:
-                    raise ValueError(
-                        f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
-                        "which it counts too; pass max_new_tokens instead"
-                    )
-            for place in batch:
-                mosts[place] = drawn[place // sharing] if drawn else most
-        Context.of(self.model).check(lengths, mosts, names=("query_tensor", "query_tensor"), response=what, first=0)
-        return [mosts[place] for place in places]
-
-    def _fits(self, queries: list[Tensor], plan: Plan, mosts: list[int]) -> bool:
-        """Whether every batch has room for its longest prompt and its longest response together."""
-        room = Context.of(self.model).row
-        places = range(len(queries)) if plan.places is None else plan.places
-        widths = [max(plan.prompt_width, len(queries[place])) for place in places]
-        batches = [slice(start, start + plan.batch_size) for start in range(0, len(mosts), plan.batch_size)]
-        return room is None or all(max(widths[batch]) + max(mosts[batch]) <= room for batch in batches)
 
     def _warn_of_sampling(self, settings: Settings) -> None:
         found = {name: text for name, text in departures(settings).items() if name not in self.remembered.said}
@@ -378,11 +315,3 @@ class ResponseGenerator:
         if topic not in self.remembered.said:
             logger.warning(message, *values)
         self.remembered.said |= {topic}
-
-
-def _check_sampler(length_sampler: Any) -> None:
-    if length_sampler is not None and not callable(length_sampler):
-        raise ValueError(
-            f"length_sampler is {length_sampler!r}, expected a function that gives a length, such as "
-            "LengthSampler(4, 17)"
-        )
