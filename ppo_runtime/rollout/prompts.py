@@ -29,8 +29,8 @@ def check_dataset(dataset: Any, *, vocab_size: int, room: Room) -> None:
     for index, row in _suspects(dataset, vocab_size, room.tokens):
         where = f"dataset[{index}]"
         if not isinstance(row, Mapping) or "input_ids" not in row:
-            found = _names(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
-            raise ValueError(f"{where} is {found}, expected a row with 'input_ids'; {_TOKENISE}")
+            found = f"has {_names(row)}" if isinstance(row, Mapping) else f"is a {type(row).__name__}"
+            raise ValueError(f"{where} {found}, expected a row with 'input_ids'; {_TOKENISE}")
         ids = _prompt(f"{where}['input_ids']", row["input_ids"], row.get("attention_mask"))
         try:
             inputs.token_rows("prompt", [ids], vocab_size=vocab_size)

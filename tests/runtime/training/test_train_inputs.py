@@ -231,7 +231,7 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
         "dataset has the columns 'query', expected 'input_",
     ),
     "rows of text": (lambda: ["a", "b", "c", "d"], r"dataset\[0\] is a str, expected a row with 'input_ids'"),
-    "rows without ids": (lambda: [{"text": "a"}] * 4, r"dataset\[0\] is 'text', expected a row with 'input_ids'"),
+    "rows without ids": (lambda: [{"text": "a"}] * 4, r"dataset\[0\] has 'text', expected a row with 'input_ids'"),
     "texts for ids": (
         lambda: _dataset(["a", "b", "c", "d"]),
         r"dataset\[0\]\['input_ids'\] is the text 'a', expected token",
