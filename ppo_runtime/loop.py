@@ -23,6 +23,7 @@ from ppo_runtime.learning.inspection import not_finite
 from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
 from ppo_runtime.ranks.presence import is_agreed
 from ppo_runtime.reporting.statistics import scalars, score_statistics
+from ppo_runtime.resuming.files import Damaged
 from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.resuming.position import position, restore_position
 from ppo_runtime.rollout.data import collate
@@ -119,7 +120,7 @@ def train(
         newest, done = None, None
         if output is not None:
             check_storable(trainer)
-            newest = newest_good(output)
+            newest = newest_good(output, every_byte=False)
             done = None if newest is None else steps_done(newest)
             begins = (done or 0) if resume else trainer.current_step
             results.check_places(output, done=begins, steps=steps)
@@ -138,7 +139,7 @@ def train(
         with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory
             arguments.make_writable("output_dir", output)
     if resume:
-        _resume(trainer, newest, steps)
+        _resume(trainer, output, newest, steps)
     keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)
     with all_or_none(world, phase="the opening of trackers"):
         if trainer.current_step >= steps:
@@ -228,11 +229,25 @@ def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
     )
 
 
-def _resume(trainer: Trainer, newest: Path | None, steps: int) -> None:
+def _resume(trainer: Trainer, output: Any, newest: Path | None, steps: int) -> None:
+    """Go on from a checkpoint whose weights nobody has looked at yet, or an earlier one if those are damaged."""
     if newest is None:
         _say(trainer, "there is no checkpoint to resume: the run starts from the beginning")
         return
-    load_checkpoint(trainer, newest)
+    try:
+        load_checkpoint(trainer, newest)
+    except (OSError, ValueError) as error:
+        if trainer.world.size > 1 and not is_agreed(error):
+            raise
+        damage = any(isinstance(found, Damaged | OSError) for found in (error, error.__cause__))
+        if not agree_any(damage, trainer.world, "the question whether a checkpoint is damaged"):
+            raise
+        with all_or_none(trainer.world, phase="the search for an earlier checkpoint") as ballot:
+            newest = newest_good(output)
+            done = 0 if newest is None else steps_done(newest) or 0
+            results.check_places(output, done=done, steps=steps)
+            ballot.facts = lambda: {"the step of the checkpoint found": done}
+        load_checkpoint(trainer, newest)
     _say(trainer, "resumed after step %d of %d", trainer.current_step, steps, level=logging.INFO)
 
 

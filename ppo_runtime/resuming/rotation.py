@@ -33,10 +33,15 @@ def name_after(step: int) -> str:
     return f"{NAME}-{step}"
 
 
-def newest_good(output_dir: str | Path) -> Path | None:
+def newest_good(output_dir: str | Path, *, every_byte: bool = True) -> Path | None:
     """The checkpoint of a run to go on from: that of the latest step that is whole, every byte of it.
 
     Those that are not are named in a warning, with what is wrong.
+
+    Args:
+        output_dir: of the run.
+        every_byte: False looks no further than the sizes of the files of tensors, which ``load_checkpoint`` reads in
+            any case: it takes minutes where they are large.
 
     Returns:
         Its path; None where the directory holds none, damaged or not.
@@ -50,7 +55,7 @@ def newest_good(output_dir: str | Path) -> Path | None:
         if good and _number(path) >= 0:  # later ones have been looked at
             continue
         try:
-            good.append((check_whole(files.existing(files.resolved(path))), path))
+            good.append((check_whole(files.existing(files.resolved(path)), every_byte=every_byte), path))
         except (OSError, ValueError) as error:
             bad.append(str(error))
     if not good and bad:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import read_jsonl
+from ppo_runtime.resuming import sealing
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.trainers import make_trainer
 
@@ -104,6 +105,29 @@ def dropped(home: Path) -> dict[str, Any]:
     return {"steps": len(result.history), "calls": len(calls)}
 
 
+def damaged(home: Path) -> dict[str, Any]:
+    """The newest checkpoint's weights have changed on disk; and then one that the second rank alone cannot read."""
+    trainer = _trainer(home)
+    _train(trainer, home, checkpoint_every=1)
+    policy = home / "checkpoint-4" / "policy.safetensors"
+    if trainer.world.rank == 0:
+        policy.write_bytes(policy.read_bytes()[:-1] + b"?")
+    torch.distributed.barrier()
+    rest = len(_train(_trainer(home), home, resume=True, checkpoint_every=1).history)
+    seal = sealing.Seal.of
+
+    def unreadable(path: Path) -> Any:
+        if trainer.world.rank == 1 and path == policy:
+            raise OSError(5, "Input/output error")
+        return seal(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sealing.Seal, "of", unreadable)
+        with pytest.raises(ValueError, match="checkpoint found") as caught:
+            _train(_trainer(home), home, resume=True)
+    return {"rest": rest, "said": str(caught.value)}
+
+
 def sharded(home: Path) -> dict[str, Any]:
     """The same with a model of which each rank has a part: two steps, data that end on one rank, and the rest."""
     trainer = _trainer(home, parallelism="fsdp2")
@@ -163,6 +187,12 @@ def test_a_batch_of_one_rank_is_dropped_by_all(ranks: tuple[Path, list[dict[str,
     ]
 
 
+def test_a_damaged_checkpoint_is_left_by_all_ranks_for_the_same_one(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in ranks[1]:
+        assert rank["damaged"]["rest"] == 1
+        assert "the step of the checkpoint found is 4 on rank 0 and 3 on rank 1" in rank["damaged"]["said"]
+
+
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch's FSDP2 is too old")
 def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     ranks: tuple[Path, list[dict[str, Any]]],
@@ -177,7 +207,7 @@ def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     assert [line["step"] for line in read_jsonl(folder / "sharded" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-RUNS = (signalled, failing, unlike, full, dropped, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
+RUNS = (signalled, failing, unlike, full, dropped, damaged, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
 
 
 def main(folder: Path) -> None:

@@ -18,11 +18,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ppo_runtime import results
+from ppo_runtime import loop, results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.tracking import make_trackers
+from ppo_runtime.resuming import sealing
 from ppo_runtime.rollout.data import prompt_digest
 from tests.runtime.support.trainers import make_batch, make_trainer
 
@@ -320,6 +321,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(
     assert _steps(home / FILE) == [1, 2, 3, 4]
     assert _steps(home / EARLIER) == [4], "what was made from the lost weights is kept beside"
     assert steps_done(home / "checkpoint-4") == 4
+
+
+def test_what_is_resumed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a large model take minutes to look at."""
+    _train(_trainer(tmp_path), tmp_path, checkpoint_every=1)
+    read: list[Path] = []
+    seal = sealing.Seal.of
+    monkeypatch.setattr(sealing.Seal, "of", lambda path: read.append(path) or seal(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_in", lambda *_, **__: None)
+        _train(_trainer(tmp_path), tmp_path, steps=3, resume=True)
+    tensors = [str(path.relative_to(tmp_path)) for path in read if path.suffix == ".safetensors"]
+    assert sorted(tensors) == [f"checkpoint-2/{name}.safetensors" for name in ("optimizer", "policy")]
+
+
+def test_a_place_that_only_the_earlier_checkpoints_run_writes_is_looked_at(tmp_path: Path) -> None:
+    """The newest one is damaged, and holds what no save replaces: that is said before a step is made."""
+    _train(_trainer(tmp_path), tmp_path, checkpoint_every=1)
+    policy = tmp_path / "checkpoint-2" / "policy.safetensors"
+    policy.write_bytes(policy.read_bytes()[:-1] + b"?")
+    (tmp_path / "checkpoint-2" / "notes.txt").write_text("precious")
+    trainer = _trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds notes\.txt"):
+        _train(trainer, tmp_path, steps=3, resume=True)
+    assert trainer.current_step == 0
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(tmp_path: Path) -> None:
