@@ -92,6 +92,12 @@ def output_directory(output_dir: Any) -> Path | None:
         return None
     if not isinstance(output_dir, str | Path) or not str(output_dir).strip():
         raise ValueError(f"output_dir is {output_dir!r}, expected the path of a directory or None")
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, expected a name in UTF-8, as which alone weights can be written"
+        ) from error
     return Path(output_dir)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ppo_runtime.common.files import siblings, sync
+from ppo_runtime.common.files import is_working_directory, siblings, sync
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.shards import fill, moments_in_parts
 from ppo_runtime.resuming import contents, files, rotation, sealing
@@ -61,7 +61,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
         RuntimeError: another rank could not write its part.
     """
     target, world, made = files.resolved(directory), trainer.world, Path(directory).absolute()
-    stands_in_it = files.is_working_directory(target)
+    stands_in_it = is_working_directory(target)
     with all_or_none(world, phase="the making of a checkpoint's directory"):
         check_replaceable(target)
         draft, previous = siblings(target)

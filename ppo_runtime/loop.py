@@ -232,7 +232,9 @@ def _check_data(trainer: Trainer, generation_kwargs: dict[str, Any]) -> None:
 def _resume(trainer: Trainer, output: Any, newest: Path | None, steps: int) -> None:
     """Go on from a checkpoint whose weights nobody has looked at yet, or an earlier one if those are damaged."""
     if newest is None:
-        _say(trainer, "there is no checkpoint to resume: the run starts from the beginning")
+        made = trainer.current_step
+        start = f"goes on after the trainer's step {made}" if made else "starts from the beginning"
+        _say(trainer, "there is no checkpoint to resume: the run %s", start)
         return
     try:
         load_checkpoint(trainer, newest)

@@ -95,8 +95,17 @@ def own_directory(trainer: Trainer, output_dir: Path, *, newest: Path | None, do
 
 
 def _begin_again(output_dir: Path) -> None:
-    """Refuse to begin a finished run again, whose checkpoints are gone; one that was broken off may."""
+    """Refuse to begin a finished run again, whose checkpoints are gone, or over no run's model.
+
+    A run that was broken off may be begun again.
+    """
     record = _recorded(output_dir)
+    held = [name for name in (MODEL, BROKEN_OFF) if any(map(_are_weights, output_dir.joinpath(name).glob("*")))]
+    if held and not record:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds a model in {held[0]!r} and neither a checkpoint nor the "
+            f"{RECORD} of its run: beginning again would replace it; move it, or choose another output_dir"
+        )
     try:
         finished = record["steps_done"] >= record["steps"]
     except (LookupError, TypeError):
@@ -164,7 +173,9 @@ def save_results(trainer: Trainer, output_dir: Path, *, steps: int, changed: boo
             model,
             trainer.current_step,
         )
-    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    saved = weights.get("state_dict", {}).values() or trained  # the former where this rank has a part alone
+    if not all(bool(x.isfinite().all()) for x in saved if x.is_floating_point()):
         logger.warning("the saved model in %s holds weights that are not finite", model)
 
 
@@ -173,7 +184,10 @@ def _told(what: str, holds: str) -> Iterator[None]:
     """Say what was not written, what is there now, and what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # as which the latter tells of a full disk
+    except Exception as error:
+        # As which safetensors and tokenizers tell of a full disk.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         said = f"{what}: {error}. {holds}; mend that, and call train with resume=True"
         raise told_again(error, said) from error
 

@@ -50,6 +50,7 @@ def filled_whole(
     draft = drafts / directory.name
     shutil.rmtree(drafts, ignore_errors=True)
     draft.mkdir(parents=True)
+    stands_in_it = is_working_directory(target)
     try:
         yield draft
         _sync_all(draft)
@@ -57,6 +58,8 @@ def filled_whole(
             _replace_each(draft, target, replaces, drops)
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+    if stands_in_it:
+        os.chdir(target)  # without this the process would stand in a removed one
 
 
 def sync(path: Path) -> None:
@@ -66,6 +69,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_working_directory(target: Path) -> bool:
+    """Whether a directory is the one that the process stands in."""
+    try:
+        return target.samefile(os.curdir)
+    except OSError:  # one of them is not there
+        return False
 
 
 def siblings(target: Path) -> tuple[Path, Path]:
@@ -127,6 +138,8 @@ def _carry_over(old: Path, new: Path, replaces: Callable[[Path], bool], drops: C
     for entry in os.scandir(old):
         source, place = Path(entry.path), new / entry.name
         if entry.is_dir(follow_symlinks=False):
+            if place.is_file() and not replaces(source):
+                place.unlink()
             if not place.is_file():
                 place.mkdir(exist_ok=True)
                 _carry_over(source, place, replaces, lambda _: False)

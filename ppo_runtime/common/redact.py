@@ -45,7 +45,7 @@ def without_secrets(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if _names_a_secret(key) and _texts(item) else without_secrets(item)
+            _plain(key): HIDDEN if _names_a_secret(key) and _texts(item) else without_secrets(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -66,6 +66,11 @@ def hide(text: str, *settings: Mapping[str, Any]) -> str:
         if len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)
     return _without_secret_words(text)
+
+
+def _plain(key: Any) -> Any:
+    """A key as JSON can hold it."""
+    return key if key is None or isinstance(key, str | bool | int | float) else str(key)
 
 
 def _names_a_secret(key: Any) -> bool:

@@ -34,7 +34,7 @@ _PRIVATE = frozenset(
 def is_ours(directory: str | Path) -> bool:
     """Whether the card in a directory may be written: there is none, or it carries our mark."""
     card = Path(directory) / "README.md"
-    return not card.exists() or MARK in card.read_text(encoding="utf-8")
+    return not card.exists() or (card.is_file() and MARK.encode() in card.read_bytes())  # another's may be in any code
 
 
 def write_model_card(
@@ -106,6 +106,6 @@ def _settings(config: PPOConfig) -> str:
     defaults = {field.name: field.default for field in attrs.fields(PPOConfig)}
     values = plain_settings(config)
     # A subclass's own settings may be anything, and are not published.
-    changed = [name for name in defaults if name not in _PRIVATE and values[name] != defaults[name] and values[name]]
+    changed = [name for name in defaults if name not in _PRIVATE and values[name] != defaults[name]]
     rows = [*_ALWAYS, *(name for name in changed if name not in _ALWAYS)]
     return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {name} | {values[name]} |" for name in rows)])

@@ -63,7 +63,8 @@ def plot_curves(
         coefficient.tick_params(axis="y", colors=_ORANGE)
         coefficient.grid(visible=False)
         kl.set_ylim(bottom=min(0.0, kl.get_ylim()[0]))
-        coefficient.set_ylim(0.0, 1.2 * coefficient.dataLim.y1 or 1.0)
+        highest = max(filter(math.isfinite, curve("objective/kl_coef")), default=0.0)
+        coefficient.set_ylim(0.0, 1.2 * highest or 1.0)
         _finish(kl, "KL", "nats per response", coefficient)
 
         for name, color in {"policy": _BLUE, "value": _ORANGE, "total": _GREY}.items():

@@ -96,14 +96,6 @@ def told(target: Path) -> Iterator[None]:
         raise told_again(error, said) from error
 
 
-def is_working_directory(target: Path) -> bool:
-    """Whether a directory is the one that the process stands in."""
-    try:
-        return target.samefile(os.curdir)
-    except OSError:  # one of them is not there
-        return False
-
-
 def resolved(directory: str | Path) -> Path:
     """The directory itself, where it is named by a link or with dots."""
     return Path(directory).resolve()

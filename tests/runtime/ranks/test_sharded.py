@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import ppo_runtime.trainer
 from ppo_core.losses import PolicyLoss
-from ppo_runtime import PPOTrainer
+from ppo_runtime import PPOTrainer, results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.models.units import layers_of, sharding_plan
 from ppo_runtime.ranks.sharded import Sharded
@@ -142,6 +142,16 @@ def uploaded(folder: Path) -> list[str]:
     return seen
 
 
+def saved_broken(rank: int, folder: Path) -> bool:
+    """Whether it is said that the second rank's part of what is saved is not finite."""
+    trainer = make_trainer(**(HALVED | SHARDED))
+    if rank == 1:
+        here(next(p for p in trainer.model.parameters() if p.requires_grad)).fill_(torch.nan)
+    with mock.patch.object(results.logger, "warning") as said:
+        results.save_results(trainer, folder / "broken", steps=1, changed=True)
+    return any("holds weights that are not finite" in call.args[0] for call in said.call_args_list)
+
+
 def refused() -> dict[str, str]:
     """What can't be divided."""
     said = {}
@@ -172,18 +182,19 @@ def stepped_optimizer(model: Any) -> torch.optim.Optimizer:
 def be_one_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = world_from_environment().rank
-    results: dict[str, Any] = {name: CASES[name](SHARES["half"][rank], SHARDED) for name in SAME}
-    results["unequal"] = CASES["llama"](SHARES["unequal"][rank], SHARDED)
-    results["skipping"] = spoil_second(SHARDED)
-    results |= {"held": held(rank), "generated": generated(), "failing": failing(rank), "own": own_optimizer(rank)}
-    results["ragged"] = ragged(make_trainer(**(HALVED | SHARDED)), slice(4 * rank, 4 * rank + 4))
-    results |= {
+    found: dict[str, Any] = {name: CASES[name](SHARES["half"][rank], SHARDED) for name in SAME}
+    found["unequal"] = CASES["llama"](SHARES["unequal"][rank], SHARDED)
+    found["skipping"] = spoil_second(SHARDED)
+    found |= {"held": held(rank), "generated": generated(), "failing": failing(rank), "own": own_optimizer(rank)}
+    found["ragged"] = ragged(make_trainer(**(HALVED | SHARDED)), slice(4 * rank, 4 * rank + 4))
+    found |= {
         "resumed": resumed(rank, folder),
         "pieces": pieces(rank),
         "uploaded": uploaded(folder),
         "refused": refused(),
+        "saved broken": saved_broken(rank, folder),
     }
-    torch.save(results, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -280,6 +291,10 @@ def test_the_model_is_saved_whole(ranks: list[dict[str, Any]], folder: Path) -> 
     for name, x in ranks[0]["resumed"]["saved"].items():
         inner = name.removeprefix("pretrained_model.")
         assert inner.startswith("v_head.") or torch.equal(loaded[inner], x), name
+
+
+def test_weights_that_are_not_finite_are_found_in_any_part(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["saved broken"] for rank in ranks] == [True, False]
 
 
 def test_the_whole_model_is_uploaded_by_one_rank(ranks: list[dict[str, Any]]) -> None:

@@ -76,6 +76,12 @@ def test_only_a_public_base_model_is_named(base: str | None, named: bool, tmp_pa
     assert not base or named == (base in path.read_text())
 
 
+def test_what_was_switched_off_is_told(tmp_path: Path) -> None:
+    config = PPOConfig(adap_kl_ctrl=False, remove_unused_columns=False)
+    path = write_model_card(tmp_path, "x", config=config, base_model=None, is_encoder_decoder=False, steps=1)
+    assert "| adap_kl_ctrl | False |" in path.read_text()
+
+
 def test_nothing_private_is_published(tmp_path: Path) -> None:
     config = PPOConfig(
         push_to_hub_if_best_kwargs={"repo_id": "a/b", "token": "secret"},

@@ -202,6 +202,11 @@ class TestPlotCurves:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
 
+    @pytest.mark.parametrize("values", [{}, {"objective/kl_coef": None, "objective/kl": None}])
+    def test_curves_without_numbers_are_empty(self, tmp_path: Path, values: dict) -> None:
+        plot_curves([{"step": 1, "ppo/mean_scores": 0.1, **values}], tmp_path / "a.png", "t")
+        assert (tmp_path / "a.png").exists()
+
     def test_a_step_run_twice_counts_once(self, tmp_path: Path) -> None:
         again = [{**line, "ppo/mean_scores": 9.0} for line in curve(6)[3:]]
         plot_curves(curve(6) + again, tmp_path / "twice.png", "t")

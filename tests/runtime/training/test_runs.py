@@ -633,13 +633,12 @@ def test_steps_of_its_own_let_a_trainer_replace_no_other_runs_model(tmp_path: Pa
         (tmp_path / "run.json").write_text(json.dumps(record))
     elif left == "a model alone":
         (tmp_path / "run.json").unlink()
-        resume = False  # as after a first save that was cut short, which is gone on from
     before = _files(tmp_path)
     other = _trainer(tmp_path / "logs")
     other.step(*make_batch(4))
-    said = (
-        "the results of a finished run" if resume else r"'model', expected none or that of the run .* made 1 steps of"
-    )
+    said = r"'model', expected none or that of the run .* made 1 steps of"
+    if resume:
+        said = "holds a model in 'model' and neither" if left == "a model alone" else "the results of a finished run"
     with pytest.raises(ValueError, match=said):
         _train(other, tmp_path, steps=3, resume=resume)
     assert _files(tmp_path) == before
@@ -669,6 +668,64 @@ def test_a_fresh_run_replaces_no_results_unasked(tmp_path: Path, left: str) -> N
         _train(_trainer(tmp_path), tmp_path, steps=1)
     assert sorted(tmp_path.rglob("*")) == before
     _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+
+
+@pytest.mark.parametrize("held", ["model", "model-broken-off"])
+def test_a_model_that_is_no_runs_is_not_replaced_by_resuming_nothing(tmp_path: Path, held: str) -> None:
+    weights = tmp_path / held / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("precious")
+    with pytest.raises(ValueError, match=rf"holds a model in '{held}' and neither a checkpoint nor the run.json of"):
+        _train(_trainer(tmp_path), tmp_path, steps=1, resume=True)
+    assert weights.read_text() == "precious"
+
+
+def test_a_card_of_the_users_may_be_in_any_code_and_a_directory(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    card = tmp_path / "model" / "README.md"
+    card.write_bytes("Für Elise".encode("latin-1"))
+    _train(trainer, tmp_path, steps=2)
+    assert card.read_bytes().decode("latin-1") == "Für Elise"
+    card.unlink()
+    (card / "more").mkdir(parents=True)
+    _train(trainer, tmp_path, steps=3)
+    assert (card / "more").is_dir()
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == 3
+
+
+def test_a_disk_that_fills_while_the_tokenizer_is_saved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+
+    trainer = _trainer(tmp_path)
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"after step 1 was not saved in .*model: No space left.*resume=True"):
+        _train(trainer, tmp_path, steps=1)
+
+
+def test_the_working_directory_can_be_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    monkeypatch.chdir(tmp_path / "model")
+    _train(trainer, tmp_path, steps=2)
+    assert Path.cwd() == tmp_path / "model"
+
+
+def test_settings_may_have_keys_of_any_kind(tmp_path: Path) -> None:
+    _train(_trainer(tmp_path, tracker_kwargs={"a": {("b", 1): 2}}), tmp_path, steps=1)
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["tracker_kwargs"] == {"a": {"('b', 1)": 2}}
+
+
+def test_where_there_is_no_checkpoint_a_trainer_goes_on_after_its_own_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = _trainer(tmp_path)
+    trainer.step(*make_batch(4))
+    _train(trainer, tmp_path, steps=2, resume=True)
+    assert "there is no checkpoint to resume: the run goes on after the trainer's step 1" in caplog.text
 
 
 def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path) -> None:

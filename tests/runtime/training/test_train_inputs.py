@@ -91,6 +91,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "output_dir empty": ({"output_dir": ""}, "output_dir is '', expected the path of a directory or None"),
     "output_dir a number": ({"output_dir": 3}, "output_dir is 3, expected the path of a directory"),
+    "output_dir of other bytes": ({"output_dir": "o\udcff"}, r"output_dir is 'o.udcff', expected a name in UTF-8"),
     "output_dir a file": ({"output_dir": "a-file"}, "output_dir is 'a-file', expected a directory that can be written"),
     "output_dir below a file": ({"output_dir": "a-file/o"}, "output_dir is 'a-file/o', expected a directory that can"),
     "a console of text": ({"console": "stderr"}, "console is a str, expected a rich.console.Console"),
