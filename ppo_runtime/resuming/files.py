@@ -200,19 +200,24 @@ def as_json(content: Any) -> str:
     return json.dumps(content, default=str) + "\n"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, and wait until it is on disk.
+def text_of(name: str, content: Mapping[str, Any]) -> bytes:
+    """What a file of JSON of this name is made of.
 
     Raises:
         ValueError: it would be longer than what is read again.
     """
     text = as_json(content).encode()
     if len(text) > LONGEST:
-        sizes = {name: len(as_json(part).encode()) for name, part in content.items()}
-        name = max(sizes, key=lambda name: sizes[name])
+        sizes = {part: len(as_json(held).encode()) for part, held in content.items()}
+        largest = max(sizes, key=lambda part: sizes[part])
         raise ValueError(
-            f"{path.name} would have {len(text)} bytes, {sizes[name]} of them for {name!r}, expected at most "
-            f"{LONGEST}, with which it can be read again: no checkpoint is made; keep what is long out of that"
+            f"{name} would have {len(text)} bytes, {sizes[largest]} of them for {largest!r}, expected at most "
+            f"{LONGEST}, with which it can be read again; keep what is long out of that"
         )
-    path.write_bytes(text)
+    return text
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, and wait until it is on disk; see :func:`text_of`."""
+    path.write_bytes(text_of(path.name, content))
     sync(path)

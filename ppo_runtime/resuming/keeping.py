@@ -12,7 +12,7 @@ from ppo_runtime.common.trees import plain, read_back
 from ppo_runtime.learning.optimisers import check_fits, check_kind_of_scheduler
 from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.fields import record
-from ppo_runtime.resuming.files import Damaged, as_json
+from ppo_runtime.resuming.files import STATE, Damaged, text_of
 from ppo_runtime.resuming.records import OptimizerRecord, TrainerRecord
 from ppo_runtime.resuming.stepping import check_steps
 from ppo_runtime.trainer import Trainer
@@ -43,7 +43,8 @@ def _read_again(state: Any, where: str, tensors: dict[str, Tensor] | None = None
     """A state as it is read from a checkpoint that holds it."""
     if not isinstance(state, Mapping):
         raise TypeError(f"{where}.state_dict() gives a {type(state).__name__}, expected a dictionary")
-    return read_back(json.loads(as_json(plain(state, where, tensors))), where, tensors)
+    text = text_of(STATE, {where: plain(state, where, tensors)})
+    return read_back(json.loads(text)[where], where, tensors)
 
 
 def check_worth_keeping(trainer: Trainer) -> None:

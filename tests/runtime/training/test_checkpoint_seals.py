@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_runtime import PPOTrainer
+from ppo_runtime import PPOTrainer, checkpoint
 from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_checkpoint, save_in, steps_done
 from ppo_runtime.resuming import files
+from ppo_runtime.resuming.keeping import check_storable
 from tests.runtime.support.sealing import change, make_old, seal_again
 from tests.runtime.support.trainers import make_batch, make_trainer
 from tests.runtime.training.test_checkpoint_misfits import WRITTEN, assert_refused
@@ -150,7 +151,8 @@ def test_a_checkpoint_of_a_later_version_is_not_called_damaged(
     assert "earlier version" not in caplog.text
 
 
-def test_no_state_is_written_that_could_not_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["before a run", "before a save", "in a save"])
+def test_no_state_is_written_that_could_not_be_read(when: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that keeps its whole schedule, say."""
     trainer = make_trainer()
     scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
@@ -159,8 +161,11 @@ def test_no_state_is_written_that_could_not_be_read(run: Path, monkeypatch: pyte
     scheduler.planned = list(range(100000))  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(files, "LONGEST", 100000)
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    if when == "in a save":
+        monkeypatch.setattr(checkpoint, "check_worth_keeping", lambda _: None)
+    keep = check_storable if when == "before a run" else lambda it: save_checkpoint(it, run / "checkpoint-0")
     with pytest.raises(ValueError, match=r"state\.json would have \d+ bytes, \d+ of them for 'lr_scheduler'.* 100000"):
-        save_checkpoint(trainer, run / "checkpoint-0")
+        keep(trainer)
     assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
     assert steps_done(run / "checkpoint-0") == 0
 
