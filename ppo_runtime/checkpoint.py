@@ -6,6 +6,9 @@ place in the data of each process, and ``manifest.json``, by which a file that w
 save is found before anything is loaded. What never changes, the reference above all, is not stored; a digest of it is,
 so that a checkpoint is not continued against another reference.
 
+Where models are divided among ranks, each writes its rows of weights and moments, as torch's distributed checkpoints
+are: ``shard-*.safetensors`` in place of the first two. Any number of ranks goes on from either kind, divided or not.
+
 A run keeps several, as ``checkpoint-<step>`` in its directory: ``save_in`` makes one and removes older ones,
 ``newest_good`` finds the one to go on from.
 """
@@ -17,14 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from ppo_runtime.common.files import is_working_directory, siblings, sync
 from ppo_runtime.ranks.agreement import all_or_none
+from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import fill, moments_in_parts
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.resuming.fitting import settle_differences
+from ppo_runtime.resuming.frozen import frozen_digest
 from ppo_runtime.resuming.keeping import check_worth_keeping
 from ppo_runtime.resuming.position import position, restore_position
 from ppo_runtime.resuming.reading import steps_done
@@ -64,6 +67,7 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
     stands_in_it = is_working_directory(target)
     with all_or_none(world, phase="the making of a checkpoint's directory"):
         check_replaceable(target)
+        check_worth_keeping(trainer)
         draft, previous = siblings(target)
         if world.rank == 0:
             with files.told(target):
@@ -71,15 +75,16 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
     try:
-        whole = contents.gathered(trainer)
-        with all_or_none(world, carries=NUMBERS + 2, phase="the writing of a checkpoint") as ballot:
-            check_worth_keeping(trainer)
+        count, shared = 0, {}
+        if trainer.parallel.sharded:
+            with all_or_none(world, phase="the writing of all ranks' parts"), files.told(target):
+                count = contents.write_parts(trainer, draft)
+        with all_or_none(world, carries=2 + NUMBERS * (1 + count), phase="the writing of a checkpoint") as ballot:
             with files.told(target):
-                own, shared = contents.write_own(trainer, draft), {}
+                own = contents.write_own(trainer, draft, count)
                 if world.rank == 0:
-                    shared = contents.write_shared(trainer, draft, *whole)
-            recent = trainer.recent_scores
-            ballot.mine[:] = torch.tensor([*sealing.as_numbers(own), recent.sum, recent.count], dtype=torch.float64)
+                    shared = contents.write_shared(trainer, draft)
+            ballot.mine[:] = contents.told_of(trainer, own)
         with all_or_none(world, phase="the renaming of a checkpoint"):  # nobody goes on before it is in place
             if world.rank == 0:
                 with files.told(target):
@@ -154,7 +159,8 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     """
     world = trainer.world
     if trainer.parallel.sharded:
-        contents.frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
+        with lost_ranks_named(world, "the comparison of frozen weights"):
+            frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
     with all_or_none(world, phase="the reading of a checkpoint") as ballot:
         if directory is None:  # as newest_good says where there is none
             raise FileNotFoundError(

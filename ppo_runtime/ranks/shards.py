@@ -15,6 +15,15 @@ def is_shard(x: Any) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
+def in_rows(x: Any) -> bool:
+    """Whether a tensor is divided along its first axis, as torch's ``fully_shard`` divides."""
+    if not is_shard(x):
+        return False
+    from torch.distributed.tensor import Shard
+
+    return tuple(x.placements) == (Shard(0),)
+
+
 def here(x: Any) -> Any:
     """The part that this rank holds, in the same memory and without a graph; what is whole itself."""
     return x.detach().to_local() if is_shard(x) else x

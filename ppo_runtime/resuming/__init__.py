@@ -5,6 +5,7 @@ sealing   the manifest: every file's size and SHA-256
 fields    kinds of fields, and records made of them
 records   what each field may hold
 reading   nothing used before it is checked
+parts     tensors of which each rank writes and reads its rows
 contents  what is written, and read for a trainer
 fitting   whether a checkpoint and a trainer belong together
 stepping  whether optimiser and scheduler could step on

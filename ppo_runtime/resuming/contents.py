@@ -1,20 +1,22 @@
 """What a checkpoint holds: written, and read again with everything checked before anything of a trainer changes."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
 from ppo_runtime.ranks.presence import lost_ranks_named
-from ppo_runtime.ranks.shards import on_first
-from ppo_runtime.resuming import files, reading, sealing
+from ppo_runtime.resuming import files, parts, reading, sealing
 from ppo_runtime.resuming.fitting import (
+    AS_THEN,
     check_controller_state,
     check_finite,
-    check_optimizer_state,
+    check_optimizer_made,
     check_scheduler_state,
     check_tensors,
     optimizer_made_of,
@@ -24,6 +26,7 @@ from ppo_runtime.resuming.frozen import check_frozen, frozen_buffers, frozen_dig
 from ppo_runtime.resuming.position import check_data, check_world, position_here, rank_state, source_of
 from ppo_runtime.resuming.records import OptimizerRecord, StateRecord
 from ppo_runtime.resuming.sealing import NUMBERS, Manifest, Seal
+from ppo_runtime.resuming.stepping import check_steps
 from ppo_runtime.trainer import Trainer
 
 # Where a run's files go has no influence on its numbers.
@@ -31,6 +34,8 @@ _INDIFFERENT = frozenset(
     {"exp_name", "log_with", "tracker_kwargs", "project_kwargs", "tracker_project_name", "steps", "accel_strict"}
     | {"ranks_timeout"}
 )
+_POLICY = "policy."
+"""What weights' names begin with in parts, where moments are beside them."""
 
 
 @attrs.frozen(eq=False)
@@ -51,16 +56,20 @@ class Found:
 def read(source: Path, trainer: Trainer) -> Found:
     """Read and check everything, before anything of the trainer changes."""
     world, manifest = trainer.world, sealing.read_manifest(source)
-    shared = files.STATE, files.POLICY, files.OPTIMIZER
+    in_parts = [] if manifest is None else manifest.parts
     if manifest is None:
         sealing.check_sealed(source, None)
     else:
         own_file = files.rank_file(source_of(world, manifest.ranks))
-        sealing.check_sealed(source, manifest, [*shared, own_file])
+        # Of what is in parts no rank reads everything.
+        looked_at = in_parts[world.rank :: world.size] or ([] if in_parts else manifest.tensors)
+        sealing.check_sealed(source, manifest, [files.STATE, *looked_at, own_file])
     state = reading.read_state(source, manifest)
-    weights = files.read_tensors(source / files.POLICY)
+    if in_parts:
+        weights, moments = _divided(parts.outline(source, in_parts))
+    else:
+        weights, moments = (files.read_tensors(source / name) for name in (files.POLICY, files.OPTIMIZER))
     check_tensors(source, weights, trained(trainer.model))
-    moments = files.read_tensors(source / files.OPTIMIZER)
     optimizer = reading.read_tree(source, state, state.optimizer, "optimizer", moments)
     reading.read_record(source, OptimizerRecord, optimizer, "optimizer")
     scheduler = reading.read_tree(source, state, state.lr_scheduler, "lr_scheduler")
@@ -70,14 +79,19 @@ def read(source: Path, trainer: Trainer) -> Found:
     check_world(source, state.config, state.world_size, trainer)
     check_frozen(source, state, trainer)
     check_scheduler_state(source, state, scheduler, trainer.lr_scheduler)
-    check_optimizer_state(source, state.optimizer_made_of, optimizer, trainer)
+    check_optimizer_made(source, state.optimizer_made_of, optimizer, trainer)
     check_controller_state(source, own, trainer)
     check_data(source, held, trainer)
+    if in_parts:
+        weights, moments = _divided(parts.read(source, _joined(weights, moments), _likes(trainer, moments)))
+        optimizer = reading.read_tree(source, state, state.optimizer, "optimizer", moments)
+    else:
+        optimizer = copied(optimizer)  # what was read is the file's until then
+    check_steps(source, optimizer, trainer.optimizer, AS_THEN)
     check_finite(source, weights, trainer.model)
     return Found(
         weights=weights,
-        # Copies of its own: what was read is the file's until then.
-        optimizer=copied(optimizer),
+        optimizer=optimizer,
         scheduler=scheduler,
         own=own,
         position=position_here(held, world, state.world_size, Seal.of(source / files.rank_file(there)).sha256),
@@ -93,36 +107,40 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return parameters | stored_buffers(model)
 
 
-def write_own(trainer: Trainer, draft: Path) -> Seal:
-    """What every process writes for itself."""
-    name = files.rank_file(trainer.world.rank)
-    files.write_json(draft / name, plain(rank_state(trainer), name.removesuffix(".json")))
-    return Seal.of(draft / name)
+def held(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """The weights that train, the optimiser's moments and what else it holds; some tensors may be in parts."""
+    moments: dict[str, Tensor] = {}
+    optimizer = plain(trainer.optimizer.state_dict(), "optimizer", moments)
+    return trained(trainer.model), moments, optimizer
 
 
-def gathered(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and the optimiser's state, whole, for the rank that writes them; a collective where they are in parts."""
-    held = trained(trainer.model), trainer.optimizer.state_dict()
-    if not trainer.parallel.sharded:
-        return held
-    with lost_ranks_named(trainer.world, "the gathering of what a checkpoint holds"):
+def write_parts(trainer: Trainer, draft: Path) -> int:
+    """The tensors, where models are divided, by all ranks together; gives into how many files of each."""
+    with lost_ranks_named(trainer.world, "the comparison of frozen weights"):
         frozen_digest(trainer)  # rank 0 alone asks for it again
-        return on_first(held, trainer.world.rank)
+    weights, moments, _ = held(trainer)
+    return parts.write(_joined(weights, moments), draft, trainer.world)
 
 
-def write_shared(
-    trainer: Trainer, draft: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]
-) -> dict[str, Seal]:
-    """What one process writes for all; weights and the optimiser's state are whole."""
-    optimizer_tensors: dict[str, Tensor] = {}
+def write_own(trainer: Trainer, draft: Path, count: int) -> list[Seal]:
+    """What every process writes for itself; gives the seals of that and of its parts, in so many files."""
+    own, *others = files.own_files(trainer.world.rank, count)
+    files.write_json(draft / own, plain(rank_state(trainer), own.removesuffix(".json")))
+    return [Seal.of(draft / name) if (draft / name).exists() else sealing.NOTHING for name in (own, *others)]
+
+
+def write_shared(trainer: Trainer, draft: Path) -> dict[str, Seal]:
+    """What one process writes for all: without tensors, where models are divided."""
+    weights, moments, optimizer = held(trainer)
+    sharded = trainer.parallel.sharded
     scheduler = None if trainer.lr_scheduler is None else trainer.lr_scheduler.state_dict()
     state = {
-        "format": files.FORMAT,
+        "format": files.IN_PARTS if sharded else files.FORMAT,
         "world_size": trainer.world.size,
         "frozen": frozen_digest(trainer),
         "frozen_buffers": frozen_buffers(trainer),
         "config": configuration(trainer),
-        "optimizer": plain(optimizer, "optimizer", optimizer_tensors),
+        "optimizer": optimizer,
         "optimizer_made_of": optimizer_made_of(trainer),
         "lr_scheduler": None if scheduler is None else plain(scheduler, "lr_scheduler"),
         "scheduler_class": scheduler_class(trainer.lr_scheduler),
@@ -130,17 +148,48 @@ def write_shared(
         "run": trainer.run_log.run_name,
         "earlier_runs": trainer.run_log.earlier_runs,
     }
-    files.write_tensors(draft / files.POLICY, weights)
-    files.write_tensors(draft / files.OPTIMIZER, optimizer_tensors)
+    tensors = {} if sharded else {files.POLICY: weights, files.OPTIMIZER: moments}
+    for name, of_it in tensors.items():
+        files.write_tensors(draft / name, of_it)
     files.write_json(draft / files.STATE, state)
-    return {name: Seal.of(draft / name) for name in (files.POLICY, files.OPTIMIZER, files.STATE)}
+    return {name: Seal.of(draft / name) for name in (*tensors, files.STATE)}
+
+
+def told_of(trainer: Trainer, seals: list[Seal]) -> Tensor:
+    """What a rank tells the others of its scores and of its files, in numbers."""
+    recent = trainer.recent_scores
+    numbers = [number for seal in seals for number in sealing.as_numbers(seal)]
+    return torch.tensor([recent.sum, recent.count, *numbers], dtype=torch.float64)
 
 
 def manifest_of(shared: dict[str, Seal], told: Tensor) -> Manifest:
-    """Of the files of all ranks, [ranks, NUMBERS + 2]: what each says of its own, and of its scores."""
-    own = {files.rank_file(rank): sealing.from_numbers(row[:NUMBERS]) for rank, row in enumerate(told)}
-    total, count = told[:, NUMBERS:].sum(0).tolist()
-    return Manifest(shared | own, total / count if count else None)
+    """Of the files of all ranks, [ranks, 2 + NUMBERS * files]: what each tells of its own."""
+    found = dict(shared)
+    for rank, row in enumerate(told[:, 2:].reshape(len(told), -1, NUMBERS)):
+        seals = map(sealing.from_numbers, row)
+        own = zip(files.own_files(rank, len(row) - 1), seals, strict=True)
+        found |= {name: seal for name, seal in own if seal != sealing.NOTHING}
+    total, count = told[:, :2].sum(0).tolist()
+    return Manifest(found, total / count if count else None)
+
+
+def _joined(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and moments by the names that they have in parts: those of moments begin with "optimizer."."""
+    return {f"{_POLICY}{name}": x for name, x in weights.items()} | dict(moments)
+
+
+def _divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What :func:`_joined` was given."""
+    weights = {name.removeprefix(_POLICY): x for name, x in tensors.items() if name.startswith(_POLICY)}
+    return weights, {name: x for name, x in tensors.items() if not name.startswith(_POLICY)}
+
+
+def _likes(trainer: Trainer, moments: Iterable[str]) -> dict[str, Tensor]:
+    """What of a trainer is divided as a tensor of that name shall be: a moment as its parameter."""
+    parameters = (parameter for group in trainer.optimizer.param_groups for parameter in group["params"])
+    known = {f"optimizer.state.{place}": parameter for place, parameter in enumerate(parameters)}
+    theirs = {name: known[place] for name in moments if (place := name.rpartition(".")[0]) in known}
+    return _joined(trained(trainer.model), theirs)
 
 
 def configuration(trainer: Trainer) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ppo_runtime.common.files import siblings, sync, told_again
 
-FORMAT = 2
+FORMAT, IN_PARTS = 2, 3
+"""Of a checkpoint whose tensors are whole, and of one in which they are in the parts of its ranks."""
 POLICY, OPTIMIZER, STATE, MANIFEST = "policy.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 # What file managers and network disks leave in any directory.
 _LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs.*")
 _RANK = re.compile(r"rank-(0|[1-9]\d{0,8})\.json")
-OURS = re.compile(rf"{'|'.join(map(re.escape, (POLICY, OPTIMIZER, STATE, MANIFEST)))}|{_RANK.pattern}")
+_PART = re.compile(r"shard-\d{5,9}-model-\d{5,9}-of-\d{5,9}\.safetensors")
+OURS = re.compile(rf"{'|'.join(map(re.escape, (POLICY, OPTIMIZER, STATE, MANIFEST)))}|{_RANK.pattern}|{_PART.pattern}")
 """The names of a checkpoint's files: no other is written, looked into or removed."""
 LONGEST = 2**26
 """Bytes that a file of JSON has at most, some hundred times those of a large model's."""
@@ -32,6 +34,17 @@ _WHOLE = "what save_checkpoint wrote; copy the checkpoint again, or remove it an
 def rank_file(rank: int) -> str:
     """The name of what a process has for itself."""
     return f"rank-{rank}.json"
+
+
+def own_files(rank: int, parts: int) -> list[str]:
+    """The names of all that a process writes: what it has for itself, and its parts, as torch calls them."""
+    named = (f"shard-{rank + 1:05}-model-{number:05}-of-{parts:05}.safetensors" for number in range(1, parts + 1))
+    return [rank_file(rank), *named]
+
+
+def is_part(name: str) -> bool:
+    """Whether a file holds parts of tensors."""
+    return bool(_PART.fullmatch(name))
 
 
 def check_replaceable(directory: str | Path) -> None:
@@ -172,9 +185,9 @@ def format_of(source: Path, state: Any) -> Any:
         ValueError: it is a later one than ours, in which anything else may be another as well.
     """
     found = state.get("format") if isinstance(state, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    if isinstance(found, int) and found > IN_PARTS:
         raise ValueError(
-            f"{source} has format {found!r:.20}, expected at most {FORMAT}: a later version has made it; use that one"
+            f"{source} has format {found!r:.20}, expected at most {IN_PARTS}: a later version has made it; use that one"
         )
     return found
 

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import without_secrets
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
+from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.files import damaged
 from ppo_runtime.resuming.records import StateRecord
-from ppo_runtime.resuming.stepping import IMPLEMENTATION, check_scheduled, check_steps
+from ppo_runtime.resuming.stepping import IMPLEMENTATION, check_scheduled
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda _: speaks_for_all())
 
 _OUR_CONTROLLERS = AdaptiveKLController, FixedKLController
+AS_THEN = "make the optimizer as it was made then: of the same class, over the same parameters in the same order"
 _KEPT_RATE = "the scheduler and its learning rates are kept from the checkpoint"
 
 
@@ -61,10 +63,10 @@ def check_tensors(source: Path, stored: Mapping[str, Tensor], present: Mapping[s
         )
 
 
-def check_optimizer_state(
+def check_optimizer_made(
     source: Path, then: Mapping[str, Any] | None, state: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    """Refuse the state of another kind of optimiser, of parameters in another order, or one that could not step on.
+    """Refuse the state of another kind of optimiser, or of parameters in another order.
 
     Args:
         source: the checkpoint, for the message.
@@ -73,20 +75,18 @@ def check_optimizer_state(
         trainer: whose optimiser shall take it over.
     """
     now = optimizer_made_of(trainer)
-    advice = "make the optimizer as it was made then: of the same class, over the same parameters in the same order"
     if then is not None and then["class"] != now["class"]:
-        raise ValueError(f"{source} holds the state of {then['class']}, and the optimizer is {now['class']}; {advice}")
+        raise ValueError(f"{source} holds the state of {then['class']}, and the optimizer is {now['class']}; {AS_THEN}")
     theirs = [len(group["params"]) for group in state["param_groups"]]
     ours = [len(group) for group in now["groups"]]
     if theirs != ours:
-        raise ValueError(f"{source} holds an optimizer's groups of {theirs} parameters, and here are {ours}; {advice}")
+        raise ValueError(f"{source} holds an optimizer's groups of {theirs} parameters, and here are {ours}; {AS_THEN}")
     if then is not None and then["groups"] != now["groups"]:
         pairs = zip(chain(*then["groups"]), chain(*now["groups"]), strict=True)
         was, is_now = next((was, is_now) for was, is_now in pairs if was != is_now)
         raise ValueError(
-            f"{source} holds an optimizer's state for {was} where the optimizer has {is_now} now; {advice}"
+            f"{source} holds an optimizer's state for {was} where the optimizer has {is_now} now; {AS_THEN}"
         )
-    check_steps(source, state, trainer.optimizer, advice)
 
 
 def check_scheduler_state(source: Path, state: StateRecord, then: Any, scheduler: Any) -> None:
@@ -107,7 +107,7 @@ def check_scheduler_state(source: Path, state: StateRecord, then: Any, scheduler
 def check_finite(source: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuse parameters that are not finite, of which no checkpoint is made."""
     for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
-        if weights[name].is_floating_point() and not bool(weights[name].isfinite().all()):
+        if weights[name].is_floating_point() and not bool(here(weights[name]).isfinite().all()):
             raise damaged(source, f"{name} holds numbers that are not finite")
 
 

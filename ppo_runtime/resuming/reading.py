@@ -65,8 +65,8 @@ def read_state(source: Path, manifest: Manifest | None) -> StateRecord:
     """
     held = files.read_json(source / files.STATE)
     found = files.format_of(source, held)
-    state = read_record(source, StateRecord, held, files.STATE, complete=found == files.FORMAT)
-    if (manifest is None) != (state.format == 1):
+    state = read_record(source, StateRecord, held, files.STATE, complete=found in (files.FORMAT, files.IN_PARTS))
+    if state.format != (1 if manifest is None else manifest.format):
         raise damaged(source, f"{files.STATE} is of format {state.format}")
     if manifest is not None and manifest.ranks != state.world_size:
         raise damaged(source, f"{files.STATE} is of {state.world_size} ranks, and there are files of {manifest.ranks}")

@@ -49,7 +49,7 @@ def _settings(value: Any) -> bool:
 class StateRecord:
     """``state.json``. Fields with a default are missing from checkpoints of before."""
 
-    format: int = attrs.field(validator=that("1 or 2", lambda value: is_whole(value, 1, 3)))
+    format: int = attrs.field(validator=that("1, 2 or 3", lambda value: is_whole(value, 1, 4)))
     world_size: int = attrs.field(validator=that("a number of processes", lambda value: is_whole(value, 1, 2**31)))
     frozen: str = attrs.field(validator=that("a SHA-256", is_digest))
     frozen_buffers: Mapping[str, str] | None = attrs.field(

@@ -53,6 +53,10 @@ def as_numbers(seal: Seal) -> list[float]:
     return [float(seal.size), *map(float, bytes.fromhex(seal.sha256))]
 
 
+NOTHING = Seal(0, bytes(hashlib.sha256().digest_size).hex())
+"""Said of a file that is not there; none of ours is empty."""
+
+
 def from_numbers(numbers: Tensor) -> Seal:
     """What :func:`as_numbers` was given."""
     size, *digest = map(int, numbers.tolist())
@@ -70,6 +74,21 @@ class Manifest:
     def ranks(self) -> int:
         """How many processes have written it."""
         return sum(name.startswith("rank-") for name in self.files)
+
+    @property
+    def parts(self) -> list[str]:
+        """The files of tensors in parts."""
+        return sorted(filter(files.is_part, self.files))
+
+    @property
+    def tensors(self) -> list[str]:
+        """The files of tensors."""
+        return self.parts or [files.POLICY, files.OPTIMIZER]
+
+    @property
+    def format(self) -> int:
+        """Of the checkpoint."""
+        return files.IN_PARTS if self.parts else files.FORMAT
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -109,7 +128,7 @@ def _as_written(source: Path) -> Manifest:
             FINITE(None, attrs.fields(Manifest).score, manifest.score)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise damaged(source, f"{files.MANIFEST}: {error!r:.200}") from error
-    ours = {files.POLICY, files.OPTIMIZER, files.STATE, *map(files.rank_file, range(manifest.ranks))}
+    ours = {files.STATE, *manifest.tensors, *map(files.rank_file, range(manifest.ranks))}
     if odd := sorted(ours ^ seals.keys()):
         raise damaged(source, f"{files.MANIFEST} lists {', '.join(map(repr, odd[:3]))} or should")
     return manifest

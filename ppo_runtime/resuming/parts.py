@@ -1,0 +1,173 @@
+"""Tensors of which every rank writes its own rows, and reads those it needs: torch's distributed checkpoints.
+
+The files are safetensors, some of each rank, whose headers say where in the whole tensor their rows belong. Any number
+of ranks can read them, in parts or whole. Torch opens none before its header has been checked here.
+"""
+
+import json
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ppo_runtime.ranks.presence import lost_ranks_named
+from ppo_runtime.ranks.shards import in_rows, is_shard, whole
+from ppo_runtime.ranks.world import World
+from ppo_runtime.resuming import files
+from ppo_runtime.resuming.files import damaged
+
+_LARGEST = 2**30
+"""Bytes of a file, as long as it holds more than one tensor: torch makes each in memory."""
+
+
+def write(tensors: Mapping[str, Tensor], directory: Path, world: World) -> int:
+    """Write what this rank holds of tensors, and wait until it is on disk; a collective.
+
+    What all ranks hold is written by one of them. Raises what has failed here: where it is something on another rank,
+    that one does.
+
+    Returns:
+        How many files a rank has at most.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    with lost_ranks_named(world, "the writing of all ranks' parts of a checkpoint"):
+        places = _places(tensors, world)
+        held = {name: _storable(x) for name, x in tensors.items()}
+        writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=places, save_distributed=True)
+        failed = _failure(lambda: save(held, storage_writer=writer), world.rank)
+    if failed is not None:
+        raise failed
+    return max(places.values())
+
+
+def outline(source: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors that files hold the parts of, without their numbers (on torch's meta device).
+
+    Raises:
+        ValueError: one of the files is none of ours, rows are missing or there twice, or the directory holds another
+            file of this kind, which torch would read as well.
+    """
+    there = {entry.name for entry in os.scandir(source) if entry.name.endswith(".safetensors")}
+    if odd := sorted(there.difference(names)):
+        raise damaged(source, f"{odd[0]} is none of its files")
+    pieces: dict[str, list[_Piece]] = defaultdict(list)
+    for name in names:
+        for key, piece in _pieces(source / name):
+            pieces[key].append(piece)
+    return {key: _put_together(source, key, found) for key, found in pieces.items()}
+
+
+def read(source: Path, outlines: Mapping[str, Tensor], likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in memory of their own: those rows that this rank holds of another one of the name, or all.
+
+    Args:
+        source: the checkpoint.
+        outlines: as :func:`outline` gives them.
+        likes: what may be in parts.
+
+    Raises:
+        ValueError: torch cannot read them.
+    """
+    if not torch.distributed.is_available():
+        raise ValueError(
+            f"{source} is in parts, which torch {torch.__version__} can't read, since it was built without "
+            "torch.distributed; install another build"
+        )
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    found = {name: _room(x, likes.get(name)) for name, x in outlines.items()}
+    # Without collectives: a rank that fails can say so.
+    failed = _failure(lambda: load(found, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=True), 0)
+    if isinstance(failed, Exception):
+        raise damaged(source, f"{type(failed).__name__}: {failed}") from failed
+    if failed is not None:
+        raise failed
+    return found
+
+
+def _places(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
+    """Which of a rank's files a tensor goes to, the same on all ranks, from 1."""
+    number, filled, found = 1, 0, {}
+    for name, x in tensors.items():
+        size = x.numel() * x.element_size() // (world.size if is_shard(x) else 1)
+        if filled and filled + size > _LARGEST:
+            number, filled = number + 1, 0
+        filled += size
+        found[name] = number
+    return found
+
+
+def _storable(x: Tensor) -> Tensor:
+    """Rows of a tensor, or all of it in memory of its own, of which alone safetensors writes."""
+    if in_rows(x):
+        return x.detach()
+    return whole(x).detach().contiguous().clone()
+
+
+def _room(x: Tensor, like: Tensor | None) -> Tensor:
+    if is_shard(like) and like is not None and like.shape == x.shape:
+        return torch.empty_like(like.detach(), dtype=x.dtype)
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def _failure(call: Callable[[], Any], rank: int) -> BaseException | None:
+    """What has failed on this rank in one of torch's calls, which ends alike on all of them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is no process group, or a model in the working directory
+            call()
+    except CheckpointException as error:
+        failed, _ = error.failures.get(rank, (None, None))
+        return failed
+    return None
+
+
+@attrs.frozen
+class _Piece:
+    """Rows of a tensor."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, _Piece]]:
+    """What a file's header says that it holds."""
+    files.opened(path).close()  # a plain file
+    try:
+        with safe_open(path, framework="pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for key in file.keys():  # noqa: SIM118  no mapping
+                part = file.get_slice(key)
+                shape = tuple(part.get_shape())
+                dtype = (part[:0] if shape else file.get_tensor(key)).dtype
+                at = places[key]["saved_offsets"]
+                if not all(type(place) is int for place in at):
+                    raise TypeError(f"{key} begins at {at!r:.60}")
+                yield key, _Piece(tuple(at), shape, dtype)
+    except (SafetensorError, OSError, MemoryError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise damaged(path.parent, f"{path.name}: {error}") from error
+
+
+def _put_together(source: Path, name: str, pieces: list[_Piece]) -> Tensor:
+    """The outline of a tensor whose pieces follow each other along the first axis, without a hole or a row twice."""
+    first, rows = pieces[0], 0
+    for piece in sorted(pieces, key=lambda piece: (piece.offsets, piece.shape)):
+        begins = (rows, *(0 for _ in first.shape))[: len(first.shape)]
+        alike = (piece.dtype, piece.shape[1:]) == (first.dtype, first.shape[1:])
+        if piece.offsets != begins or len(piece.shape) != len(first.shape) or not alike:
+            raise damaged(source, f"the parts of {name} do not follow each other, from its first row to its last")
+        rows += sum(piece.shape[:1])
+    if len({piece.offsets for piece in pieces}) != len(pieces):
+        raise damaged(source, f"a part of {name} is there twice")
+    return torch.empty((rows, *first.shape[1:])[: len(first.shape)], dtype=first.dtype, device="meta")
