@@ -60,10 +60,11 @@ def read(source: Path, trainer: Trainer) -> Found:
     if manifest is None:
         sealing.check_sealed(source, None)
     else:
-        own_file = files.rank_file(source_of(world, manifest.ranks))
-        # Of what is in parts no rank reads everything.
-        looked_at = in_parts[world.rank :: world.size] or ([] if in_parts else manifest.tensors)
-        sealing.check_sealed(source, manifest, [files.STATE, *looked_at, own_file])
+        # Of what each rank needs some, each looks at its share, so that all of it is looked at.
+        share = slice(world.rank, None, world.size)
+        tensors = in_parts[share] if in_parts else manifest.tensors
+        ranks = {source_of(world, manifest.ranks), *range(manifest.ranks)[share]}
+        sealing.check_sealed(source, manifest, [files.STATE, *tensors, *map(files.rank_file, sorted(ranks))])
     state = reading.read_state(source, manifest)
     if in_parts:
         weights, moments = _divided(parts.outline(source, in_parts))

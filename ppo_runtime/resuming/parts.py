@@ -5,10 +5,12 @@ of ranks can read them, in parts or whole. Torch opens none before its header ha
 """
 
 import json
+import logging
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def write(tensors: Mapping[str, Tensor], directory: Path, world: World) -> int:
     Returns:
         How many files a rank has at most.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with lost_ranks_named(world, "the writing of all ranks' parts of a checkpoint"):
         places = _places(tensors, world)
@@ -81,7 +84,8 @@ def read(source: Path, outlines: Mapping[str, Tensor], likes: Mapping[str, Tenso
             f"{source} is in parts, which torch {torch.__version__} can't read, since it was built without "
             "torch.distributed; install another build"
         )
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     found = {name: _room(x, likes.get(name)) for name, x in outlines.items()}
     # Without collectives: a rank that fails can say so.
@@ -123,13 +127,26 @@ def _failure(call: Callable[[], Any], rank: int) -> BaseException | None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there is no process group, or a model in the working directory
+        with _quiet():
             call()
     except CheckpointException as error:
         failed, _ = error.failures.get(rank, (None, None))
         return failed
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what torch says: that there is no process group, that parts are not put together, and so on."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @attrs.frozen
