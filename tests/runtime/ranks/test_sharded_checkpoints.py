@@ -281,7 +281,7 @@ def test_it_is_one_checkpoint_of_files_that_everybody_reads(run: Path) -> None:
     assert sorted(file.name for file in path.iterdir()) == sorted(WRITTEN)
     manifest = json.loads((path / files.MANIFEST).read_text())["content"]
     assert sorted(manifest["files"]) == sorted(name for name in WRITTEN if name != files.MANIFEST)
-    assert manifest["format"] == json.loads((path / files.STATE).read_text())["format"] == files.IN_PARTS
+    assert json.loads((path / files.STATE).read_text())["format"] == files.IN_PARTS
     assert steps_done(path) == 2
     assert newest_good(run) == path
 
@@ -459,7 +459,7 @@ def test_formats_do_not_mix(run: Path, trainer: PPOTrainer) -> None:
 
 def test_a_later_version_is_told_from_damage(run: Path, trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "IN_PARTS", 2)
-    assert_refused(trainer, run / "checkpoint-2", "has format 3, expected at most 2; it was made by a later version")
+    assert_refused(trainer, run / "checkpoint-2", "has format 3, expected at most 2: a later version has made it")
 
 
 def test_a_torch_without_ranks_says_so(run: Path, trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

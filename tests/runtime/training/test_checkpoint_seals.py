@@ -139,12 +139,12 @@ def test_a_checkpoint_of_a_later_version_is_not_called_damaged(
 ) -> None:
     source = run / "checkpoint-2"
     (source / "shard-0.safetensors").write_bytes(b"")
-    change(source, files.STATE, lambda state: state | {"format": files.FORMAT + 1})
+    change(source, files.STATE, lambda state: state | {"format": files.IN_PARTS + 1})
     if manifest == "of another kind":
         (source / files.MANIFEST).write_text('["another"]')
     elif manifest == "none":
         (source / files.MANIFEST).unlink()
-    assert_refused(trainer, source, f"has format {files.FORMAT + 1}.*a later version has made it")
+    assert_refused(trainer, source, f"has format {files.IN_PARTS + 1}.*a later version has made it")
     with pytest.raises(ValueError, match="a later version has made it"):
         steps_done(source)
     assert newest_good(run) == run / "checkpoint-1"
