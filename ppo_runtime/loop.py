@@ -177,11 +177,11 @@ def train(
                             keep()
                         break
             together = True
-        except KeyboardInterrupt:
-            interrupted = int(signal.SIGINT)
-        except Exception as error:
+        except BaseException as error:
             together = is_agreed(error)
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            interrupted = int(signal.SIGINT)
         finally:
             # Without a step there is nothing new, and what lies there may be better than an untrained model.
             changed = trainer.current_step > begun or trainer.broken_off is not None

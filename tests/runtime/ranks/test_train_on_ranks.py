@@ -57,6 +57,27 @@ def signalled(home: Path) -> dict[str, Any]:
     return {"stopped": (stopped.interrupted, stopped.signal, len(stopped.history)), "rest": len(finished.history)}
 
 
+def broken_off(home: Path) -> dict[str, Any]:
+    """Ctrl-C in a score function: of the first rank alone, and of both with a model in parts."""
+    found: dict[str, Any] = {}
+    cases = {"one": (1, {}), "all": (2, {"parallelism": "fsdp2"})}
+    for name, (ranks, settings) in cases.items():
+        if settings and not hasattr(FSDPModule, "reset_iter_state"):
+            continue
+        trainer = _trainer(home / name, **settings)
+
+        def score(_: list[str], texts: list[str], trainer: Any = trainer, ranks: int = ranks) -> list[float]:
+            if trainer.world.rank < ranks and trainer.current_step == 1:
+                raise KeyboardInterrupt
+            return [0.5] * len(texts)
+
+        try:
+            found[name] = _train(trainer, home / name, score=score).interrupted
+        except RuntimeError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def failing(home: Path) -> str:
     """A score function that fails on the second rank alone."""
     trainer = _trainer(home)
@@ -161,6 +182,15 @@ def test_a_signal_of_one_rank_stops_all_after_the_same_step(ranks: tuple[Path, l
         assert rank["signalled"] == {"stopped": (True, signal.SIGTERM, 2), "rest": 2}
 
 
+def test_ctrl_c_in_a_score_function_saves_the_model_on_all_ranks(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = ranks
+    said = [True, "RuntimeError: rank 0: KeyboardInterrupt"]
+    assert [rank["broken_off"]["one"] for rank in found] == said, "the other rank is not lost"
+    for name in found[0]["broken_off"]:
+        AutoModelForCausalLM.from_pretrained(folder / "broken_off" / name / "model")
+    assert [rank["broken_off"].get("all", True) for rank in found] == [True, True]
+
+
 def test_what_fails_on_one_rank_ends_all_of_them(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = ranks
     assert "division by zero" in found[1]["failing"]
@@ -207,7 +237,8 @@ def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     assert [line["step"] for line in read_jsonl(folder / "sharded" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-RUNS = (signalled, failing, unlike, full, dropped, damaged, *(sharded,) * hasattr(FSDPModule, "reset_iter_state"))
+PARTED = (sharded,) * hasattr(FSDPModule, "reset_iter_state")
+RUNS = (signalled, broken_off, failing, unlike, full, dropped, damaged, *PARTED)
 
 
 def main(folder: Path) -> None:
