@@ -22,7 +22,7 @@ from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning import sameness
 from ppo_runtime.learning.advantages import AdvantageEstimator, gae_estimator
-from ppo_runtime.learning.controllers import check_controller
+from ppo_runtime.learning.controllers import check_controller, coefficient_of
 from ppo_runtime.learning.experience import make_experience
 from ppo_runtime.learning.forward import Bottom, Rows, Scored, score_rollout
 from ppo_runtime.learning.guards import SkipLog
@@ -429,6 +429,7 @@ class Trainer:
             rows = self._lay_out(queries, responses, masks)
             self.response_generator.warn_of_greedy_responses(responses)
             plan = plan_updates(len(queries), config, self.shuffle)
+            kl_coef = coefficient_of(self.kl_ctl)
             ballot.mine[0] = len(queries)
             ballot.facts = lambda: {**self._moving_facts(), UPDATES: sum(map(len, plan))}
             seen = None if self.parallel.sharded else self._score(rows, times, computed)
@@ -437,7 +438,7 @@ class Trainer:
                 keeps_rows_apart(self.model)  # again, if its attention has been set anew: passes of updates will ask
                 seen = self._score(rows, times, computed)
         scored, bottom = seen
-        kl_coef, scores_now = self.kl_ctl.value, self.scores(raw, config=config, world=self.world).to(self.device)
+        scores_now = self.scores(raw, config=config, world=self.world).to(self.device)
 
         with _clock(times, "compute_rewards"):
             rewards = compute_rewards(scores_now, scored.kl, rows.mask, kl_coef=kl_coef)

@@ -96,6 +96,13 @@ class AdaptiveKLController(_Controller):
         self.state = adaptive_kl_update(self.state, float(current), n_steps, target=self.target, horizon=self.horizon)
 
 
+def coefficient_of(controller: Any) -> float:
+    """The present coefficient, which a user's own controller may give as anything that is a finite number."""
+    if not math.isfinite(number := _number(controller.value)):
+        raise ValueError(f"kl_ctl.value is {controller.value!r:.80}, expected a finite number, in score units per nat")
+    return number
+
+
 def check_controller(controller: Any) -> None:
     """Refuse what has no coefficient, or cannot be told the KL of a step; a user's own needs no more."""
     missing = [name for name in ("value", "update") if not hasattr(controller, name)]

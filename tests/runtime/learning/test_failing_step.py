@@ -296,6 +296,16 @@ def test_a_failing_step_with_a_users_own_controller_says_what_failed() -> None:
     assert trainer.kl_ctl.value == 0.3
 
 
+@pytest.mark.parametrize("value", ["0.1", None, NAN, INF, True])
+def test_a_coefficient_that_is_no_number_is_named(value: Any) -> None:
+    trainer = make_trainer()
+    trainer.kl_ctl = OwnController()
+    trainer.kl_ctl.value = value
+    with pytest.raises(ValueError, match=rf"kl_ctl\.value is '?{value}'?, expected a finite number"):
+        trainer.step(*make_batch())
+    assert trainer.current_step == 0
+
+
 @pytest.mark.parametrize("field", ["current_step", "kl_coef", "best_score", "scores"])
 def test_a_state_that_lacks_a_field_changes_nothing(field: str) -> None:
     trainer = make_trainer()
