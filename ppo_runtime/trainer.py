@@ -71,6 +71,7 @@ from ppo_runtime.rollout.generating import Remembered, ResponseGenerator
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "PPO model"
+ON_ANOTHER = " on another rank"
 UPDATES = "the number of updates that the step makes of its sequences"
 
 
@@ -203,10 +204,16 @@ class Trainer:
         functions = self.advantage_estimator, self.policy_objective
         return {
             "current_step": self.current_step,
+            **self._last_update(),
             "the class of ref_model": type(self.ref_model).__name__,
             **sameness.settings(self.config),
             **sameness.moving_parts(self.model, self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
         }
+
+    def _last_update(self) -> dict[str, str]:
+        """Whether the optimiser's last step was whole here: where it was not on all ranks, their weights differ."""
+        whole = self.broken_off is None or self.broken_off.endswith(ON_ANOTHER)
+        return {"the last update": "made" if whole else "broken off (load a checkpoint on all ranks)"}
 
     def _warn_at_the_start(self) -> None:
         """Say what works, but is hardly meant."""
@@ -661,7 +668,7 @@ class Trainer:
             if progress.begun:
                 marked = (
                     f"step {before['current_step'] + 1} was broken off by {type(error).__name__} after "
-                    f"{progress.begun} steps of the optimiser"
+                    f"{progress.begun} steps of the optimiser{ON_ANOTHER if progress.ahead else ''}"
                 )
             try:
                 # What was uploaded in the meantime stays uploaded, and a scheduler's step that was owed stays made.

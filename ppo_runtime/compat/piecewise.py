@@ -43,7 +43,7 @@ from ppo_runtime.models.precision import own_precision
 from ppo_runtime.models.references import reference_context
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.gather import gather_averages
-from ppo_runtime.trainer import Trainer
+from ppo_runtime.trainer import ON_ANOTHER, Trainer
 
 
 class Piecewise(Trainer):
@@ -210,7 +210,8 @@ class Piecewise(Trainer):
         Returns:
             Statistics by the names of ``loss``, ready for ``stack_dicts``.
         """
-        with all_or_none(self.world, phase="the check of a minibatch"):
+        with all_or_none(self.world, phase="the check of a minibatch") as ballot:
+            ballot.facts = self._last_update
             self._check_parts()
             targets = Targets(old_logprobs, values, advantages, returns)
             kept = doors.kept_tokens(targets, logits, vpreds, logprobs, mask)
@@ -286,10 +287,14 @@ class Piecewise(Trainer):
 
     def _step_optimizer(self) -> None:
         """One update; weights that a broken one leaves are no model until the next whole one."""
+        where = ""
         try:
-            self.optimizer.step()
+            with all_or_none(self.world, phase="a step of the optimiser"):
+                self.optimizer.step()
+                where = ON_ANOTHER
         except BaseException as error:
-            self.broken_off = f"an update of step {self.current_step + 1} was broken off by {type(error).__name__}"
+            kind = type(error).__name__
+            self.broken_off = f"an update of step {self.current_step + 1} was broken off by {kind}{where}"
             raise
         self.broken_off = None
 

@@ -104,6 +104,8 @@ class Progress:
     """Updates that were left out, and why."""
     begun: int = 0
     """Steps of the optimiser, one that was broken off included."""
+    ahead: bool = False
+    """Whether this rank has made one that others may not have made."""
 
     def begin(self) -> None:
         """Record that the weights are about to change."""
@@ -197,6 +199,8 @@ def optimise(
                     progress.begin()
                     with all_or_none(parallel.world, phase="a step of the optimiser"):  # which may be the user's own
                         optimizer.step()
+                        progress.ahead = True
+                    progress.ahead = False
                     merge_into(averages, {"ppo/policy/grad_norm": Average(norm, torch.ones_like(norm))})
                 else:
                     skipped[cause] += 1

@@ -8,9 +8,11 @@ all weights are gathered once, at the beginning, and let go at the end.
 
 from __future__ import annotations
 
+import atexit
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -155,7 +157,27 @@ def _sharded(model: nn.Module, layers: Sequence[nn.Module], world: World) -> Any
     with torch.no_grad():
         root(_nothing)  # the first pass says which is the root
     root.reset_iter_state()
+    atexit.register(_let_go_of_the_group, [*map(weakref.ref, _meshes(root))])
     return root
+
+
+def _meshes(root: nn.Module) -> list[Any]:
+    """What holds the process group for each part that is sharded; by names that torch does not promise."""
+    parts: list[Any] = [part for part in root.modules() if _is_sharded(part)]
+    with suppress(AttributeError):
+        return [group.mesh_info for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    return []
+
+
+def _let_go_of_the_group(meshes: Sequence[weakref.ref[Any]]) -> None:
+    """Leave a process group to those who made it, who end it, and its threads, when they let go of it.
+
+    A thread of gloo that still holds a tensor when Python ends can't give it back any more, and aborts the process.
+    """
+    for mesh in (found for one in meshes if (found := one()) is not None):
+        mesh.shard_process_group = None
+        with suppress(AttributeError):
+            mesh.mesh._pg_registry.clear()
 
 
 def _nothing(model: Any) -> None:

@@ -1,7 +1,10 @@
 """The processes that train together, and the process group in which they meet."""
 
 import atexit
+import gc
 import os
+import sys
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -82,5 +85,11 @@ def _meet(timeout: float | None) -> None:
 
 
 def _part() -> None:
+    """Leave the process group, and end its threads before Python does, with whose tensors they would go on."""
+    error = getattr(sys, "last_value", None)  # told already, and its frames may hold the group
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

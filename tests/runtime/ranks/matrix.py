@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import io
 import json
@@ -343,12 +344,18 @@ def be_one_rank(folder: Path, cases: Sequence[str], culprit: int, engine: str) -
     """
     torch.set_num_threads(1)
     number = int(os.environ["RANK"])
+    atexit.register(lambda: (folder / f"{number}.threads").write_text(" ".join(_threads())))  # after all other endings
     for case in cases:
         (place := folder / case).mkdir(exist_ok=True)
         found, error = tried(case, Rank(number, number == culprit, engine, place))
         (place / f"{number}.json").write_text(json.dumps(found))
         if error is not None and CASES[case] not in AGREED:
             raise error
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads, where the system tells them."""
+    return sorted(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm"))
 
 
 def run(

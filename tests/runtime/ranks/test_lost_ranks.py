@@ -25,6 +25,13 @@ ALONE = World(rank=0, size=1)
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 LATE = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete")
 
+divided = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch is refused")
+
+
+def assert_ended(folder: Path) -> None:
+    """No thread of gloo outlives a script: one that gives back a tensor when Python has ended aborts the process."""
+    assert not [path for path in folder.glob("*.threads") if "gloo" in path.read_text()]
+
 
 def left_alone(case: str, culprit: int, folder: Path) -> str:
     """What the other rank says, which ends by itself and not well."""
@@ -33,6 +40,7 @@ def left_alone(case: str, culprit: int, folder: Path) -> str:
     assert ended.code == 1, ended
     assert found is not None
     assert found.kind == "RankLost", ended.complaint
+    assert_ended(folder)
     return found.message
 
 
@@ -48,7 +56,7 @@ def test_a_rank_whose_script_ends_by_an_error_is_named_with_it(tmp_path: Path) -
     assert "step 2" in said
 
 
-@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch is refused")
+@divided
 def test_a_rank_that_fails_in_a_pass_of_a_divided_model_is_named_with_its_error(tmp_path: Path) -> None:
     """It makes no vote, since the others wait for a layer's weights."""
     ends, cases = matrix.run(["raises_in_a_pass"], 1, "fsdp2", tmp_path)
@@ -59,6 +67,7 @@ def test_a_rank_that_fails_in_a_pass_of_a_divided_model_is_named_with_its_error(
     assert (its.kind, its.message) == ("MemoryError", "no room for the layer")
     assert found.kind == "RankLost"
     assert "rank 1 has left: MemoryError: no room for the layer. The others waited in a pass" in found.message
+    assert_ended(tmp_path)
 
 
 def test_a_rank_whose_script_ends_before_the_others_is_named(tmp_path: Path) -> None:
