@@ -51,9 +51,10 @@ from ppo_runtime.learning.update import (
 from ppo_runtime.models.devices import check_devices, check_own_gpus, own_number, place
 from ppo_runtime.models.hub import take_upload, upload
 from ppo_runtime.models.inner import has_encoder
+from ppo_runtime.models.modes import recomputes_within_backward
 from ppo_runtime.models.packing import keeps_rows_apart
 from ppo_runtime.models.precision import check_moments, check_wide, own_precision
-from ppo_runtime.models.sharing import divides, share, with_parameters_of
+from ppo_runtime.models.sharing import check_dividing, divides, share, with_parameters_of
 from ppo_runtime.models.wrapper import PreTrainedModelWrapper
 from ppo_runtime.ranks.agreement import all_or_none, differences
 from ppo_runtime.ranks.gather import broadcast_parameters
@@ -131,6 +132,7 @@ class Trainer:
             assembly.check_kinds(config, model, tokenizer)
             assert model is not None
             assembly.check_reference_kind(model, ref_model)
+            check_dividing(model, ref_model, optimizer, divided=divides(config, self.world))
             # Ranks that drew the same numbers would answer the same prompt with the same words.
             set_seed(config.seed if self.world.size == 1 else mixed(config.seed, self.world.rank))
             self._model, self._tokenizer = model, tokenizer
@@ -150,7 +152,12 @@ class Trainer:
             if optimizer is not None:
                 check_moments(optimizer, model)
             check_scheduler(lr_scheduler, optimizer)
-
+            self.data_collator, self.dataset = data_collator, dataset
+            self.dataloader: DataLoader[Any] | None = (
+                None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+            )
+            # Before models are divided, which can't be taken back.
+            ballot.facts = lambda: sameness.data(dataset)
             self._ref_model, self._reference, self.acceleration = assembly.make_reference(
                 model, ref_model, num_shared_layers, config, divided=divides(config, self.world)
             )
@@ -174,11 +181,6 @@ class Trainer:
             self.advantage_estimator, self.policy_objective = advantages, policy_loss
             self.response_engine = engine
             self._remembered = Remembered()
-            self.data_collator = data_collator
-            self.dataset = dataset
-            self.dataloader: DataLoader[Any] | None = (
-                None if dataset is None else self.prepare_dataloader(dataset, data_collator)
-            )
             self.current_step = 0
             self.broken_off: str | None = None
             """What broke the last step off while it was moving the weights; None after a whole step."""
@@ -188,7 +190,7 @@ class Trainer:
             self._say_skipped = SkipLog()
             self._inspection = Inspection()
             self.run_log = RunLog()
-            ballot.facts = lambda: sameness.data(dataset) | self._moving_facts()
+            ballot.facts = self._moving_facts
 
     def _standing_facts(self, ref_model: Any) -> dict[str, Any]:
         """What must be the same on all ranks from the start."""
@@ -638,6 +640,7 @@ class Trainer:
     def _check_parts(self) -> None:
         """Refuse, or say, what models and optimiser have become since the trainer was made and would not train."""
         check_trains(self.model)
+        self.parallel.check(reentrant=recomputes_within_backward(self.model))
         check_wide(self.optimizer, self.model)
         check_fits(self.optimizer, self.model)
         if self.ref_model is not None:

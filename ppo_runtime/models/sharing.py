@@ -11,7 +11,25 @@ from ppo_runtime.models.packing import keeps_rows_apart
 from ppo_runtime.models.units import layers_of
 from ppo_runtime.ranks.parallel import Alone, Replicated
 from ppo_runtime.ranks.sharded import Sharded
+from ppo_runtime.ranks.shards import is_shard
 from ppo_runtime.ranks.world import World
+
+
+def check_dividing(
+    model: torch.nn.Module, ref_model: Any | None, optimizer: torch.optim.Optimizer | None, *, divided: bool
+) -> None:
+    """Refuse a model that ranks have divided before, and an optimiser of one that shall be divided now."""
+    for name, one in (("model", model), ("ref_model", ref_model)):
+        if isinstance(one, torch.nn.Module) and any(map(is_shard, one.parameters())):
+            raise ValueError(
+                f"{name} has been divided among the ranks already, by a trainer with parallelism='fsdp2', and can "
+                "serve no other one; go on with that trainer, or load the model anew"
+            )
+    if divided and optimizer is not None and optimizer.state:
+        raise ValueError(
+            "optimizer has stepped already, and parallelism is 'fsdp2', which divides the parameters that its moments "
+            "belong to; pass a new one, and load_checkpoint for its state"
+        )
 
 
 def share(model: torch.nn.Module, ref_model: Any | None, config: PPOConfig, world: World) -> Alone:
@@ -33,15 +51,6 @@ def with_parameters_of(
 ) -> torch.optim.Optimizer:
     """An optimiser of one's own, over what has become of its parameters where the model has been divided."""
     now = {id(before[name]): parameter for name, parameter in model.named_parameters()}
-    if optimizer.state and any(now.get(key, one) is not one for key, one in _held(optimizer)):
-        raise ValueError(
-            "optimizer has stepped already, and parallelism is 'fsdp2', which divides the parameters that its moments "
-            "belong to; pass a new one, and load_checkpoint for its state"
-        )
     for group in optimizer.param_groups:
         group["params"] = [now.get(id(one), one) for one in group["params"]]
     return optimizer
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[tuple[int, torch.nn.Parameter]]:
-    return [(id(one), one) for group in optimizer.param_groups for one in group["params"]]

@@ -49,6 +49,9 @@ class Alone:
         self.model, self.world = model, world
         self.traffic = Traffic()
 
+    def check(self, *, reentrant: bool) -> None:
+        """Refuse what updates can't follow, while ranks can still agree on it; see `updating`."""
+
     def updating(self, *, reentrant: bool) -> AbstractContextManager[None]:
         """A context for the updates of a step.
 

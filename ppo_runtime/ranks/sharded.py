@@ -50,14 +50,17 @@ class Sharded(Alone):
         self._inside = 0
         self._held: Tensor | None = None
 
-    @contextmanager
-    def updating(self, *, reentrant: bool) -> Iterator[None]:
-        """A step that is broken off leaves no pass behind."""
+    def check(self, *, reentrant: bool) -> None:
+        """Torch gathers weights for passes that it sees in the graph."""
         if reentrant:
             raise ValueError(
                 "gradient checkpointing is re-entrant, which parallelism='fsdp2' can't follow; switch it on with "
                 "model.gradient_checkpointing_enable({'use_reentrant': False})"
             )
+
+    @contextmanager
+    def updating(self, *, reentrant: bool) -> Iterator[None]:
+        """A step that is broken off leaves no pass behind."""
         try:
             yield
         finally:

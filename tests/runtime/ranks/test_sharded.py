@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from ppo_runtime.ranks.shards import here, is_shard, whole
 from ppo_runtime.ranks.world import world_from_environment
 from tests.runtime.ranks.test_parallel import CASES, HALVED, SETTINGS, SHARES, assert_same_bits, spoil_second
 from tests.runtime.support.processes import run_ranks
-from tests.runtime.support.tiny import tiny_config, tiny_lora, tiny_model
+from tests.runtime.support.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
 
 SHARDED: dict[str, Any] = {"parallelism": "fsdp2", "max_grad_norm": 0.5}
@@ -166,6 +167,26 @@ def refused() -> dict[str, str]:
     return said
 
 
+def refused_and_mended(rank: int) -> dict[str, Any]:
+    """What a trainer or a step refuses before models are divided or passed through, and the same mended."""
+    undivided, said = make_trainer(**(HALVED | SHARDED | {"parallelism": "ddp"})), {}
+    model, config = undivided.model, attrs.evolve(undivided.config, parallelism="fsdp2")
+    with pytest.raises(ValueError) as short:  # noqa: PT011  looked at by the tests
+        PPOTrainer(config, model, None, tiny_tokenizer(), dataset=[])
+    trainer = PPOTrainer(config, model, None, tiny_tokenizer())
+    trainer.optimizer.param_groups[0]["eps"] = SETTINGS["adam_eps"]
+    for name, parts in {"model": (model, None), "ref_model": (make_trainer().model, trainer.ref_model)}.items():
+        with pytest.raises(ValueError) as again:  # noqa: PT011
+            PPOTrainer(config, *parts, tiny_tokenizer())
+        said[name] = str(again.value)
+    model.pretrained_model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError) as reentrant:  # noqa: PT011
+        stepped(trainer, SHARES["half"][rank])
+    model.pretrained_model.gradient_checkpointing_enable({"use_reentrant": False})
+    said |= {"dataset": str(short.value), "reentrant": str(reentrant.value)}
+    return {"said": said, "weights": stepped(trainer, SHARES["half"][rank])["weights"]}
+
+
 def own_optimizer(rank: int) -> dict[str, Any]:
     """Made by the user, of the parameters that the model had before."""
     trainer = make_trainer(**(HALVED | SHARDED), optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
@@ -192,6 +213,7 @@ def be_one_rank(folder: Path) -> None:
         "pieces": pieces(rank),
         "uploaded": uploaded(folder),
         "refused": refused(),
+        "mended": refused_and_mended(rank),
         "saved broken": saved_broken(rank, folder),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -309,6 +331,18 @@ def test_what_cannot_be_divided_is_refused_by_name(ranks: list[dict[str, Any]]) 
     assert "leave num_shared_layers out" in said["shared layers"]
     assert "make a new trainer" in said["another reference"]
     assert "optimizer has stepped already" in said["an optimiser that has stepped"]
+
+
+def test_what_is_refused_in_time_can_be_mended(ranks: list[dict[str, Any]]) -> None:
+    """With the same model, which has not been divided for it, and in the next step."""
+    expected = stepped(make_trainer(**(SETTINGS | {"max_grad_norm": 0.5})), slice(None))["weights"]
+    for rank in ranks:
+        said = rank["mended"]["said"]
+        assert "dataset has no rows" in said["dataset"]
+        for name in ("model", "ref_model"):
+            assert said[name].startswith(f"{name} has been divided among the ranks already")
+        assert "is re-entrant" in said["reentrant"]
+        torch.testing.assert_close(rank["mended"]["weights"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
