@@ -24,7 +24,7 @@ def record(kind: type[RecordT], found: Any, where: str) -> RecordT:
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{where} is a {type(found).__name__}, expected fields with names")
-    fields: tuple[attrs.Attribute[Any], ...] = attrs.fields(kind)  # type: ignore[arg-type]
+    fields: tuple[attrs.Attribute[Any], ...] = attrs.fields(kind)
     for field in fields:
         if field.default is attrs.NOTHING and field.name not in found:
             raise ValueError(f"{where} has no {field.name!r}")

@@ -223,7 +223,7 @@ class ScriptArguments:
 
 
 def parse(*arguments: str) -> PPOConfig:
-    _, config = HfArgumentParser((ScriptArguments, PPOConfig)).parse_args_into_dataclasses(list(arguments))  # pyright: ignore[reportArgumentType]  # its annotation knows no class but its own protocol's
+    _, config = HfArgumentParser((ScriptArguments, PPOConfig)).parse_args_into_dataclasses(list(arguments))
     return config
 
 

@@ -227,7 +227,7 @@ def test_its_field_is_among_the_others(kind: Any) -> None:
 
 
 def test_a_dataclass_comes_from_a_command_line() -> None:
-    (config,) = HfArgumentParser(Dataclass).parse_args_into_dataclasses(["--own", "4", "--batch_size", "9"])  # pyright: ignore[reportArgumentType]  # its annotation knows no class but its own protocol's
+    (config,) = HfArgumentParser(Dataclass).parse_args_into_dataclasses(["--own", "4", "--batch_size", "9"])
     assert (config.own, config.batch_size) == (4, 9)
 
 
@@ -319,7 +319,7 @@ def test_a_default_of_its_own_is_as_checked(decorator: Any) -> None:
     @decorator
     class Larger(PPOConfig):
         batch_size: int = 32
-        steps: int = np.int64(64)  # pyright: ignore[reportAssignmentType]  # as a script computes it
+        steps: int = np.int64(64)  # as a script computes it
 
     assert (Larger().batch_size, type(Larger().steps)) == (32, int)
     with pytest.raises(ValueError, match="batch_size is -1, expected an integer of at least 1"):

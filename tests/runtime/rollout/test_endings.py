@@ -135,7 +135,7 @@ def test_the_tokenizers_eos_ends_rows_of_a_model_without_one() -> None:
         widths.append(output.shape[1])
         return output
 
-    trainer.model.generate = recording  # type: ignore[method-assign]  # a spy
+    trainer.model.generate = recording  # a spy
     only = lambda *_: [EOS_ID, 70]  # noqa: E731
     responses = trainer.generate(
         QUERIES[:2], return_prompt=False, max_new_tokens=50, prefix_allowed_tokens_fn=only, **PLAIN
