@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ppo_runtime.common.files import is_working_directory, siblings, sync
+from ppo_runtime.common.trees import copied
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import fill, moments_in_parts
@@ -172,6 +173,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
         ballot.facts = lambda: {f"what is in {directory}": found.stamp}
         ballot.advice = "give all ranks the same files"
     groups = [dict(group) for group in trainer.optimizer.param_groups]
+    schedule = None if trainer.lr_scheduler is None else copied(trainer.lr_scheduler.state_dict())
     with _undone_unless_whole(trainer), all_or_none(world, phase="the loading of a checkpoint"), _named_misfits(source):
         stored = with_present_implementation(found.optimizer, groups)
         trainer.optimizer.load_state_dict(moments_in_parts(stored, trainer.optimizer))
@@ -187,7 +189,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     # Whatever is logged next belongs behind the checkpoint's steps. From here on another branch of the run may be
     # made from a copy of the same checkpoint: they are told apart.
     trainer.run_log.go_on(trainer.current_step, (*found.state.earlier_runs, found.state.run))
-    settle_differences(found.state.config, contents.configuration(trainer), trainer, groups)
+    settle_differences(found.state.config, contents.configuration(trainer), trainer, groups, schedule)
 
 
 @contextmanager

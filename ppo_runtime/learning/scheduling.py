@@ -38,7 +38,8 @@ def no_rate(scheduler: Any, step: int, error: Exception) -> str:
     return (
         f"lr_scheduler is a {type(scheduler).__name__}, which has no learning rate for step {step} "
         f"({type(error).__name__}: {error}); make it for as many steps as the run has, or set trainer.lr_scheduler = "
-        "None to go on at the present rates"
+        "None to go on at the present rates. A run that is resumed goes on with its checkpoint's schedule: for another "
+        "one call load_checkpoint, assign trainer.lr_scheduler, and call train without resume"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
+from ppo_runtime.learning.controllers import AdaptiveKLController
 from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.resuming import files, parts, reading, sealing
 from ppo_runtime.resuming.fitting import (
@@ -194,5 +195,8 @@ def _likes(trainer: Trainer, moments: Iterable[str]) -> dict[str, Tensor]:
 
 
 def configuration(trainer: Trainer) -> dict[str, Any]:
-    """The settings that have an influence on a run's numbers, without secrets."""
-    return {name: value for name, value in plain_settings(trainer.config).items() if name not in _INDIFFERENT}
+    """The settings that have an influence on a run's numbers, as they are in force, without secrets."""
+    controller = trainer.kl_ctl
+    steered = ("target", "horizon") if isinstance(controller, AdaptiveKLController) else ()  # which can be set
+    settings = plain_settings(trainer.config) | {name: getattr(controller, name) for name in steered}
+    return {name: value for name, value in settings.items() if name not in _INDIFFERENT}

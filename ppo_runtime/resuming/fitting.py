@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ppo_runtime.common.launcher import speaks_for_all
@@ -15,7 +16,7 @@ from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLContro
 from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.files import damaged
 from ppo_runtime.resuming.records import StateRecord
-from ppo_runtime.resuming.stepping import IMPLEMENTATION, check_scheduled
+from ppo_runtime.resuming.stepping import IMPLEMENTATION, OF_SOME_RELEASES, check_scheduled, is_of_torch
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,12 @@ logger.addFilter(lambda _: speaks_for_all())
 _OUR_CONTROLLERS = AdaptiveKLController, FixedKLController
 AS_THEN = "make the optimizer as it was made then: of the same class, over the same parameters in the same order"
 _KEPT_RATE = "the scheduler and its learning rates are kept from the checkpoint"
+_KEPT = "the checkpoint's is kept"
+# What torch's schedulers change of an optimiser, and of themselves, from step to step.
+_SCHEDULED = frozenset({"lr", "momentum", "betas"})
+_MOVING = OF_SOME_RELEASES | {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"}
+# Functions of the user's own, and what follows from other settings.
+_NO_SETTINGS = {"lr_lambdas", "base_lrs", "_schedule_phases"}
 
 
 def optimizer_made_of(trainer: Trainer) -> dict[str, Any]:
@@ -118,7 +125,11 @@ def check_controller_state(source: Path, own: Mapping[str, Any], trainer: Traine
 
 
 def settle_differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], trainer: Trainer, groups: list[dict[str, Any]]
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    trainer: Trainer,
+    groups: list[dict[str, Any]],
+    schedule: Mapping[str, Any] | None,
 ) -> None:
     """Put in force what is set otherwise than when the checkpoint was made, or say that the checkpoint decides it.
 
@@ -127,6 +138,7 @@ def settle_differences(
         now: those of the trainer.
         trainer: into which it has been loaded.
         groups: the options of its optimiser's groups before that.
+        schedule: the state of its scheduler before that.
     """
     then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
     # What one of them does not know is no difference: settings come with versions.
@@ -135,8 +147,12 @@ def settle_differences(
     for name in changed:
         force = _FORCE[name](trainer, groups) if name in _FORCE else ""
         said.append(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}{f' ({force})' if force else ''}")
-    if trainer.lr_scheduler is None:  # which may change any option from step to step
-        said += _other_options(trainer.optimizer.param_groups, groups)
+    scheduler = trainer.lr_scheduler
+    if scheduler is None or is_of_torch(scheduler):  # another may change any option from step to step
+        said += _other_options(trainer.optimizer, groups, frozenset() if scheduler is None else _SCHEDULED)
+    if scheduler is not None and is_of_torch(scheduler):
+        said += (other := [*_other_schedule(scheduler.state_dict(), schedule or {}, "lr_scheduler")])
+        said += ["for another schedule assign trainer.lr_scheduler after load_checkpoint"] if other else []
     if said:
         logger.warning("the run goes on with other settings than the checkpoint's: %s", "; ".join(said))
 
@@ -165,15 +181,36 @@ def _keep_generators(*_: Any) -> str:
 _FORCE = {"learning_rate": _force_rates, "init_kl_coef": _force_coefficient, "seed": _keep_generators}
 
 
-def _other_options(loaded: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+def _other_options(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]], scheduled: Set[str]) -> list[str]:
     """What the checkpoint decides of an optimiser that was made with other options."""
     said: dict[str, None] = {}
-    for group, made in zip(loaded, before, strict=True):
-        for name in made.keys() - IMPLEMENTATION - {"params"}:
-            if repr(group.get(name)) != repr(made[name]):
+    for group, made in zip(optimizer.param_groups, before, strict=True):
+        for name in (made.keys() & (optimizer.defaults.keys() | {"initial_lr"})) - IMPLEMENTATION - scheduled:
+            if not _same(group.get(name), made[name]):
                 was, now = f"{group.get(name)!r:.60}", f"{made[name]!r:.60}"
-                said[f"{name} of the optimizer was {was} and is {now} (the checkpoint's is kept)"] = None
+                said[f"{name} of the optimizer was {was} and is {now} ({_KEPT})"] = None
     return sorted(said)
+
+
+def _other_schedule(loaded: Mapping[str, Any], made: Mapping[str, Any], where: str) -> Iterator[str]:
+    """What the checkpoint decides of a scheduler of torch's that was made otherwise."""
+    for name in sorted((loaded.keys() & made.keys()) - _MOVING - _NO_SETTINGS):
+        was, now = loaded[name], made[name]
+        if name == "_schedulers":
+            for index, (one, other) in enumerate(zip(was, now, strict=True)):
+                yield from _other_schedule(one, other, f"{where}.{name}.{index}")
+        elif not _same(was, now):
+            yield f"{where}.{name} was {was!r:.60} and is {now!r:.60} ({_KEPT})"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two options are equal; a number is that of a tensor as its dtype has it."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Tensor) != isinstance(other, Tensor):
+        tensor, number = (one, other) if isinstance(one, Tensor) else (other, one)
+        return isinstance(number, int | float) and bool(tensor == torch.as_tensor(number, dtype=tensor.dtype))
+    return repr(one) == repr(other)
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

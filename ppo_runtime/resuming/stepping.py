@@ -22,7 +22,7 @@ from ppo_runtime.resuming.files import damaged
 # How a step is carried out, which is for the machine at hand to say, and changes no more than the last bits.
 IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # What some releases of torch keep in a scheduler's state and others do not.
-_OF_SOME_RELEASES = frozenset({"_is_initial", "_get_lr_called_within_step", "verbose"})
+OF_SOME_RELEASES = frozenset({"_is_initial", "_get_lr_called_within_step", "verbose"})
 _COUNTERS = frozenset({"last_epoch", "_step_count"})
 
 
@@ -76,9 +76,14 @@ def check_steps(source: Path, state: Mapping[str, Any], optimizer: torch.optim.O
 
 def check_scheduled(source: Path, then: Any, scheduler: Any) -> None:
     """Refuse a state in which one of torch's schedulers could not go on."""
-    if scheduler is not None and type(scheduler).__module__ == torch.optim.lr_scheduler.__name__:
+    if scheduler is not None and is_of_torch(scheduler):
         for what in _misfits(then, scheduler.state_dict(), "lr_scheduler"):
-            raise damaged(source, what)
+            raise ValueError(f"{source} does not fit this lr_scheduler ({what}); make it as it was made then")
+
+
+def is_of_torch(scheduler: Any) -> bool:
+    """Whether a scheduler is one of torch's own, whose state is known."""
+    return type(scheduler).__module__ == torch.optim.lr_scheduler.__name__
 
 
 def _check_options(source: Path, then: Mapping[str, Any], now: Mapping[str, Any], takes: Set[str], advice: str) -> None:
@@ -92,7 +97,9 @@ def _check_options(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]
             if value != stored:
                 raise ValueError(f"{source} holds an optimizer of {name}={stored}, and here it is {value}; {advice}")
         elif not _alike(stored, value):
-            raise damaged(source, f"the optimizer's {name} is {stored!r:.60}, and here it is {value!r:.60}")
+            raise ValueError(
+                f"{source} holds an optimizer of {name}={stored!r:.60}, and here it is {value!r:.60}; {advice}"
+            )
     for name in ("lr", "initial_lr"):
         if isinstance(rate := then.get(name), int | float) and rate < 0:
             raise damaged(source, f"the optimizer's {name} is {rate}")
@@ -168,7 +175,7 @@ def _misfits(then: Any, now: Any, where: str) -> Iterator[str]:
         if not isinstance(then, Mapping):
             yield f"{where} is a {type(then).__name__}, expected fields with names"
             return
-        if odd := (then.keys() ^ now.keys()) - _OF_SOME_RELEASES:
+        if odd := (then.keys() ^ now.keys()) - OF_SOME_RELEASES:
             yield f"{where} has {', '.join(sorted(map(repr, odd)))} or should"
             return
         for name in then.keys() & now.keys() - {"lr_lambdas"}:  # which are functions of the user's own

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from ppo_runtime import PPOTrainer
-from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
+from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_checkpoint, steps_done
 from ppo_runtime.common.trees import plain, restored
 from ppo_runtime.loop import train
 from ppo_runtime.ranks import agreement
@@ -170,7 +171,7 @@ def test_another_scheduler_is_refused(then: str | None, now: str | None, message
 
 def test_an_old_checkpoint_with_another_scheduler_changes_nothing(tmp_path: Path) -> None:
     path = saved(trainer_with(scheduler="linear"), tmp_path / "checkpoint", old=True)
-    assert_refused(trainer_with(scheduler="sequential"), path, r"cannot be read \(lr_scheduler has ")
+    assert_refused(trainer_with(scheduler="sequential"), path, r"does not fit this lr_scheduler \(lr_scheduler has ")
 
 
 # --- what is announced is true --------------------------------------------------------------------------------------
@@ -594,6 +595,122 @@ def test_a_rollback_takes_its_lines_out_of_open_metrics(tmp_path: Path) -> None:
     go()
     trainer.close()
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# --- what is made otherwise --------------------------------------------------------------------------------------
+
+
+def scheduled(make: Callable[..., Any], *, decay: float = 0.0, lr: Any = 1e-3) -> PPOTrainer:
+    trainer = make_trainer(
+        optimizer_of=lambda model: torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, foreach=False)
+    )
+    trainer.lr_scheduler = make(trainer.optimizer)
+    return trainer
+
+
+def sequential(steps: int) -> Callable[..., Any]:
+    return lambda o: SCHEDULERS.SequentialLR(
+        o, [SCHEDULERS.LinearLR(o), SCHEDULERS.CosineAnnealingLR(o, steps)], [steps]
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (
+            partial(SCHEDULERS.CosineAnnealingLR, T_max=10),
+            partial(SCHEDULERS.CosineAnnealingLR, T_max=20),
+            ["lr_scheduler.T_max was 10 and is 20 (the checkpoint's is kept)"],
+        ),
+        (
+            partial(SCHEDULERS.OneCycleLR, max_lr=1e-3, total_steps=5),
+            partial(SCHEDULERS.OneCycleLR, max_lr=1e-3, total_steps=9),
+            ["lr_scheduler.total_steps was 5 and is 9 (the checkpoint's is kept)"],
+        ),
+        (
+            sequential(3),
+            sequential(4),
+            [
+                "lr_scheduler._milestones was [3] and is [4] (the checkpoint's is kept)",
+                "lr_scheduler._schedulers.1.T_max was 3 and is 4 (the checkpoint's is kept)",
+            ],
+        ),
+        (SCHEDULERS.ConstantLR, SCHEDULERS.ConstantLR, []),
+        (sequential(3), sequential(3), []),
+        (*(partial(SCHEDULERS.OneCycleLR, max_lr=1e-3, total_steps=5),) * 2, []),
+        (*(partial(SCHEDULERS.CosineAnnealingWarmRestarts, T_0=2, T_mult=2),) * 2, []),
+    ],
+)
+def test_a_schedule_that_is_made_otherwise_is_the_checkpoints_and_said(
+    tmp_path: Path, then: Any, now: Any, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = scheduled(then)
+    for seed in range(3):
+        trainer.step(*make_batch(seed=seed))
+    save_checkpoint(trainer, tmp_path / "c")
+    load_checkpoint(scheduled(now), tmp_path / "c")
+    advice = ["for another schedule assign trainer.lr_scheduler after load_checkpoint"] if said else []
+    start = "the run goes on with other settings than the checkpoint's: "
+    assert [text.removeprefix(start) for text in caplog.messages if text.startswith(start)] == (
+        ["; ".join(said + advice)] if said else []
+    )
+
+
+def test_another_schedule_is_begun_as_it_is_said(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6]}] * 6
+
+    def made(steps: int) -> PPOTrainer:
+        trainer = make_trainer(dataset=rows, project_kwargs={"logging_dir": str(tmp_path)})
+        trainer.lr_scheduler = SCHEDULERS.OneCycleLR(trainer.optimizer, 1e-3, total_steps=steps)
+        return trainer
+
+    options: Any = {"output_dir": tmp_path, "generation_kwargs": {"max_new_tokens": 2}}
+    train(made(5), lambda *_: [0.5] * 6, steps=4, **options)
+    with pytest.raises(ValueError, match="A run that is resumed goes on with its checkpoint's schedule: for another"):
+        train(made(9), lambda *_: [0.5] * 6, steps=8, resume=True, **options)
+    trainer = made(9)
+    load_checkpoint(trainer, newest_good(tmp_path))
+    trainer.lr_scheduler = SCHEDULERS.OneCycleLR(trainer.optimizer, 1e-3, total_steps=9)
+    train(trainer, lambda *_: [0.5] * 6, steps=8, **options)
+    assert trainer.current_step == 8
+
+
+def test_options_that_no_schedule_moves_are_said_beside_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_checkpoint(scheduled(SCHEDULERS.ConstantLR, decay=0.1), tmp_path / "c")
+    trainer = scheduled(SCHEDULERS.ConstantLR, decay=0.5)
+    load_checkpoint(trainer, tmp_path / "c")
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert "weight_decay of the optimizer was 0.1 and is 0.5 (the checkpoint's is kept)" in caplog.text
+
+
+@pytest.mark.parametrize("then", [1e-3, torch.tensor(1e-3)])
+@pytest.mark.parametrize("now", [1e-3, torch.tensor(1e-3)])
+def test_a_rate_that_is_a_tensor_is_no_other_rate(
+    tmp_path: Path, then: Any, now: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (
+        make_trainer(optimizer_of=lambda model, lr=lr: torch.optim.Adam(model.parameters(), lr=lr, foreach=False))
+        for lr in (then, now)
+    )
+    load_checkpoint(second, save_checkpoint(first, tmp_path / "c"))
+    assert "other settings" not in caplog.text
+
+
+def test_options_of_another_kind_are_no_damage(tmp_path: Path) -> None:
+    def made(**options: Any) -> PPOTrainer:
+        return make_trainer(optimizer_of=lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-3, **options))
+
+    save_checkpoint(made(), tmp_path / "c")
+    with pytest.raises(ValueError, match=r"of eps=\(None, 0.001\), and here it is .*; make the optimizer as it was"):
+        load_checkpoint(made(eps=(1e-30, 1e-3)), tmp_path / "c")
+
+
+def test_a_target_that_was_set_by_hand_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer()
+    trainer.kl_ctl.target = 1.5
+    save_checkpoint(trainer, tmp_path / "c")
+    load_checkpoint(make_trainer(), tmp_path / "c")
+    assert "target was 1.5 and is 6.0" in caplog.text
 
 
 # --- what could never be loaded again ----------------------------------------------------------------------------
