@@ -6,12 +6,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ppo_runtime.common.launcher import number_in_environment
+from ppo_runtime.ranks.agreement import agree_any
 from ppo_runtime.ranks.gather import gather_rows
-from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.world import World
 
 
@@ -83,9 +82,7 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Return when all ranks have come here."""
-        if self.num_processes > 1:
-            with lost_ranks_named(self._world, "wait_for_everyone"):
-                dist.barrier()
+        agree_any(False, self._world, "wait_for_everyone")  # which knows, unlike a barrier, who is elsewhere
 
     def print(self, *values: Any, **options: Any) -> None:
         """Print on the first process alone."""
