@@ -35,7 +35,7 @@ def _rows(count: int = 8, *, first: int = 5) -> Dataset:
 
 
 def _trainer(home: Path, dataset: Any = None, **settings: Any) -> Any:
-    options = {"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 1, "horizon": 20}
+    options: dict[str, Any] = {"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 1, "horizon": 20}
     return make_trainer(dataset=dataset or _rows(), project_kwargs={"logging_dir": str(home)}, **(options | settings))
 
 
