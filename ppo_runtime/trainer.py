@@ -157,7 +157,7 @@ class Trainer:
                 None if dataset is None else self.prepare_dataloader(dataset, data_collator)
             )
             # Before models are divided, which can't be taken back.
-            ballot.facts = lambda: sameness.data(dataset)
+            ballot.facts = lambda: sameness.data(dataset) | sameness.moments(optimizer, model)
             self._ref_model, self._reference, self.acceleration = assembly.make_reference(
                 model, ref_model, num_shared_layers, config, divided=divides(config, self.world)
             )
@@ -210,6 +210,7 @@ class Trainer:
             "the class of ref_model": type(self.ref_model).__name__,
             **sameness.settings(self.config),
             **sameness.moving_parts(self.model, self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
+            **(sameness.trained(self.model) if self._rounds_alike else {}),
         }
 
     def _last_update(self) -> dict[str, str]:
@@ -219,7 +220,10 @@ class Trainer:
 
     def _warn_at_the_start(self) -> None:
         """Say what works, but is hardly meant."""
-        if found := differences(sameness.versions(), self.world, "the comparison of versions"):
+        found = differences(sameness.versions(), self.world, "the comparison of versions")
+        self._rounds_alike = not found
+        """Whether weights that are the same on all ranks, and make the same step, are the same again."""
+        if found:
             _say("%s: numbers may be rounded differently there", "; ".join(found))
         if updates := self.config.updates_of_one_sequence:
             _say(

@@ -1,6 +1,6 @@
 """What must be the same on every rank, as plain facts by names: settings, models, data and what moves with steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -10,7 +10,9 @@ import transformers
 from torch import nn
 
 from ppo_runtime.common.redact import plain_settings
+from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.models.modes import recomputes, recomputes_within_backward
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
 from ppo_runtime.ranks.shards import is_shard
@@ -22,6 +24,8 @@ _OWN_AFFAIR = frozenset(
     | {"task_name", "model_name", "query_dataset", "reward_model", "accel_strict", "ranks_timeout"}
 )
 _FIRST = 8
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of so many bytes."""
 
 
 def settings(config: PPOConfig) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def moving_parts(
         "the class of optimizer": type(optimizer).__name__,
         "the class of lr_scheduler": type(scheduler).__name__,
         "the class of kl_ctl": type(controller).__name__,
+        "the gradient checkpointing of model": _checkpointing(model),
         "the functions of a step": [getattr(one, "__qualname__", type(one).__name__) for one in functions],
     }
     groups = {id(one): number for number, group in enumerate(optimizer.param_groups) for one in group["params"]}
@@ -54,6 +59,29 @@ def moving_parts(
         if hasattr(controller, name):
             facts[f"kl_ctl.{name}"] = _plain(getattr(controller, name))
     return facts
+
+
+def trained(model: nn.Module) -> dict[str, int]:
+    """A sum of every weight's bits that trains, where a rank holds all of it; read in a fraction of a pass's time."""
+    held = {name: one for name, one in model.named_parameters() if one.requires_grad and not is_shard(one)}
+    return {f"the sum of bits of {name}": bits for name, bits in zip(held, _bits(held.values()), strict=True)}
+
+
+def moments(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> dict[str, int]:
+    """The same of what an optimiser that has stepped holds of every parameter of the model."""
+    state = {} if optimizer is None else optimizer.state
+    held = {
+        f"the sum of bits of optimizer's {key} of {name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor) and value.element_size() in _WHOLE
+    }
+    return dict(zip(held, _bits(held.values()), strict=True))
+
+
+def _bits(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """In one transfer from each device."""
+    return [int(x) for x in on_cpu([x.detach().view(_WHOLE[x.element_size()]).sum() for x in tensors])]
 
 
 def generation(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +114,19 @@ def data(dataset: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of the libraries that compute: others may round differently."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+    """Of what computes: another one may round differently."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "the processor": torch.backends.cpu.get_cpu_capability(),
+        "the number of threads": torch.get_num_threads(),
+        "the GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _checkpointing(model: nn.Module) -> str:
+    """Ranks meet in other places where a backward pass makes others within it."""
+    return "re-entrant" if recomputes_within_backward(model) else "on" if recomputes(model) else "off"
 
 
 def _tensors(model: nn.Module) -> "chain[tuple[str, torch.Tensor]]":

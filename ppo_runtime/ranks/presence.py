@@ -25,6 +25,7 @@ from ppo_runtime.ranks.world import World, named
 # What errors of gloo hold, which have no class of their own: the line of its source. A callback puts words before it.
 _OF_GLOO = re.compile(r"\[(enforce fail at )?(\S*/)?gloo/\S+:\d+\b|\bGloo connectFullMesh failed|^Operation timed out!")
 _TOO_LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
+_GIVEN_UP = re.compile(r"ranks? [\d, and]+ (was|were) lost")
 _PATIENCE = 3.0
 """Seconds in which the end of a process whose connections are closed can be seen."""
 
@@ -71,6 +72,8 @@ class _Presence:
                 time.sleep(0.05)
             said = found or self._missing(str(error))
             said = self.store.compare_set("ppo/lost", "", said).decode()
+            if (lost := _GIVEN_UP.match(said)) and str(self.world.rank) in re.findall(r"\d+", lost[0]):
+                said = f"the others have gone on without this rank: {said}"
         except Exception:  # the store went with the process that kept it
             said = f"rank 0 was lost, which kept the ranks' store: the others waited in {self.place}"
         self.lost = said

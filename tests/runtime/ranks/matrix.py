@@ -142,6 +142,32 @@ def other_kl_coefficient(rank: Rank) -> None:
     trainer.step(*rank.batch())
 
 
+def other_weights(rank: Rank) -> None:
+    """Of which a divided model has no copy that could differ."""
+    trainer = rank.trainer()
+    if rank.goes_wrong():
+        next(trainer.model.v_head.parameters()).data.add_(1e-6)
+    trainer.step(*rank.batch())
+
+
+def other_moments(rank: Rank) -> None:
+    def optimizer_of(model: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(model.parameters())
+        if rank.goes_wrong():
+            model.v_head.summary.weight.grad = torch.ones_like(model.v_head.summary.weight)
+            optimizer.step()
+        return optimizer
+
+    rank.trainer(optimizer_of=optimizer_of)
+
+
+def other_checkpointing(rank: Rank) -> None:
+    trainer = rank.trainer()
+    if rank.goes_wrong():
+        trainer.model.pretrained_model.gradient_checkpointing_enable({"use_reentrant": True})
+    trainer.step(*rank.batch())
+
+
 def other_layer_frozen(rank: Rank) -> None:
     """After the trainer was made, and on each rank another one."""
     trainer = rank.trainer()
@@ -305,6 +331,7 @@ Case = Callable[[Rank], None]
 AGREED: tuple[Case, ...] = (
     *(score_function_raises, score_is_nan, scores_are_too_few, row_is_too_long, sequences_are_too_few),
     *(other_layer_frozen, other_embedding_frozen, model_without_numbers),
+    *(other_weights, other_moments, other_checkpointing),
     *(other_mini_batches, other_learning_rate, other_kl_coefficient, other_settings, other_model, no_tokenizer),
     *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
     raises_in_an_update,

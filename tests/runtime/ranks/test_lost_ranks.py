@@ -148,7 +148,9 @@ def test_the_first_to_know_speaks_for_all(meeting: Meeting) -> None:
     meeting.ranks[1].come_to("the second phase")
     first = meeting.said(0, "the second phase", LATE)
     assert "rank 2 was lost: too late" in first
-    assert meeting.said(2, "the second phase", CLOSED) == first
+    assert meeting.said(1, "the second phase", CLOSED) == first
+    told_of_itself = f"the others have gone on without this rank: {first}"
+    assert meeting.said(2, "the second phase", CLOSED) == told_of_itself
 
 
 def test_a_rank_that_has_left_can_not_come_back(meeting: Meeting) -> None:
