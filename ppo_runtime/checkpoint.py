@@ -107,8 +107,8 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     """Make ``<output_dir>/checkpoint-<step>``, and remove those that are no longer wanted; call it on every rank.
 
     What saves that were killed have left is removed as well, but never the only checkpoint. One that is damaged is
-    neither counted nor removed: :func:`newest_good` says what is wrong with it. Those of later steps, left by a run
-    that has gone back to an earlier one, are renamed to ``checkpoint-<step>.abandoned``.
+    neither counted nor removed: :func:`newest_good` says what is wrong with it. Those of this and of later steps, left
+    by a run that has gone back to an earlier one, are renamed to ``checkpoint-<step>.abandoned``.
 
     Args:
         output_dir: of the run.
@@ -126,10 +126,13 @@ def save_in(output_dir: str | Path, trainer: Trainer, *, keep_last: int = 2, kee
     if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1:
         raise ValueError(f"keep_last is {keep_last!r:.60}, expected an integer of at least 1")
     output = Path(output_dir)
+    place = output / rotation.name_after(trainer.current_step)
     with all_or_none(trainer.world, phase="the clearing away of old checkpoints"):
         if trainer.world.rank == 0:
             rotation.clean(output)
-    made = save_checkpoint(trainer, output / rotation.name_after(trainer.current_step))
+            if trainer.current_step > trainer.run_log.begins_after:
+                rotation.make_room(place, trainer.run_log.run_name)
+    made = save_checkpoint(trainer, place)
     with all_or_none(trainer.world, phase="the clearing away of old checkpoints"):
         if trainer.world.rank == 0:
             rotation.set_aside(output, made)

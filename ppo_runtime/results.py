@@ -41,7 +41,7 @@ def check_places(output_dir: Path, *, done: int, steps: int) -> None:
     for place in sorted(output_dir.glob("checkpoint-*")):
         step = place.name.removeprefix("checkpoint-")
         if step.isdecimal() and done < int(step) <= steps:
-            check_replaceable(place)
+            check_replaceable(place, advice="move it, or choose another output_dir")
     for name in (MODEL, BROKEN_OFF):
         if (place := output_dir / name).exists() and not place.is_dir():
             raise ValueError(

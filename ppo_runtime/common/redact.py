@@ -16,16 +16,22 @@ _SECRET_KEY = re.compile(
 )
 _TOKEN_OF_A_TEXT = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|special|new|stop)_tokens?$")
 # As hubs, trackers and services make them, long enough that no word of a sentence looks like one.
-_SECRET_TEXT = re.compile(r"\b((hf|api_org|gh[oprsu]|github_pat|wandb_v\d)_|sk[_-])[A-Za-z0-9_-]{16,}")
+_SECRET_TEXT = re.compile(r"\b((hf|api_org|gh[oprsu]|github_pat|wandb_v\d)_|sk[_-]|glpat-|xox[a-z]-)[A-Za-z0-9_-]{16,}")
 _AFTER_A_SCHEME = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{16,}")
 # Up to the word's last @, since a password that nobody has encoded may hold any character; a port is none.
 _PASSWORD_IN_URL = re.compile(r"(://[^/\s:@?#\[]*:)(?!\d{1,5}(?:[/?#\s]|$))(?:(?!://)\S)+(?=@)")
 # In the query of an address, in the settings of a database, in front of a command.
 _ASSIGNED = re.compile(
     r"""(?<![\w.:/@%-])(?P<key>[A-Za-z_][\w.-]*)(?P<sign>=|\s+=\s+)(?!\(hidden\))
-    (?P<value>'(?:\\.|[^'\\])+'|"(?:\\.|[^"\\])+"|[^\s&;'"=][^\s&;]*?(?=['")\],.]*(?:[\s&;]|$)))""",
+    (?P<value>'(?:\\.|[^'\\])+'|"(?:\\.|[^"\\])+"|[^\s&;'"=][^\s&;]*)""",
     re.VERBOSE,
 )
+_ENDS_A_SENTENCE = "'\")],."
+# A token in front of an address; a name has no digits as a rule.
+_TOKEN_IN_URL = re.compile(r"(://)(?=[^/\s:@?#\[]{0,200}\d)[^/\s:@?#\[]{8,}(?=@)")
+# An option of a command with its value, and what is said of a name in a text.
+_OPTION = re.compile(r"(?<![\w-])(?P<key>--?[A-Za-z][\w-]*)(?P<sign>\s+)(?!\(hidden\))(?P<value>[^\s-]\S*)")
+_SAID_OF = re.compile(r"(?<![\w-])(?P<key>[A-Za-z][\w-]*)(?P<sign>:\s+)(?=\S{0,200}\d)(?P<value>[\w.~+/=-]{8,})")
 _SIGNATURE = re.compile(r"(^|[_-])(sig|signature)$", re.IGNORECASE)
 _SWITCH = re.compile(r"None|null|True|true|False|false")
 _COUNT = re.compile(r"[\d._]+")
@@ -49,9 +55,12 @@ def without_secrets(value: Any) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return (
-            type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else [*map(without_secrets, value)]
-        )
+        # As a command's words stand in a list: what follows "--token" is one.
+        items = [
+            HIDDEN if isinstance(item, str) and _is_option_of_a_secret(before) else without_secrets(item)
+            for before, item in zip([None, *value], value, strict=False)
+        ]
+        return tuple(items) if type(value) is tuple else items
     if isinstance(value, str):
         return _without_secret_words(value)
     if value is None or isinstance(value, bool | int | float):
@@ -73,6 +82,10 @@ def _plain(key: Any) -> Any:
     return key if key is None or isinstance(key, str | bool | int | float) else str(key)
 
 
+def _is_option_of_a_secret(word: Any) -> bool:
+    return isinstance(word, str) and word.startswith("-") and word[-1] != "-" and _names_a_secret(word.lstrip("-"))
+
+
 def _names_a_secret(key: Any) -> bool:
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(key)).replace("-", "_").lower()
     return _SECRET_KEY.search(words) is not None and _TOKEN_OF_A_TEXT.search(words) is None
@@ -80,15 +93,19 @@ def _names_a_secret(key: Any) -> bool:
 
 def _without_secret_words(text: str) -> str:
     text = _AFTER_A_SCHEME.sub(rf"\1{HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
-    return _ASSIGNED.sub(_assigned, _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", text))
+    text = _TOKEN_IN_URL.sub(rf"\1{HIDDEN}", _PASSWORD_IN_URL.sub(rf"\1{HIDDEN}", text))
+    for setting in (_ASSIGNED, _OPTION, _SAID_OF):
+        text = setting.sub(_assigned, text)
+    return text
 
 
 def _assigned(found: re.Match[str]) -> str:
     """A setting within a text, its value hidden if it is called a secret and is neither a switch nor a count."""
-    key, sign, value = found["key"], found["sign"], found["value"]
+    key, sign, given = found["key"], found["sign"], found["value"]
+    value = given if given[0] in "'\"" else given[0] + given[1:].rstrip(_ENDS_A_SENTENCE)
     counts = "token" in key.lower() and _COUNT.fullmatch(value)
-    secret = _names_a_secret(key) or _SIGNATURE.search(key)
-    return f"{key}{sign}{HIDDEN}" if secret and not counts and not _SWITCH.fullmatch(value) else found[0]
+    secret = (_names_a_secret(key) or _SIGNATURE.search(key)) and not counts and not _SWITCH.fullmatch(value)
+    return f"{key}{sign}{HIDDEN}{given[len(value) :]}" if secret else found[0]
 
 
 def _texts(value: Any) -> list[str]:

@@ -57,7 +57,15 @@ def _wanted(device: str, model: nn.Module) -> torch.device | None:
         ) from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch sees no GPU here; set device='cpu', or install its driver")
-    return own_gpu() if wanted == torch.device("cuda") else wanted
+    wanted = own_gpu() if wanted == torch.device("cuda") else wanted
+    try:
+        torch.empty(0, device=wanted)
+    except (AssertionError, ImportError, RuntimeError) as error:  # NotImplementedError is one of the last
+        raise ValueError(
+            f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]:.200}); set device='cpu', "
+            "or install what it needs"
+        ) from error
+    return wanted
 
 
 def own_gpu() -> torch.device:

@@ -32,12 +32,15 @@ class RunLog:
         self.run_name = secrets.token_hex(8)
         """The name of this part of the run in them, until a checkpoint is loaded."""
         self.earlier_runs: tuple[str | None, ...] = ()
+        self.begins_after = 0
+        """The step that this part of the run begins after."""
         self._missed: dict[int, list[Any]] = {}
 
     def go_on(self, step: int, runs: Sequence[str | None]) -> None:
         """Let what is logged next stand behind a step of earlier parts of the run, under a new name."""
         self.close()
         self._missed.clear()
+        self.begins_after = step
         self.goes_on_after, self.run_name, self.earlier_runs = step, secrets.token_hex(8), tuple(runs)
 
     def opened(self, config: PPOConfig, facts: Mapping[str, Any]) -> list[Any]:

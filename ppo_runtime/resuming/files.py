@@ -47,18 +47,26 @@ def is_part(name: str) -> bool:
     return bool(_PART.fullmatch(name))
 
 
-def check_replaceable(directory: str | Path) -> None:
+def check_replaceable(directory: str | Path, *, advice: str | None = None) -> None:
     """Refuse to make a checkpoint where something else is, which would be lost.
 
     Raises:
-        ValueError: ``directory`` is a file, a mount point, or holds anything but a checkpoint's files.
+        ValueError: ``directory`` is a file, a mount point, or holds anything but a checkpoint's files, or what cannot
+            be looked at. ``advice`` says what to do about it.
     """
     target = resolved(directory)
+    advice = advice or f"give the checkpoint a directory of its own, such as {target / 'checkpoint'}"
     if not target.exists():
         return
     if not target.is_dir():
         raise ValueError(f"{target} is a file, expected the directory of a checkpoint; take another name")
-    names = {entry.name for entry in target.iterdir()}
+    try:
+        names = set(os.listdir(target))
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be looked into ({error.strerror}), expected a directory that a new checkpoint can "
+            f"replace; {advice}"
+        ) from error
     if os.path.ismount(target):
         raise ValueError(
             f"{target} is a mount point, expected a directory that a new checkpoint can replace; take one in it, such "
@@ -70,8 +78,7 @@ def check_replaceable(directory: str | Path) -> None:
     if names and (others or not known):
         held = others[0] if others else f"no {STATE}"
         raise ValueError(
-            f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; give the "
-            f"checkpoint a directory of its own, such as {target / 'checkpoint'}"
+            f"{target} holds {held}, and so is not a checkpoint alone, which a new one could replace; {advice}"
         )
 
 

@@ -27,6 +27,12 @@ def steps_done(directory: str | Path) -> int | None:
     return read_trainer(source, read_state(source, manifest))["current_step"]
 
 
+def run_of(directory: str | Path) -> str | None:
+    """The name of the part of a run that has made a checkpoint."""
+    source = files.existing(files.resolved(directory))
+    return read_state(source, read_manifest(source)).run
+
+
 def runs_in(directory: str | Path) -> set[str | None]:
     """The names of the parts of a run that led to a checkpoint; None among them for one of before names."""
     source = files.existing(files.resolved(directory))

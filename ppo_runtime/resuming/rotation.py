@@ -8,14 +8,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 from ppo_runtime.common.files import free_place, siblings
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.resuming import files
-from ppo_runtime.resuming.reading import check_whole
+from ppo_runtime.resuming.reading import check_whole, run_of, steps_done
 from ppo_runtime.resuming.sealing import Manifest, check_sealed, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -81,17 +81,30 @@ def clean(output_dir: Path) -> None:
 def set_aside(output_dir: Path, made: Path) -> None:
     """Rename checkpoints of later steps than ``made``, the one just made: no run goes on from a branch it has left."""
     for path in list(_there(output_dir)):
-        if _number(path) > _number(made):
-            aside = free_place(path.with_name(f"{path.name}.abandoned"))
-            with _said(path):
-                path.rename(aside)
-                logger.warning(
-                    "%s is of a later step than %s, where the run has gone back to: it is %s now, and is neither gone "
-                    "on from nor removed",
-                    path,
-                    made.name,
-                    aside.name,
-                )
+        if _step(path) > _number(made):
+            _abandon(path, f"of a later step than {made.name}, where the run has gone back to")
+
+
+def make_room(place: Path, run: str) -> None:
+    """Rename a whole checkpoint where ``run`` is about to make one of its own: it is of a branch that it has left."""
+    with suppress(ValueError):  # a damaged one is replaced
+        if _manifest(place) is not None and run_of(place) != run:
+            _abandon(place, "of a branch that the run has left")
+
+
+def _abandon(path: Path, why: str) -> None:
+    aside = free_place(path.with_name(f"{path.name}.abandoned"))
+    with _said(path):
+        path.rename(aside)
+        logger.warning("%s is %s: it is %s now, and is neither gone on from nor removed", path, why, aside.name)
+
+
+def _step(path: Path) -> int:
+    """The step of a checkpoint by its name, or by what it holds; -1 for a damaged one that does not say."""
+    try:
+        return steps_done(path) or 0 if path.name == NAME else _number(path)
+    except ValueError:
+        return -1
 
 
 def prune(output_dir: Path, made: Path, *, keep_last: int, keep_best: bool) -> None:

@@ -135,6 +135,10 @@ def test_what_looks_like_a_secret_is_one_wherever_it_stands(text: str) -> None:
         ("Server=db;Pwd=secret;Database=runs", "Server=db;Pwd={};Database=runs"),
         ("AccountName=me;AccountKey=abc==;EndpointSuffix=x", "AccountName=me;AccountKey={};EndpointSuffix=x"),
         ("WANDB_API_KEY=secret python train.py", "WANDB_API_KEY={} python train.py"),
+        ("login --token abcdef --max-tokens 5 --user me", "login --token {} --max-tokens 5 --user me"),
+        ("token: abcdef123456, n: 3", "token: {}, n: 3"),
+        ("clone https://tok3nvalue123@host/x", "clone https://{}@host/x"),
+        ("glpat-" + "Q1" * 10 + " and xoxb-" + "12ab" * 5, "{} and {}"),
     ],
 )
 def test_a_password_within_a_text_is_hidden_and_the_rest_kept(text: str, kept: str) -> None:
@@ -151,10 +155,23 @@ def test_a_password_within_a_text_is_hidden_and_the_rest_kept(text: str, kept: s
         *("https://host:8080/a@b", "https://host/a:b@c", "http://host:80/x?mail=me@here", "git@host:me/run.git"),
         *("max_new_tokens=3", "https://host?page_token_type=a&tokens=3&pad_token=<pad>", "password=", "key=a", "a=b"),
         *("see https://host:80/a, written by me@here", "tokenizer=gpt2", "author=me;x=1"),
+        *("ssh://git@host/x", "https://somebody@host", "the token: a word of twelve", "--tokens 12", "ask --token -x"),
     ],
 )
 def test_a_text_without_a_password_is_kept(text: str) -> None:
     assert without_secrets([text]) == [text]
+
+
+def test_what_follows_an_option_in_a_command_is_hidden() -> None:
+    command = ["run", "--password", SECRET, "--n", "3", "--token"]
+    assert without_secrets(command) == ["run", "--password", HIDDEN, "--n", "3", "--token"]
+    assert without_secrets((*command, 5)) == ("run", "--password", HIDDEN, "--n", "3", "--token", 5)
+
+
+def test_a_text_is_looked_through_in_steps_of_its_length() -> None:
+    """A value's last point was looked for behind each of its points."""
+    for text in ("a=" + "." * 10**6 + "z", "token=" + ".)" * 10**6 + "z"):
+        assert len(without_secrets(text)) <= len(text)
 
 
 def test_what_says_nothing_is_kept() -> None:

@@ -117,6 +117,15 @@ def test_a_device_that_is_not_there_is_refused(device: str, said: str, monkeypat
         make_trainer(device=device)
 
 
+@pytest.mark.parametrize("device", ["xpu", "mps", "hpu", "vulkan"])
+def test_a_device_that_torch_cannot_use_is_refused_by_name(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except Exception:
+        with pytest.raises(ValueError, match=f"device is '{device}', which torch cannot use here"):
+            make_trainer(device=device)
+
+
 def test_moments_follow_their_parameters() -> None:
     """A double stands for another device: an optimiser casts what it loads to the parameter's device and dtype."""
     model = wrapped()

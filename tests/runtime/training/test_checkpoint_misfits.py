@@ -438,6 +438,16 @@ def test_an_empty_directory_or_a_checkpoint_is_replaced(place: str, tmp_path: Pa
     assert not [path for path in listing(tmp_path) if "draft" in path or "previous" in path]
 
 
+def test_a_directory_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "c").mkdir()
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(ValueError, match=r"c cannot be looked into \(Permission denied\), expected a directory that"):
+        files.check_replaceable(tmp_path / "c")
+
+
 def test_the_working_directory_can_be_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is replaced as a whole, and the process goes on in the new one."""
     trainer = make_trainer()

@@ -198,6 +198,40 @@ def test_an_abandoned_branch_is_set_aside(tmp_path: Path, caplog: pytest.LogCapt
     assert "it is checkpoint-4.abandoned now" in caplog.text
 
 
+def test_a_branchs_checkpoint_of_the_same_step_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer()
+    for _ in range(2):
+        step(trainer)
+        save_in(tmp_path, trainer)
+        save_in(tmp_path, trainer)  # its own
+    back = make_trainer()
+    load_checkpoint(back, tmp_path / "checkpoint-1")
+    save_in(tmp_path, back)  # the same again
+    assert not list(tmp_path.glob("checkpoint-1.*"))
+    shutil.rmtree(tmp_path / "checkpoint-2.abandoned")
+    save_in(tmp_path, trainer)
+    step(back)
+    save_in(tmp_path, back)
+    assert steps_done(tmp_path / "checkpoint-2.abandoned") == 2
+    assert "checkpoint-2 is of a branch that the run has left: it is checkpoint-2.abandoned now" in caplog.text
+    assert newest_good(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_one_of_an_earlier_version_is_set_aside_by_what_it_holds(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    step(trainer)
+    save_checkpoint(trainer, tmp_path / "checkpoint-1")
+    step(trainer)
+    step(trainer)
+    save_checkpoint(trainer, tmp_path / "checkpoint")
+    back = make_trainer()
+    load_checkpoint(back, tmp_path / "checkpoint-1")
+    step(back)
+    save_in(tmp_path, back)
+    assert steps_done(tmp_path / "checkpoint.abandoned") == 3
+    assert newest_good(tmp_path) == tmp_path / "checkpoint-2"
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 _WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}

@@ -157,7 +157,7 @@ def test_what_no_checkpoint_could_hold_is_refused_before_there_is_one_to_make(ca
 @pytest.mark.parametrize(
     ("lies_there", "message"),
     [
-        ("checkpoint-1/notes.txt", r"checkpoint-1 holds notes.txt, and so is not a checkpoint alone"),
+        ("checkpoint-1/notes.txt", r"checkpoint-1 holds notes.txt, and so is not a checkpoint alone.*; move it, or"),
         ("checkpoint-1", "checkpoint-1 is a file, expected the directory of a checkpoint"),
         ("model", "model is a file, expected a directory for the policy"),
         ("model-broken-off", "model-broken-off is a file, expected a directory for the policy"),
