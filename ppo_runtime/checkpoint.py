@@ -24,7 +24,7 @@ from ppo_runtime.common.files import is_working_directory, siblings, sync
 from ppo_runtime.common.trees import copied
 from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.presence import lost_ranks_named
-from ppo_runtime.ranks.shards import fill, moments_in_parts
+from ppo_runtime.ranks.shards import fill
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.resuming.fitting import settle_differences
@@ -178,8 +178,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     groups = [dict(group) for group in trainer.optimizer.param_groups]
     schedule = None if trainer.lr_scheduler is None else copied(trainer.lr_scheduler.state_dict())
     with _undone_unless_whole(trainer), all_or_none(world, phase="the loading of a checkpoint"), _named_misfits(source):
-        stored = with_present_implementation(found.optimizer, groups)
-        trainer.optimizer.load_state_dict(moments_in_parts(stored, trainer.optimizer))
+        trainer.optimizer.load_state_dict(with_present_implementation(found.optimizer, groups))
         if trainer.lr_scheduler is not None:
             trainer.lr_scheduler.load_state_dict(found.scheduler)
         restore_position(trainer, found.position)

@@ -12,6 +12,7 @@ from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
 from ppo_runtime.learning.controllers import AdaptiveKLController
 from ppo_runtime.ranks.presence import lost_ranks_named
+from ppo_runtime.ranks.shards import moments_in_parts
 from ppo_runtime.resuming import files, parts, reading, sealing
 from ppo_runtime.resuming.fitting import (
     AS_THEN,
@@ -87,9 +88,10 @@ def read(source: Path, trainer: Trainer) -> Found:
     if in_parts:
         weights, moments = _divided(parts.read(source, _joined(weights, moments), _likes(trainer, moments)))
         optimizer = reading.read_tree(source, state, state.optimizer, "optimizer", moments)
-    else:
-        optimizer = copied(optimizer)  # what was read is the file's until then
     check_steps(source, optimizer, trainer.optimizer, AS_THEN)
+    if not in_parts:
+        # What was read is the file's until it is copied, those rows of it that are needed.
+        optimizer = copied(moments_in_parts(optimizer, trainer.optimizer))
     check_finite(source, weights, trainer.model)
     return Found(
         weights=weights,

@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from datasets import Dataset
 from ppo_runtime.common.trees import plain
 from ppo_runtime.loop import train
 from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.position import position
 from tests.runtime.support.trainers import make_trainer, untimed
 
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--inside", type=int, default=20, help="of them inside the save of a checkpoint")
     parser.add_argument("--results", type=int, default=5, help="of them inside the save of the model and the record")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--parallelism", choices=["ddp", "fsdp2"], default="ddp", help="how ranks share the model")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -81,7 +84,8 @@ def main() -> None:
 
 
 def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random) -> int:
-    _run(folder / "straight", asked.ranks, record=True)
+    run = partial(_run, ranks=asked.ranks, parallelism=asked.parallelism)
+    run(folder / "straight", record=True)
     duration = time.time() - (folder / "straight" / "began").stat().st_mtime
     straight = _outcome(folder / "straight", asked.ranks)
     operations = [json.loads((folder / "straight" / f"operations-{r}.json").read_text()) for r in range(asked.ranks)]
@@ -99,9 +103,9 @@ def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random)
         home = folder / f"{number}"
         place = operations[moment.rank][moment.operation] if moment.operation is not None else None
         when = f"rank {moment.rank} before {place}" if place else f"after {moment.seconds:.2f} s"
-        killed = _run(home, asked.ranks, moment=moment)
+        killed = run(home, moment=moment)
         lines = metrics.read_bytes().count(b"\n") if (metrics := home / "run" / "metrics.jsonl").exists() else 0
-        _run(home, asked.ranks)
+        run(home)
         wrong = _differences(straight, _outcome(home, asked.ranks))
         if place and not killed:
             wrong = "not killed"
@@ -115,7 +119,7 @@ def _all_moments(folder: Path, asked: argparse.Namespace, chance: random.Random)
     return failures
 
 
-def _run(home: Path, ranks: int, *, moment: Moment | None = None, record: bool = False) -> bool:
+def _run(home: Path, *, ranks: int, parallelism: str, moment: Moment | None = None, record: bool = False) -> bool:
     """One run on all ranks, to its end or its moment; whether it was killed."""
     home.mkdir(exist_ok=True)
     attempt = len(list(home.glob("log-*")))
@@ -123,7 +127,7 @@ def _run(home: Path, ranks: int, *, moment: Moment | None = None, record: bool =
     children: dict[int, int] = {}
     for rank in range(ranks):
         if (child := os.fork()) == 0:
-            _in_child(home, attempt, rank, ranks, moment, record)
+            _in_child(home, attempt, rank, ranks, parallelism, moment, record)
         children[child] = rank
     try:
         return _wait(children, moment, home / f"log-{attempt}")
@@ -154,7 +158,9 @@ def _wait(children: dict[int, int], moment: Moment | None, logs: Path) -> bool:
     return False
 
 
-def _in_child(home: Path, attempt: int, rank: int, ranks: int, moment: Moment | None, record: bool) -> None:
+def _in_child(
+    home: Path, attempt: int, rank: int, ranks: int, parallelism: str, moment: Moment | None, record: bool
+) -> None:
     """Train, and never return."""
     status = 1
     try:
@@ -167,7 +173,7 @@ def _in_child(home: Path, attempt: int, rank: int, ranks: int, moment: Moment | 
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
         seen: list[str] = []
         _watch(home / "run", seen, moment.operation if moment is not None and moment.rank == rank else None)
-        trainer = _train(home / "run")
+        trainer = _train(home / "run", parallelism)
         (home / f"digest-{rank}").write_text(_digest(trainer))
         if record:
             (home / f"operations-{rank}.json").write_text(json.dumps(seen))
@@ -212,7 +218,7 @@ def _path(arguments: tuple[Any, ...]) -> str | None:
     return path
 
 
-def _train(directory: Path) -> Any:
+def _train(directory: Path, parallelism: str) -> Any:
     rows = Dataset.from_dict({"query": ["q"] * 24, "input_ids": [[5 + row, 6] for row in range(24)]})
     trainer = make_trainer(
         dataset=rows,
@@ -222,6 +228,7 @@ def _train(directory: Path) -> Any:
         ppo_epochs=2,
         horizon=20,
         use_score_scaling=True,
+        parallelism=parallelism,
         project_kwargs={"logging_dir": str(directory)},
     )
     train(
@@ -245,7 +252,7 @@ def _digest(trainer: Any) -> str:
     ]
     digest = hashlib.sha256(json.dumps(rest).encode())
     for name, x in sorted(tensors.items()):
-        digest.update(name.encode() + as_bytes(x).numpy().tobytes())
+        digest.update(name.encode() + as_bytes(here(x)).numpy().tobytes())
     return digest.hexdigest()
 
 
