@@ -91,7 +91,8 @@ class Trainer:
             vocabulary. None: a copy of the policy as it is now, or, for a PEFT policy, the policy without adapter.
         dataset: rows with "input_ids" (and "query" for logs); becomes ``dataloader``.
         optimizer: over the policy's trainable parameters, or some of them, which is said; Adam at ``learning_rate`` if
-            None.
+            None. What it holds beside them, such as a parameter of a ``policy_loss`` of yours, must begin the same on
+            all ranks; ``step`` sums its gradients over them, and does not clip them.
         data_collator: from a list of rows to a batch; lists per column if None.
         num_shared_layers: bottom layers that a reference made here shares with the policy, frozen in both.
         lr_scheduler: of that optimiser; stepped once after every ``step`` in which the optimiser has stepped. One that
@@ -210,7 +211,7 @@ class Trainer:
             "the class of ref_model": type(self.ref_model).__name__,
             **sameness.settings(self.config),
             **sameness.moving_parts(self.model, self.optimizer, self.lr_scheduler, self.kl_ctl, *functions),
-            **(sameness.trained(self.model) if self._rounds_alike else {}),
+            **(sameness.trained(self.model, self.optimizer) if self._rounds_alike else {}),
         }
 
     def _last_update(self) -> dict[str, str]:

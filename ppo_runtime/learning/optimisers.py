@@ -165,6 +165,12 @@ def _theirs(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def beside(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters of the user's own that the optimiser steps beside the model's, whose gradients nobody else sums."""
+    ours = {id(parameter) for parameter in model.parameters()}
+    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in ours]
+
+
 def _held(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[int, int]:
     """How many of the model's parameters that train are the optimiser's, and how many there are."""
     theirs = _theirs(optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.config import PPOConfig
+from ppo_runtime.learning.optimisers import beside
 from ppo_runtime.models.modes import recomputes, recomputes_within_backward
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
@@ -61,9 +62,11 @@ def moving_parts(
     return facts
 
 
-def trained(model: nn.Module) -> dict[str, int]:
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """A sum of every weight's bits that trains, where a rank holds all of it; read in a fraction of a pass's time."""
-    held = {name: one for name, one in model.named_parameters() if one.requires_grad and not is_shard(one)}
+    own = ((f"optimizer's parameter {k} beside model's", one) for k, one in enumerate(beside(model, optimizer)))
+    named = chain(model.named_parameters(), own)
+    held = {name: x for name, x in named if x.requires_grad and not is_shard(x) and x.element_size() in _WHOLE}
     return {f"the sum of bits of {name}": bits for name, bits in zip(held, _bits(held.values()), strict=True)}
 
 

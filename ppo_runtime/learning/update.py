@@ -15,9 +15,10 @@ from ppo_core.losses import PolicyLoss, ValueLoss, clipped_policy_loss, clipped_
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.forward import Evaluation, Rows, evaluate
 from ppo_runtime.learning.guards import SEEN, Cause, cause_in_losses, clip_gradients, seen_in_losses, stop_if_asked
+from ppo_runtime.learning.optimisers import beside
 from ppo_runtime.models.modes import recomputes_within_backward, without_dropout
 from ppo_runtime.ranks.agreement import Ballot, all_or_none
-from ppo_runtime.ranks.gather import gather_averages
+from ppo_runtime.ranks.gather import gather_averages, sum_gradients
 from ppo_runtime.ranks.parallel import Alone
 from ppo_runtime.ranks.shards import here
 from ppo_runtime.ranks.world import World
@@ -152,6 +153,7 @@ def optimise(
     skipped: Counter[Cause] = Counter()
     epochs = updates = 0
     shards_of = parallel.world if parallel.sharded else None
+    own = beside(model, optimizer)
 
     def minibatch(index: Tensor, counts: bool, last: bool) -> tuple[Tensor, dict[str, Average], Tensor]:
         """A loss, and what is said of it without gradient."""
@@ -193,6 +195,8 @@ def optimise(
                     cause = elected(ballot, weight, config)
                     finite = bool(ballot.all[:, -1].isfinite().all())
                     parallel.settle(agreed=cause is Cause.NONE)
+                if own and cause is Cause.NONE:
+                    sum_gradients(own, parallel.world)
                 progress.update = update
                 cause, norm = prepare_update(model, optimizer, cause, config, shards_of=shards_of)
                 if cause is Cause.NONE:

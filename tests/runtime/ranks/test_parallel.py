@@ -48,7 +48,8 @@ HALVED: dict[str, Any] = SETTINGS | {"batch_size": 4, "gradient_accumulation_ste
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
     """Those that train, under names."""
-    return {name: whole(p).detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    named = [*trainer.model.named_parameters(), *(("shift", one) for one in getattr(trainer.model, "shift", []))]
+    return {name: whole(p).detach().clone() for name, p in named if p.requires_grad}
 
 
 def stepped(trainer: PPOTrainer, rows: slice, *, empty: slice | None = None, count: int = 2) -> dict[str, Any]:
@@ -102,6 +103,19 @@ def pieces(trainer: PPOTrainer, rows: slice) -> dict[str, Any]:
     return {"stats": stats, "weights": weights_of(trainer)}
 
 
+def of_ones_own(trainer: PPOTrainer) -> PPOTrainer:
+    """With a parameter beside the model's, of the policy's loss, which is kept where weights are looked for."""
+    objective, shift = trainer.policy_objective, nn.Parameter(torch.zeros(()))
+
+    def shifted(logprobs: torch.Tensor, *rest: Any, **more: Any) -> PolicyLoss:
+        return objective(logprobs + shift, *rest, **more)
+
+    trainer.policy_objective = shifted
+    trainer.optimizer.add_param_group({"params": [shift], "eps": SETTINGS["adam_eps"]})
+    trainer.model.shift = [shift]
+    return trainer
+
+
 Case = Callable[..., dict[str, Any]]
 """Of rows, and of settings beside the case's own."""
 
@@ -129,6 +143,7 @@ CASES: dict[str, Case] = {
     "re-entrant checkpointing": case(change=partial(checkpointed, reentrant=True)),
     "shared bottom": case(num_shared_layers=1),
     "a parameter without gradient": case(change=unread),
+    "a parameter of one's own": case(change=of_ones_own),
     "a minibatch without tokens": case(empty=slice(3, 5)),
     "a rank without tokens": case(empty=slice(3, 6)),
     "other parameters train": lambda rows: growing(make_trainer(**SETTINGS), rows),

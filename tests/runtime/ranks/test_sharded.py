@@ -38,6 +38,7 @@ SAME = (
     "lora",
     "checkpointing",
     "a parameter without gradient",
+    "a parameter of one's own",
     "a minibatch without tokens",
     "a rank without tokens",
 )
