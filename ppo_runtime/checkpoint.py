@@ -22,8 +22,7 @@ from pathlib import Path
 
 from ppo_runtime.common.files import is_working_directory, siblings, sync
 from ppo_runtime.common.trees import copied
-from ppo_runtime.ranks.agreement import all_or_none
-from ppo_runtime.ranks.presence import lost_ranks_named
+from ppo_runtime.ranks.agreement import all_or_none, together
 from ppo_runtime.ranks.shards import fill
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
@@ -163,7 +162,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     """
     world = trainer.world
     if trainer.parallel.sharded:
-        with lost_ranks_named(world, "the comparison of frozen weights"):
+        with together(world, "the comparison of frozen weights"):
             frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
     with all_or_none(world, phase="the reading of a checkpoint") as ballot:
         if directory is None:  # as newest_good says where there is none

@@ -110,15 +110,33 @@ def gathered(vector: Tensor, world: World, phase: str) -> Tensor:
     if world.size == 1:
         return vector[None]
     with lost_ranks_named(world, phase):
-        head = torch.zeros(_HEAD, dtype=torch.float64)
-        head[0] = _stamp({"phase": phase, "size": len(vector), "dtype": vector.dtype})
         fits = len(vector) < _HEAD
-        if fits:
-            head[1 : 1 + len(vector)] = vector
-        heads = _all(head, world)
-        if (heads[:, 0] != head[0]).any():
-            _raise_apart(world)
-        return heads[:, 1 : 1 + len(vector)].to(vector.dtype) if fits else _all(vector, world)
+        what = {"phase": phase, "size": len(vector), "dtype": vector.dtype}
+        heads = _heads(what, vector if fits else vector[:0], world)
+        return heads[:, : len(vector)].to(vector.dtype) if fits else _all(vector, world)
+
+
+@contextmanager
+def together(world: World, phase: str) -> Iterator[None]:
+    """Come to a block of collectives with all ranks: those that have come to something else are told, as in a gather.
+
+    Like :func:`~ppo_runtime.ranks.presence.lost_ranks_named`, which tells of ranks that are lost in it.
+    """
+    with lost_ranks_named(world, phase):
+        if world.size > 1:
+            _heads({"phase": phase}, torch.zeros(0), world)
+        yield
+
+
+def _heads(what: Mapping[str, Any], numbers: Tensor, world: World) -> Tensor:
+    """A few numbers of all ranks, each row followed by zeros, after a look whether they have come to the same."""
+    head = torch.zeros(_HEAD, dtype=torch.float64)
+    head[0] = _stamp(what)
+    head[1 : 1 + len(numbers)] = numbers
+    heads = _all(head, world)
+    if (heads[:, 0] != head[0]).any():
+        _raise_apart(world)
+    return heads[:, 1:]
 
 
 def _all(vector: Tensor, world: World) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppo_runtime.ranks.agreement import agree_largest
+from ppo_runtime.ranks.agreement import agree_largest, together
 from ppo_runtime.ranks.parallel import Alone, Pass, Work
 from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import on_first
@@ -113,11 +113,11 @@ class Sharded(Alone):
 
     def saved_as(self, model: nn.Module) -> dict[str, Any]:
         """The whole state, on the CPU of rank 0."""
-        with lost_ranks_named(self.world, "the gathering of weights to be saved"):
+        with together(self.world, "the gathering of weights to be saved"):
             return {"state_dict": on_first(model.state_dict(keep_vars=True), self.world.rank)}
 
     def _gather(self) -> None:
-        with torch.inference_mode(False), lost_ranks_named(self.world, "the gathering of weights"):
+        with torch.inference_mode(False), together(self.world, "the gathering of weights"):
             for unit in self._units():
                 unit.set_reshard_after_forward(False, recurse=False)
                 unit.unshard()

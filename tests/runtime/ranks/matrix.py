@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import attrs
 import torch
@@ -28,8 +30,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import ppo_runtime.trainer
 from ppo_runtime import PPOTrainer
-from ppo_runtime.checkpoint import save_checkpoint
+from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint
 from ppo_runtime.learning.update import clipped_objective
 from ppo_runtime.loop import train
 from ppo_runtime.resuming import files
@@ -87,6 +90,9 @@ class Rank:
             output_dir=self.folder / "run",
             console=Console(file=io.StringIO()),
         )
+
+
+Case = Callable[[Rank], None]
 
 
 # --- what one rank finds wrong by itself: both refuse it, and are in step afterwards ---------------------------------
@@ -241,6 +247,62 @@ def tracker_fails(rank: Rank) -> None:
     trainer.log_stats({}, {}, [1.0, float("nan") if rank.number == 1 and rank.goes_wrong() else 2.0, 3.0])
 
 
+# --- what one rank alone calls, while the other makes a step ---------------------------------------------------------
+
+
+def _called_alone(name: str, call: Callable[[Rank, PPOTrainer], Any]) -> Case:
+    def case(rank: Rank) -> None:
+        trainer = rank.trainer()
+        if rank.goes_wrong():
+            call(rank, trainer)
+        trainer.step(*rank.batch())
+
+    case.__name__ = f"{name}_alone"
+    return case
+
+
+def _enter(context: AbstractContextManager[Any]) -> None:
+    with context:
+        pass
+
+
+def _passed(rank: Rank, trainer: PPOTrainer) -> None:
+    queries, responses, _ = rank.batch()
+    with torch.no_grad():
+        inputs = trainer.prepare_model_inputs(queries, responses)
+        trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+
+
+def _uploaded(rank: Rank, trainer: PPOTrainer) -> None:
+    with mock.patch.object(ppo_runtime.trainer, "upload", return_value=None):
+        trainer.push_to_hub("mine")
+
+
+def _trained(rank: Rank, trainer: PPOTrainer) -> None:
+    trainer.dataloader = trainer.prepare_dataloader(Dataset.from_dict({"input_ids": [[5]] * 6}))
+    train(trainer, lambda _, texts: [1.0] * len(texts), steps=1, console=Console(file=io.StringIO()))
+
+
+COLLECTIVES: dict[str, Callable[[Rank, PPOTrainer], Any]] = {
+    "log_stats": lambda rank, trainer: trainer.log_stats({}, {}, [1.0, 2.0, 3.0]),
+    "gather_stats": lambda rank, trainer: trainer.gather_stats({"loss": torch.ones(())}),
+    "accelerator_gather": lambda rank, trainer: trainer.accelerator.gather(torch.ones(2)),
+    "wait_for_everyone": lambda rank, trainer: trainer.accelerator.wait_for_everyone(),
+    "save_checkpoint": lambda rank, trainer: save_checkpoint(trainer, rank.folder / "checkpoint"),
+    "load_checkpoint": lambda rank, trainer: load_checkpoint(trainer, rank.folder / "nothing"),
+    "train": _trained,
+    "another_trainer": lambda rank, trainer: rank.trainer(),
+}
+# Only where every rank holds a part of the models.
+WHERE_DIVIDED: dict[str, Callable[[Rank, PPOTrainer], Any]] = {
+    "save_pretrained": lambda rank, trainer: trainer.save_pretrained(rank.folder / "model"),
+    "push_to_hub": _uploaded,
+    "generate": lambda rank, trainer: trainer.generate([torch.tensor([5])], max_new_tokens=2),
+    "whole": lambda rank, trainer: _enter(trainer.parallel.whole()),
+    "forward_pass": _passed,
+}
+
+
 # --- what parts the ranks: the other one can only end, and say why ---------------------------------------------------
 
 
@@ -327,7 +389,6 @@ def told_to_end(rank: Rank) -> None:
     rank.train(scores)
 
 
-Case = Callable[[Rank], None]
 AGREED: tuple[Case, ...] = (
     *(score_function_raises, score_is_nan, scores_are_too_few, row_is_too_long, sequences_are_too_few),
     *(other_layer_frozen, other_embedding_frozen, model_without_numbers),
@@ -339,7 +400,9 @@ AGREED: tuple[Case, ...] = (
 PARTING: tuple[Case, ...] = (
     *(killed, killed_in_an_update, raises_in_a_pass, raises_between_steps, ends_earlier, hangs, told_to_end),
 )
-CASES = {case.__name__: case for case in (*AGREED, *PARTING)}
+CALLED_ALONE = tuple(_called_alone(*one) for one in (COLLECTIVES | WHERE_DIVIDED).items())
+"""Both are told, and are in step afterwards."""
+CASES = {case.__name__: case for case in (*AGREED, *CALLED_ALONE, *PARTING)}
 
 
 class Found(NamedTuple):
@@ -376,7 +439,7 @@ def be_one_rank(folder: Path, cases: Sequence[str], culprit: int, engine: str) -
         (place := folder / case).mkdir(exist_ok=True)
         found, error = tried(case, Rank(number, number == culprit, engine, place))
         (place / f"{number}.json").write_text(json.dumps(found))
-        if error is not None and CASES[case] not in AGREED:
+        if error is not None and CASES[case] in PARTING:
             raise error
 
 
@@ -400,7 +463,7 @@ def _read(place: Path) -> Found | None:
 
 def print_table(cases: Sequence[str], engines: Sequence[str]) -> None:
     """Every case, by the rank that goes wrong and the engine."""
-    agreed = [case.__name__ for case in AGREED if case.__name__ in cases]
+    agreed = [case.__name__ for case in (*AGREED, *CALLED_ALONE) if case.__name__ in cases]
     together = [agreed] * bool(agreed) + [[case.__name__] for case in PARTING if case.__name__ in cases]
     table = Table("case", "rank", "engine", "exit codes", "seconds", "what the other rank says", show_lines=True)
     hung = 0

@@ -159,6 +159,22 @@ def piece_refused(world: World) -> str:
     return said
 
 
+def called_alone(case: matrix.Case, number: int, engine: str, folder: Path) -> list[str]:
+    """What a rank of two says where the first, or the second one, alone calls something."""
+    places = [folder / f"{case.__name__}-{culprit}" for culprit in range(2)]
+    for place in places:
+        place.mkdir(exist_ok=True)
+    ranks = (matrix.Rank(number, number == culprit, engine, place) for culprit, place in enumerate(places))
+    return [matrix.tried(case.__name__, rank)[0].message for rank in ranks]
+
+
+def assert_parted(said: list[str], elsewhere: bool = True) -> None:
+    """Both are told which rank is where, or nothing is wrong."""
+    words = "the ranks have parted, rank 0 in " if elsewhere else ""
+    assert all(text.startswith(words) and bool(text) == elsewhere for text in said), said
+    assert all("call this on every rank" in text for text in said if elsewhere)
+
+
 def compared(world: World, facts: dict[str, Any]) -> str:
     try:
         with all_or_none(world) as ballot:
@@ -195,6 +211,7 @@ def be_one_rank(folder: Path) -> None:
             (place := folder / f"{case}-{culprit}").mkdir(exist_ok=True)
             found, _ = matrix.tried(case, matrix.Rank(world.rank, world.rank == culprit, "ddp", place))
             results[f"{case} {culprit}"] = found._asdict()
+    results["alone"] = {case.__name__: called_alone(case, world.rank, "ddp", folder) for case in matrix.CALLED_ALONE}
     torch.save(results, folder / f"{world.rank}.pt")
 
 
@@ -213,6 +230,14 @@ def test_both_ranks_refuse_what_one_finds_wrong(ranks: list[dict[str, Any]], cas
     assert first[0] == kind or not kind
     assert text in first[1]
     assert f"rank {culprit}" in first[1]
+
+
+@pytest.mark.parametrize("case", matrix.COLLECTIVES | matrix.WHERE_DIVIDED)
+def test_what_one_rank_alone_calls_is_told_on_both(ranks: list[dict[str, Any]], case: str) -> None:
+    """Or is no collective where every rank has the whole model."""
+    first, second = (rank["alone"][f"{case}_alone"] for rank in ranks)
+    assert first == second
+    assert_parted(first, case in matrix.COLLECTIVES)
 
 
 def test_every_case_has_its_words() -> None:

@@ -26,7 +26,9 @@ from ppo_runtime.models.units import layers_of, sharding_plan
 from ppo_runtime.ranks.sharded import Sharded
 from ppo_runtime.ranks.shards import here, is_shard, whole
 from ppo_runtime.ranks.world import world_from_environment
+from tests.runtime.ranks import matrix
 from tests.runtime.ranks.test_parallel import CASES, HALVED, SETTINGS, SHARES, assert_same_bits, spoil_second
+from tests.runtime.ranks.test_refusals import assert_parted, called_alone
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
@@ -216,6 +218,7 @@ def be_one_rank(folder: Path) -> None:
         "refused": refused(),
         "mended": refused_and_mended(rank),
         "saved broken": saved_broken(rank, folder),
+        "alone": {case.__name__: called_alone(case, rank, "fsdp2", folder) for case in matrix.CALLED_ALONE},
     }
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -344,6 +347,13 @@ def test_what_is_refused_in_time_can_be_mended(ranks: list[dict[str, Any]]) -> N
             assert said[name].startswith(f"{name} has been divided among the ranks already")
         assert "is re-entrant" in said["reentrant"]
         torch.testing.assert_close(rank["mended"]["weights"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", matrix.COLLECTIVES | matrix.WHERE_DIVIDED)
+def test_what_one_rank_alone_calls_is_told_on_both(ranks: list[dict[str, Any]], case: str) -> None:
+    first, second = (rank["alone"][f"{case}_alone"] for rank in ranks)
+    assert first == second
+    assert_parted(first)
 
 
 @pytest.mark.parametrize(
