@@ -200,6 +200,7 @@ class Trainer:
             "pad_token_id": self.pad_token_id,
             "eos_token_ids": sorted(self.eos_token_ids),
             **sameness.models(self.model, ref_model),
+            **sameness.tokens(self.tokenizer),
         }
 
     def _moving_facts(self) -> dict[str, Any]:

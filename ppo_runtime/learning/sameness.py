@@ -13,6 +13,8 @@ from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.transfers import on_cpu
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.optimisers import beside
+from ppo_runtime.models.description import computed_by
+from ppo_runtime.models.inner import transformers_model
 from ppo_runtime.models.modes import recomputes, recomputes_within_backward
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
@@ -97,11 +99,26 @@ def generation(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def models(model: nn.Module, ref_model: Any) -> dict[str, Any]:
-    """Of the policy every tensor's shape, kind and whether it trains; of a given reference how its weights begin."""
-    return {
+    """What both compute; of the policy every tensor's shape, kind and whether it trains, of a reference its beginning.
+
+    Of how attention is computed too, which rounds differently: ranks that go on together must not.
+    """
+    facts: dict[str, Any] = {
         "the class of model": type(model).__name__,
         "ref_model": None if ref_model is None else f"{type(ref_model).__name__} with weights {_beginning(ref_model)}",
-        **{f"{name} of model": _described(tensor) for name, tensor in _tensors(model)},
+    }
+    for name, one in {"model": model, "ref_model": ref_model}.items():
+        if one is not None:
+            facts[f"the attention of {name}"] = getattr(transformers_model(one).config, "_attn_implementation", None)
+            facts |= {f"{fact} of {name}": value for fact, value in computed_by(one).items()}
+    return facts | {f"{name} of model": _described(tensor) for name, tensor in _tensors(model)}
+
+
+def tokens(tokenizer: Any) -> dict[str, Any]:
+    """How many a tokenizer knows, and which of them are special."""
+    return {
+        "the number of tokens of tokenizer": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        "the special tokens of tokenizer": sorted(getattr(tokenizer, "all_special_ids", ())),
     }
 
 

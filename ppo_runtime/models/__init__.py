@@ -9,6 +9,7 @@ heads           trunk and LM head apart
 bottom          frozen bottom layers, run once for many passes
 sharing         how ranks share a policy and its reference
 units           the parts of a model that are gathered one by one
+description     what a model computes beside its weights, as plain facts
 packing         rows end to end, without padding
 references      frozen copies, shared layers, adapter off
 own_reference   whether a policy without its adapter will do for a reference

@@ -38,7 +38,7 @@ from ppo_runtime.loop import train
 from ppo_runtime.resuming import files
 from tests.runtime.support import trainers
 from tests.runtime.support.processes import Ended, ends_of_ranks
-from tests.runtime.support.tiny import tiny_model, tiny_tokenizer
+from tests.runtime.support.tiny import tiny_lora, tiny_model, tiny_tokenizer
 
 LIMIT = 120.0
 """Seconds after which a case counts as hanging."""
@@ -198,6 +198,32 @@ def other_settings(rank: Rank) -> None:
 
 def other_model(rank: Rank) -> None:
     rank.trainer(layers=1 if rank.goes_wrong() else 2)
+
+
+def other_lora(rank: Rank) -> None:
+    rank.trainer(peft_config=tiny_lora("llama", lora_alpha=64 if rank.goes_wrong() else 4))
+
+
+def other_dropout(rank: Rank) -> None:
+    rank.trainer(dropout=0.5 * rank.goes_wrong())
+
+
+def other_attention(rank: Rank) -> None:
+    def placed(model: Any) -> Any:
+        model.pretrained_model.set_attn_implementation("eager" if rank.goes_wrong() else "sdpa")
+        return model
+
+    rank.trainer(placed=placed)
+
+
+def other_reference(rank: Rank) -> None:
+    rank.trainer(ref_model=tiny_model("llama", rms_norm_eps=1.0 if rank.goes_wrong() else 1e-6))
+
+
+def other_tokens(rank: Rank) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"] * rank.goes_wrong())
+    rank.trainer(tokenizer=tokenizer)
 
 
 def no_tokenizer(rank: Rank) -> None:
@@ -394,6 +420,7 @@ AGREED: tuple[Case, ...] = (
     *(other_layer_frozen, other_embedding_frozen, model_without_numbers),
     *(other_weights, other_moments, other_checkpointing),
     *(other_mini_batches, other_learning_rate, other_kl_coefficient, other_settings, other_model, no_tokenizer),
+    *(other_lora, other_dropout, other_attention, other_reference, other_tokens),
     *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
     raises_in_an_update,
 )
