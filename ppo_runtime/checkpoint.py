@@ -190,7 +190,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     # Whatever is logged next belongs behind the checkpoint's steps. From here on another branch of the run may be
     # made from a copy of the same checkpoint: they are told apart.
     trainer.run_log.go_on(trainer.current_step, (*found.state.earlier_runs, found.state.run))
-    settle_differences(found.state.config, contents.configuration(trainer), trainer, groups, schedule)
+    settle_differences(found.state, contents.configuration(trainer), trainer, groups, schedule)
 
 
 @contextmanager

@@ -138,6 +138,7 @@ def train(
     if output is not None:
         with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory
             arguments.make_writable("output_dir", output)
+    trainer.generation = sameness.generation(options)
     if resume:
         _resume(trainer, output, newest, steps)
     keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)

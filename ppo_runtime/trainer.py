@@ -183,6 +183,8 @@ class Trainer:
             self.response_engine = engine
             self._remembered = Remembered()
             self.current_step = 0
+            self.generation: dict[str, Any] = {}
+            """The settings of generation of a loop's last call, as plain values, which its checkpoints hold."""
             self.broken_off: str | None = None
             """What broke the last step off while it was moving the weights; None after a whole step."""
             # A scheduler that had no learning rate for the next step.

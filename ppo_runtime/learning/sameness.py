@@ -19,7 +19,7 @@ from ppo_runtime.models.modes import recomputes, recomputes_within_backward
 from ppo_runtime.models.value_head import HEAD_PREFIX
 from ppo_runtime.ranks.gather import as_bytes
 from ppo_runtime.ranks.shards import is_shard
-from ppo_runtime.rollout.data import prompt_digest
+from ppo_runtime.rollout.digest import prompt_digest
 
 # What only the rank that writes reads, what says how long to wait, and labels.
 _OWN_AFFAIR = frozenset(
@@ -123,7 +123,7 @@ def tokens(tokenizer: Any) -> dict[str, Any]:
 
 
 def data(dataset: Any) -> dict[str, Any]:
-    """How many rows there are, and a digest of some prompts, where they can be read twice."""
+    """How many rows there are, and a digest of the prompts, where they can be read twice."""
     if dataset is None:
         return {"dataset": None}
     return {

@@ -9,6 +9,7 @@ parts     tensors of which each rank writes and reads its rows
 contents  what is written, and read for a trainer
 fitting   whether a checkpoint and a trainer belong together
 stepping  whether optimiser and scheduler could step on
+making    what a run is made with beside weights and settings
 keeping   what can be kept, and is worth it
 frozen    what training does not touch, by its digests
 position  each process's random generators and place in the data

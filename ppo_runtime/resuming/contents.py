@@ -25,6 +25,7 @@ from ppo_runtime.resuming.fitting import (
     scheduler_class,
 )
 from ppo_runtime.resuming.frozen import check_frozen, frozen_buffers, frozen_digest, stored_buffers
+from ppo_runtime.resuming.making import check_computed, computed, made_with
 from ppo_runtime.resuming.position import check_data, check_world, position_here, rank_state, source_of
 from ppo_runtime.resuming.records import OptimizerRecord, StateRecord
 from ppo_runtime.resuming.sealing import NUMBERS, Manifest, Seal
@@ -84,6 +85,7 @@ def read(source: Path, trainer: Trainer) -> Found:
     check_scheduler_state(source, state, scheduler, trainer.lr_scheduler)
     check_optimizer_made(source, state.optimizer_made_of, optimizer, trainer)
     check_controller_state(source, own, trainer)
+    check_computed(source, state.computes, trainer)
     check_data(source, held, trainer)
     if in_parts:
         weights, moments = _divided(parts.read(source, _joined(weights, moments), _likes(trainer, moments)))
@@ -151,6 +153,8 @@ def write_shared(trainer: Trainer, draft: Path) -> dict[str, Seal]:
         "trainer": plain(trainer.state_dict(), "trainer"),
         "run": trainer.run_log.run_name,
         "earlier_runs": trainer.run_log.earlier_runs,
+        "computes": computed(trainer),
+        "made_with": made_with(trainer),
     }
     tensors = {} if sharded else {files.POLICY: weights, files.OPTIMIZER: moments}
     for name, of_it in tensors.items():

@@ -13,6 +13,8 @@ RecordT = TypeVar("RecordT")
 LARGEST = torch.finfo(torch.float32).max
 """No number of a run is larger: weights and rates are float32 at least once."""
 FINITE = number(-LARGEST, LARGEST, low_open=False)
+ADDED = "added"
+"""In the metadata of a field that the first checkpoints of its format lack."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -37,7 +39,7 @@ def record(kind: type[RecordT], found: Any, where: str) -> RecordT:
 def check_complete(kind: type, found: Mapping[str, Any], where: str) -> None:
     """Refuse a record of the present format without one of its fields, which only older ones may lack."""
     for field in attrs.fields(kind):
-        if field.name not in found:
+        if field.name not in found and not field.metadata.get(ADDED):
             raise ValueError(f"{where} has no {field.name!r}")
 
 

@@ -15,6 +15,7 @@ from ppo_runtime.common.redact import without_secrets
 from ppo_runtime.learning.controllers import AdaptiveKLController, FixedKLController
 from ppo_runtime.ranks.shards import here
 from ppo_runtime.resuming.files import damaged
+from ppo_runtime.resuming.making import made_otherwise
 from ppo_runtime.resuming.records import StateRecord
 from ppo_runtime.resuming.stepping import IMPLEMENTATION, OF_SOME_RELEASES, check_scheduled, is_of_torch
 from ppo_runtime.trainer import Trainer
@@ -125,7 +126,7 @@ def check_controller_state(source: Path, own: Mapping[str, Any], trainer: Traine
 
 
 def settle_differences(
-    then: Mapping[str, Any],
+    state: StateRecord,
     now: Mapping[str, Any],
     trainer: Trainer,
     groups: list[dict[str, Any]],
@@ -134,19 +135,20 @@ def settle_differences(
     """Put in force what is set otherwise than when the checkpoint was made, or say that the checkpoint decides it.
 
     Args:
-        then: its settings.
-        now: those of the trainer.
+        state: of the checkpoint.
+        now: the settings of the trainer.
         trainer: into which it has been loaded.
         groups: the options of its optimiser's groups before that.
         schedule: the state of its scheduler before that.
     """
-    then, now = without_secrets(then), json.loads(json.dumps(now, default=str))
+    then, now = without_secrets(state.config), json.loads(json.dumps(now, default=str))
     # What one of them does not know is no difference: settings come with versions.
     changed = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
     said = []
     for name in changed:
         force = _FORCE[name](trainer, groups) if name in _FORCE else ""
         said.append(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}{f' ({force})' if force else ''}")
+    said += made_otherwise(state.made_with or {}, trainer)
     scheduler = trainer.lr_scheduler
     if scheduler is None or is_of_torch(scheduler):  # another may change any option from step to step
         said += _other_options(trainer.optimizer, groups, frozenset() if scheduler is None else _SCHEDULED)

@@ -9,7 +9,8 @@ from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.ranks.seeding import mixed, set_seed
 from ppo_runtime.ranks.world import World
-from ppo_runtime.rollout.data import PromptBatches, prompt_digest
+from ppo_runtime.rollout.data import PromptBatches
+from ppo_runtime.rollout.digest import digest_of, sampled_digest
 from ppo_runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,13 @@ logger.addFilter(lambda _: speaks_for_all())
 
 
 def rank_state(trainer: Trainer) -> dict[str, Any]:
-    """What a process has in a checkpoint of its own: its position, and a digest of the prompts that it counts in."""
-    return position(trainer) | {"prompts": prompt_digest(getattr(trainer.dataloader, "dataset", None))}
+    """What a process has in a checkpoint of its own: its position, and digests of the prompts that it counts in.
+
+    That of some of them is for earlier versions, which know no other.
+    """
+    loader = trainer.dataloader
+    some = sampled_digest(getattr(loader, "dataset", None))
+    return position(trainer) | {"prompts": some, "all_prompts": digest_of(loader)}
 
 
 def position(trainer: Trainer) -> dict[str, Any]:
@@ -76,8 +82,14 @@ def check_data(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None
         raise ValueError(
             f"{source} was made with a dataset of {then['rows']} rows, and this one has {data.rows}; {advice}"
         )
-    prompts = prompt_digest(trainer.dataloader.dataset) if trainer.dataloader is not None else None
-    if prompts is not None and state.get("prompts") not in (None, prompts):
+    loader = trainer.dataloader
+    if (prompts := state.get("all_prompts")) is not None:
+        now = digest_of(loader)
+    elif (prompts := state.get("prompts")) is not None:  # of before, of some of them alone
+        now = sampled_digest(getattr(loader, "dataset", None))
+    else:
+        return
+    if now not in (None, prompts):
         raise ValueError(f"{source} was made with a dataset of other prompts; {advice}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_runtime.common.setting_kinds import NOT_NEGATIVE, boolean, natural, number, positive_integer
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.resuming.fields import (
+    ADDED,
     FINITE,
     LARGEST,
     by_name,
@@ -68,6 +69,16 @@ class StateRecord:
     run: str | None = attrs.field(validator=that("a name or nothing", maybe(is_text)), default=None)
     earlier_runs: tuple[str | None, ...] = attrs.field(
         validator=that("a list of names", every(maybe(is_text))), default=()
+    )
+    computes: Mapping[str, Mapping[str, Any]] | None = attrs.field(
+        validator=that("facts by names of each model", maybe(by_name(by_name(lambda _: True)))),
+        default=None,
+        metadata={ADDED: True},
+    )
+    made_with: Mapping[str, Mapping[str, str]] | None = attrs.field(
+        validator=that("texts by names of each part", maybe(by_name(by_name(is_text)))),
+        default=None,
+        metadata={ADDED: True},
     )
 
 
@@ -157,6 +168,9 @@ class RankRecord:
         validator=that("a place in the data or nothing", maybe(lambda value: bool(record(_kind(value), value, "data"))))
     )
     prompts: str | None = attrs.field(validator=that("a SHA-256 or nothing", maybe(is_digest)), default=None)
+    all_prompts: str | None = attrs.field(
+        validator=that("a SHA-256 or nothing", maybe(is_digest)), default=None, metadata={ADDED: True}
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -15,5 +15,6 @@ sampling    which of them sample from another distribution
 drawn       which responses generate returned lately, and whether they were sampled
 prompts     prompts in the data and in a batch, checked
 data        the prompts' dataloader
+digest      by which a run knows its prompts again
 room        how long a prompt may be beside the response asked for
 """

@@ -3,10 +3,8 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from hashlib import sha256
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
@@ -18,7 +16,6 @@ from ppo_runtime.ranks.world import World
 
 # Columns the training loop and its logs read, besides the arguments of the model's forward.
 TRAINER_COLUMNS = ("label", "query", "response")
-_DIGESTED = 64
 
 
 def collate(rows: list[Any]) -> Any:
@@ -111,28 +108,6 @@ class PromptBatches(Sampler[list[int]]):
     def _least(self) -> int:
         """Rows of one rank that make a batch."""
         return self.batch_size if self.drop_last else 1
-
-
-def prompt_digest(dataset: Any) -> str | None:
-    """SHA-256 of some of the prompts, the same for the same data.
-
-    None where looking at a row could change anything, as a transform that draws random numbers does, or where a prompt
-    is something else than whole numbers.
-    """
-    if not (is_table(dataset) or isinstance(dataset, list | tuple)) or not len(dataset) or transforms(dataset):
-        return None
-    digest = sha256()
-    for index in range(0, len(dataset), -(-len(dataset) // _DIGESTED)):
-        row = dataset[index]
-        ids = row.get("input_ids") if isinstance(row, Mapping) else row
-        if isinstance(ids, torch.Tensor):
-            ids = ids.cpu().tolist()
-        elif isinstance(ids, np.ndarray):
-            ids = ids.tolist()
-        if not isinstance(ids, list | tuple) or not all(isinstance(token, int | np.integer) for token in ids):
-            return None
-        digest.update(repr([int(token) for token in ids]).encode())
-    return digest.hexdigest()
 
 
 def is_table(dataset: Any) -> TypeGuard[Any]:

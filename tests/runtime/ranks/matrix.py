@@ -239,6 +239,13 @@ def other_rows(rank: Rank) -> None:
     rank.trainer(dataset=Dataset.from_dict({"input_ids": [[5]] * (12 - rank.goes_wrong())}))
 
 
+def other_prompt(rank: Rank) -> None:
+    """One of many."""
+    rows = [[5 + row % 50] for row in range(300)]
+    rows[1] = [6, 7] if rank.goes_wrong() else [6]
+    rank.trainer(dataset=Dataset.from_dict({"input_ids": rows}))
+
+
 def keys_differ(rank: Rank) -> None:
     trainer = rank.trainer()
     trainer.gather_stats({"loss": torch.ones(())} | ({"more": torch.ones(())} if rank.goes_wrong() else {}))
@@ -421,7 +428,7 @@ AGREED: tuple[Case, ...] = (
     *(other_weights, other_moments, other_checkpointing),
     *(other_mini_batches, other_learning_rate, other_kl_coefficient, other_settings, other_model, no_tokenizer),
     *(other_lora, other_dropout, other_attention, other_reference, other_tokens),
-    *(reference_on_one, other_rows, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
+    *(reference_on_one, other_rows, other_prompt, keys_differ, reward_is_refused, tracker_fails, disk_is_full),
     raises_in_an_update,
 )
 PARTING: tuple[Case, ...] = (

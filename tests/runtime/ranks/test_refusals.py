@@ -55,6 +55,7 @@ SAID: dict[str, tuple[str, str]] = {
     "no_tokenizer": ("TypeError", "tokenizer is None"),
     "reference_on_one": ("ValueError", "ref_model is "),
     "other_rows": ("ValueError", "the number of rows of dataset is "),
+    "other_prompt": ("ValueError", "the digest of dataset's prompts is "),
     "keys_differ": ("ValueError", "more"),
     "reward_is_refused": ("ValueError", "rewards[1] is nan"),
     "tracker_fails": ("", ""),

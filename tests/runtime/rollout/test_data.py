@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
 from ppo_runtime.ranks.world import World
-from ppo_runtime.rollout.data import PromptBatches, collate, prompt_digest
+from ppo_runtime.rollout.data import PromptBatches, collate
 from tests.runtime.support.tiny import tiny_tokenizer
 from tests.runtime.support.trainers import make_trainer
 
@@ -186,12 +185,3 @@ def test_rows_without_columns_are_stacked_as_torch_does() -> None:
 
 def test_lists_per_column() -> None:
     assert collate([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]) == {"a": [1, 2], "b": ["x", "y"]}
-
-
-@pytest.mark.parametrize(
-    "made", [tuple, torch.tensor, np.array, lambda ids: [np.int64(token) for token in ids]], ids=lambda f: f.__name__
-)
-def test_the_same_prompts_have_one_digest_whatever_holds_them(made: Any) -> None:
-    first, other = ([{"input_ids": made(ids)}] for ids in ([5, 6], [5, 7]))
-    assert prompt_digest(first) == prompt_digest([{"input_ids": [5, 6]}]) is not None
-    assert prompt_digest(first) != prompt_digest(other)

@@ -24,7 +24,7 @@ from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
 from ppo_runtime.reporting.tracking import make_trackers
 from ppo_runtime.resuming import sealing
-from ppo_runtime.rollout.data import prompt_digest
+from ppo_runtime.rollout.digest import prompt_digest
 from tests.runtime.support.trainers import make_batch, make_trainer
 
 EARLIER, FILE = "metrics-1.jsonl", "metrics.jsonl"
