@@ -7,10 +7,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ppo_runtime.common.launcher import processes_started
 
@@ -71,10 +73,17 @@ def named(ranks: Sequence[int]) -> str:
 def _meet(timeout: float | None) -> None:
     """Make the process group, and leave it at the end, of which torch would complain otherwise."""
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    waiting: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     try:
+        store, rank, size = next(rendezvous("env://", **waiting))
+        if waiting:
+            store.set_timeout(waiting["timeout"])
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            timeout=None if timeout is None else timedelta(seconds=timeout),
+            store=dist.PrefixStore(f"ppo/attempt {_attempt()}", store),
+            rank=rank,
+            world_size=size,
+            **waiting,
         )
     except RuntimeError as error:
         raise RuntimeError(
@@ -82,6 +91,15 @@ def _meet(timeout: float | None) -> None:
             f"{error}; see why they have not come, or set ranks_timeout to more seconds if they come later"
         ) from error
     atexit.register(_part)
+
+
+def _attempt() -> str:
+    """How often the ranks have been started again: the agent's store still holds the addresses of those before.
+
+    Several agents may count differently, since each counts the failures of its own ranks.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
 
 
 def _part() -> None:
