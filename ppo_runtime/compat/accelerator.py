@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_runtime.common.launcher import number_in_environment
-from ppo_runtime.ranks.agreement import agree_any
+from ppo_runtime.ranks.agreement import agree_any, all_or_none
 from ppo_runtime.ranks.gather import gather_rows
 from ppo_runtime.ranks.world import World
 
@@ -64,19 +64,28 @@ class Accelerator:
         return objects[0] if len(objects) == 1 else objects
 
     def gather(self, tensor: Any) -> Any:
-        """Tensors of all ranks, joined along their first axis, in rank order; also inside lists, tuples, dicts."""
+        """Tensors of all ranks, joined along their first axis, in rank order; also inside lists, tuples, dicts.
+
+        Raises:
+            ValueError: (on all ranks) keys, numbers of entries, dtypes or shapes behind the first axis differ.
+        """
+        with all_or_none(self._world, phase="accelerator.gather") as ballot:
+            found = dict(_kinds("tensor", tensor))
+            ballot.facts = lambda: found
+        return self._gathered(tensor)
+
+    def _gathered(self, tensor: Any) -> Any:
         if isinstance(tensor, Tensor):
             rows = tensor if tensor.ndim else tensor[None]
             # The rows are counted by themselves: the entries of rows without entries can't tell how many there were.
             count = len(gather_rows(torch.zeros(len(rows)), self._world))
             return gather_rows(rows.flatten(), self._world).reshape(count, *rows.shape[1:])
         if isinstance(tensor, Mapping):
-            return {key: self.gather(value) for key, value in tensor.items()}
-        if isinstance(tensor, list | tuple):
-            made: Any = type(tensor)
-            values = [self.gather(value) for value in tensor]
-            return made(*values) if hasattr(tensor, "_fields") else made(values)
-        raise TypeError(f"gather got a {type(tensor).__name__}, expected tensors, or lists and dictionaries of them")
+            found = {key: self._gathered(tensor[key]) for key in sorted(tensor, key=repr)}  # the same order everywhere
+            return {key: found[key] for key in tensor}
+        made: Any = type(tensor)
+        values = [self._gathered(value) for value in tensor]
+        return made(*values) if hasattr(tensor, "_fields") else made(values)
 
     gather_for_metrics = gather
 
@@ -97,6 +106,18 @@ class Accelerator:
         yield
         if self.is_main_process:
             self.wait_for_everyone()
+
+
+def _kinds(where: str, value: Any) -> Iterator[tuple[str, str]]:
+    """What must be the same on all ranks of what is gathered, by its place."""
+    if isinstance(value, Tensor):
+        yield f"the kind of {where}", f"{value.dtype}, rows of shape {tuple(value.shape[1:])}"
+    elif isinstance(value, Mapping | list | tuple):
+        yield f"the number of entries of {where}", str(len(value))
+        for key in value if isinstance(value, Mapping) else range(len(value)):
+            yield from _kinds(f"{where}[{key!r}]", value[key])
+    else:
+        raise TypeError(f"gather got a {type(value).__name__}, expected tensors, or lists and dictionaries of them")
 
 
 class RunningMoments(NamedTuple):

@@ -124,8 +124,21 @@ def _as_a_rank(folder: Path) -> None:
     gathered = accelerator.gather(
         {"rows": torch.full((world.rank + 1, 2), rank), "number": torch.tensor(rank), "none": torch.ones(2, 0)}
     )
+    several = {"a": torch.tensor([rank]), "b": torch.tensor([10 + rank])}
+    ordered = accelerator.gather(several if rank else dict(reversed(several.items())))
+    said = []
+    for first, second in (
+        (several, {"a": several["a"]}),
+        ([several["a"]], [several["a"]] * 2),
+        (several["a"], several["a"].long()),
+        (torch.ones(2, 3), torch.ones(3, 2)),
+        (several["a"], 1.0),
+    ):
+        with pytest.raises((ValueError, TypeError)) as refused:
+            accelerator.gather(second if rank else first)
+        said.append(str(refused.value))
     accelerator.wait_for_everyone()
-    torch.save({"gathered": gathered, "others": others}, folder / f"{world.rank}.pt")
+    torch.save({"gathered": gathered, "others": others, "ordered": ordered, "said": said}, folder / f"{world.rank}.pt")
 
 
 def test_two_ranks_gather(tmp_path: Path) -> None:
@@ -135,6 +148,16 @@ def test_two_ranks_gather(tmp_path: Path) -> None:
         assert result["gathered"]["number"].tolist() == [0.0, 1.0]
         assert result["gathered"]["none"].shape == (4, 0)
     assert [result["others"] for result in results] == [1, 2]
+    assert [[*result["ordered"]] for result in results] == [["b", "a"], ["a", "b"]]
+    for result in results:
+        assert {key: x.tolist() for key, x in result["ordered"].items()} == {"a": [0.0, 1.0], "b": [10.0, 11.0]}
+    missing, entries, dtype, shape, kind = results[0]["said"]
+    assert results[1]["said"] == results[0]["said"]
+    assert "the kind of tensor['b'] is 'torch.float32, rows of shape ()' on rank 0 and absent on rank 1" in missing
+    assert "the number of entries of tensor is '1' on rank 0 and '2' on rank 1" in entries
+    assert "the kind of tensor is 'torch.float32, rows of shape ()' on rank 0 and 'torch.int64, " in dtype
+    assert "rows of shape (3,)' on rank 0 and 'torch.float32, rows of shape (2,)' on rank 1" in shape
+    assert kind == "rank 1: gather got a float, expected tensors, or lists and dictionaries of them"
 
 
 if __name__ == "__main__":
