@@ -80,7 +80,7 @@ def _meet(timeout: float | None) -> None:
             store.set_timeout(waiting["timeout"])
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            store=dist.PrefixStore(f"ppo/attempt {_attempt()}", store),
+            store=dist.distributed_c10d.PrefixStore(f"ppo/attempt {_attempt()}", store),
             rank=rank,
             world_size=size,
             **waiting,

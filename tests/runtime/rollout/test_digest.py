@@ -30,7 +30,7 @@ KEPT: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kept", KEPT)
 def test_the_same_prompts_have_the_same_digest(kept: str) -> None:
-    assert prompt_digest(KEPT[kept]()) == prompt_digest(TABLE) != None  # noqa: E711
+    assert prompt_digest(KEPT[kept]()) == prompt_digest(TABLE) is not None
     assert sampled_digest(KEPT[kept]()) == sampled_digest(TABLE)
 
 
@@ -77,7 +77,8 @@ def test_what_is_no_list_of_prompts_has_none(rows: Any) -> None:
 
 
 def test_a_dataloaders_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = torch.utils.data.DataLoader(ROWS)  # type: ignore[arg-type]
+    rows: Any = ROWS
+    loader = torch.utils.data.DataLoader(rows)
     first = digest_of(loader)
     monkeypatch.setattr("ppo_runtime.rollout.digest.prompt_digest", lambda _: pytest.fail("they are read again"))
     assert digest_of(loader) == first == prompt_digest(ROWS)
