@@ -14,6 +14,7 @@ import resource
 import shutil
 import struct
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ppo_runtime.resuming import files, parts
 from tests.runtime.ranks.test_parallel import assert_same_bits
 from tests.runtime.support.processes import ends_of_ranks, run_ranks
 from tests.runtime.support.sealing import change, seal_again
+from tests.runtime.support.tiny import tiny_lora
 from tests.runtime.support.trainers import make_batch, untimed
 from tests.runtime.support.trainers import make_trainer as any_trainer
 from tests.runtime.training.test_checkpoint_misfits import assert_refused
@@ -46,7 +48,7 @@ OURS = [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
 WRITTEN = [files.MANIFEST, "rank-0.json", "rank-1.json", *OURS, files.STATE]
 
 
-def make_trainer(ranks: int, parallelism: str = "fsdp2") -> PPOTrainer:
+def make_trainer(ranks: int, parallelism: str = "fsdp2", **given: Any) -> PPOTrainer:
     """One rank's, of those that share six sequences."""
     size = SEQUENCES // ranks
     return any_trainer(
@@ -55,6 +57,7 @@ def make_trainer(ranks: int, parallelism: str = "fsdp2") -> PPOTrainer:
         ppo_epochs=2,
         adam_eps=1e-4,
         parallelism=parallelism,
+        **given,
     )
 
 
@@ -69,9 +72,9 @@ def weights_of(trainer: PPOTrainer) -> dict[str, Any]:
     return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def went_on(path: Path, ranks: int, parallelism: str) -> dict[str, Any]:
+def went_on(path: Path, ranks: int, parallelism: str, **given: Any) -> dict[str, Any]:
     """What a checkpoint holds, and a step from there."""
-    trainer = make_trainer(ranks, parallelism)
+    trainer = make_trainer(ranks, parallelism, **given)
     load_checkpoint(trainer, path)
     return {"loaded": weights_of(trainer), **stepped(trainer, 2)}
 
@@ -106,6 +109,7 @@ def of_two(folder: Path) -> dict[str, Any]:
     found["many"] = went_on(folder / "in many files", 2, "fsdp2")
     found["three"] = went_on(folder / "of three", 2, "fsdp2")
     found["one"] = went_on(folder / "of one", 2, "fsdp2")
+    found["adapter"] = adapter(folder / "adapter")
     found["damaged"] = damaged(straight, path, folder / "damaged", rank)
     return found | {"heard": heard.said}
 
@@ -121,6 +125,17 @@ class Heard(logging.Handler):
         """Keep it."""
         if not record.name.startswith("ppo_runtime"):
             self.said.append(f"{record.name}: {record.getMessage()}")
+
+
+def adapter(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step after a save, by the trainer that made it and by another."""
+    given: dict[str, Any] = {"family": "gpt2", "peft_config": tiny_lora()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, which peft calls
+        trainer = make_trainer(2, **given)
+        stepped(trainer, 0)
+        save_checkpoint(trainer, path)
+        return stepped(trainer, 2), went_on(path, 2, "fsdp2", **given)
 
 
 def full_disk(trainer: PPOTrainer, path: Path) -> str:
@@ -224,8 +239,9 @@ def trainer() -> PPOTrainer:
 
 
 def test_the_same_ranks_go_on_bit_for_bit(two: list[dict[str, Any]]) -> None:
-    """Also where each rank has written many files."""
+    """Also where each rank has written many files, and where an adapter trains."""
     for found in two:
+        assert_same_bits(*found["adapter"])
         assert_same_bits(found["fsdp2"], found["straight"])
         assert_same_bits(found["many"], found["straight"])
 
