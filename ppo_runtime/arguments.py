@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ppo_runtime.common.files import working_directory
 from ppo_runtime.common.inputs import holds_numbers
 from ppo_runtime.rollout.sampling import plain
 
@@ -87,7 +88,7 @@ def generation_settings(given: Any, defaults: Mapping[str, Any]) -> dict[str, An
 
 
 def output_directory(output_dir: Any) -> Path | None:
-    """The directory as a path; refused if it is no name of one."""
+    """The directory as an absolute path; refused if it is no name of one."""
     if output_dir is None:
         return None
     if not isinstance(output_dir, str | Path) or not str(output_dir).strip():
@@ -98,7 +99,7 @@ def output_directory(output_dir: Any) -> Path | None:
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, expected a name in UTF-8, as which alone weights can be written"
         ) from error
-    return Path(output_dir)
+    return working_directory() / output_dir  # a score function may go elsewhere
 
 
 def make_writable(name: str, directory: Path) -> None:

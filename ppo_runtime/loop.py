@@ -149,7 +149,7 @@ def train(
                 why, advice = "total_ppo_epochs is %d, which config.steps and batch_size make", "pass train more steps"
             _say(trainer, f"nothing is left to train after step %d, since {why}; {advice}", trainer.current_step, steps)
         elif world.rank == 0:
-            arguments.make_writable("logging_dir", trainer.config.logging_dir)
+            arguments.make_writable("logging_dir", trainer.run_log.directory(trainer.config))
             trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
     if trainer.current_step:
         restore_position(trainer, position(trainer))  # a new iteration would begin another epoch

@@ -79,6 +79,14 @@ def is_working_directory(target: Path) -> bool:
         return False
 
 
+def working_directory() -> Path:
+    """Where the process stands now, before which a relative path means the same later; nothing if that is gone."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
+
+
 def siblings(target: Path) -> tuple[Path, Path]:
     """Where a directory is written, and where the one that it replaces waits meanwhile."""
     return target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.previous")

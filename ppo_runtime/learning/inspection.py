@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ppo_runtime.common.files import free_place, write_whole
+from ppo_runtime.common.files import free_place, working_directory, write_whole
 from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import plain_settings
@@ -55,6 +55,7 @@ class Inspection:
     def __init__(self) -> None:
         self.kept = 0
         self._told = False
+        self._began_in = working_directory()
 
     @contextmanager
     def watching(
@@ -79,7 +80,7 @@ class Inspection:
     ) -> None:
         if self.kept >= MOST:
             return
-        if not (config.project_kwargs or config.logging_dir.is_dir()):
+        if not (config.project_kwargs or (self._began_in / config.logging_dir).is_dir()):
             if self._told:
                 return
             self._told = True  # a trainer that logs nothing leaves nothing
@@ -93,7 +94,10 @@ class Inspection:
         rank = f"-rank-{world.rank}" if world.size > 1 else ""
         try:
             path = keep_batch(
-                free_place(config.logging_dir / FOLDER / f"step-{step}{rank}", endings=(".safetensors", ".json")),
+                free_place(
+                    self._began_in / config.logging_dir / FOLDER / f"step-{step}{rank}",
+                    endings=(".safetensors", ".json"),
+                ),
                 watched,
                 {"step": step, "rank": world.rank, "why": why, "rows": rows, "settings": plain_settings(config)},
             )

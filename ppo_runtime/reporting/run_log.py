@@ -5,12 +5,14 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ppo_runtime.common import inputs
+from ppo_runtime.common.files import working_directory
 from ppo_runtime.common.redact import hide, plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.ranks.agreement import all_or_none
@@ -34,6 +36,7 @@ class RunLog:
         self.earlier_runs: tuple[str | None, ...] = ()
         self.begins_after = 0
         """The step that this part of the run begins after."""
+        self._began_in = working_directory()
         self._missed: dict[int, list[Any]] = {}
 
     def go_on(self, step: int, runs: Sequence[str | None]) -> None:
@@ -42,6 +45,10 @@ class RunLog:
         self._missed.clear()
         self.begins_after = step
         self.goes_on_after, self.run_name, self.earlier_runs = step, secrets.token_hex(8), tuple(runs)
+
+    def directory(self, config: PPOConfig) -> Path:
+        """Where its files go, wherever the process stands meanwhile."""
+        return self._began_in / config.logging_dir
 
     def opened(self, config: PPOConfig, facts: Mapping[str, Any]) -> list[Any]:
         """The trackers, opened at the first use, so that a trainer that never logs leaves no file.
@@ -53,7 +60,7 @@ class RunLog:
         if self._trackers is None:
             self._trackers = make_trackers(
                 config.log_with,
-                config.logging_dir,
+                self.directory(config),
                 config.tracker_kwargs,
                 config.tracker_project_name,
                 plain_settings(config) | dict(facts),

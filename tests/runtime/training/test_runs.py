@@ -457,6 +457,34 @@ def test_a_line_that_could_not_be_written_comes_before_the_next(
     assert _steps(tmp_path / FILE) == [1, 2, 3, 4]
 
 
+def test_a_score_function_may_go_to_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was named beside the first stays where it was."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(home)
+    trainer = _trainer(Path("logs"), on_nonfinite="drop")
+    calls = 0
+
+    def score(_: Any, texts: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        monkeypatch.chdir(other)
+        return [float("nan") if calls == 2 else float(len(text)) for text in texts]
+
+    _train(trainer, Path("run"), steps=3, score=score, checkpoint_every=1)
+    trainer.log_stats({}, {}, [torch.tensor(1.0)] * 4)
+    trainer.close()
+    assert not list(other.iterdir())
+    assert sorted(path.name for path in (home / "run").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "model",
+        "run.json",
+    ]
+    assert (home / "logs" / "not-finite").is_dir()
+
+
 # --- another run's checkpoint ------------------------------------------------------------------------------------
 
 

@@ -92,8 +92,14 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "output_dir empty": ({"output_dir": ""}, "output_dir is '', expected the path of a directory or None"),
     "output_dir a number": ({"output_dir": 3}, "output_dir is 3, expected the path of a directory"),
     "output_dir of other bytes": ({"output_dir": "o\udcff"}, r"output_dir is 'o.udcff', expected a name in UTF-8"),
-    "output_dir a file": ({"output_dir": "a-file"}, "output_dir is 'a-file', expected a directory that can be written"),
-    "output_dir below a file": ({"output_dir": "a-file/o"}, "output_dir is 'a-file/o', expected a directory that can"),
+    "output_dir a file": (
+        {"output_dir": "a-file"},
+        "output_dir is '.*/a-file', expected a directory that can be written",
+    ),
+    "output_dir below a file": (
+        {"output_dir": "a-file/o"},
+        "output_dir is '.*/a-file/o', expected",
+    ),
     "a console of text": ({"console": "stderr"}, "console is a str, expected a rich.console.Console"),
     "no score function": ({"score_fn": 5}, "score_fn is a int, expected a function from prompts and responses"),
     "scores, not a function": ({"score_fn": [0.5] * 4}, "score_fn is a list, expected a function"),
@@ -181,7 +187,9 @@ def test_what_the_run_would_write_over_is_found_first(lies_there: str, message: 
 def test_metrics_that_cannot_be_written_are_refused_first(home: Path) -> None:
     (home / "a-file").touch()
     trainer = _trainer(_dataset(), project_kwargs={"logging_dir": "a-file/logs"})
-    _refused(lambda: _train(trainer), trainer, "logging_dir is 'a-file/logs', expected a directory that can be", home)
+    _refused(
+        lambda: _train(trainer), trainer, "logging_dir is '.*/a-file/logs', expected a directory that can be", home
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_missed_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
