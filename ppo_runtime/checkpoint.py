@@ -145,10 +145,10 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     Make it from the same original model, reference, dataset and kind of optimiser and scheduler; the reference is the
     policy as it was *before* training, so do not start from the trained weights. Call it on every rank.
 
-    Settings may differ, and are named in a warning with what is in force then: the continuation is not the one that
-    would have been. Another ``learning_rate`` holds from here on, unless a scheduler goes on from the checkpoint's;
-    another ``init_kl_coef`` is what the controller goes on from; generators and the order of the data are the
-    checkpoint's.
+    Settings may differ, those of generation among them, and what a step calls: all are named in a warning with what is
+    in force then, and the continuation is not the one that would have been. Another ``learning_rate`` holds from here
+    on, unless a scheduler goes on from the checkpoint's; another ``init_kl_coef`` is what the controller goes on from;
+    generators and the order of the data are the checkpoint's.
 
     The number of ranks may differ as long as ``batch_size`` times ranks, the sequences of a step, is the same: the
     order of the prompts, policy, optimiser, scheduler and controller go on as they would have, and updates on whole
