@@ -354,9 +354,11 @@ class Trainer:
             return_prompt: True puts the prompt in front, except with an encoder-decoder.
             generate_ref_response: also sample from the reference.
             generation_kwargs: for transformers' ``generate``: settings, or a ``generation_config``. What samples from
-                another distribution than the one PPO trains is warned about. A response ends with the token that
-                ended it, be it an EOS (one outside the vocabulary is never drawn), the end of one of
-                ``stop_strings`` (by the trainer's tokenizer unless you pass one) or what ``stopping_criteria`` say.
+                another distribution than the one PPO trains is warned about. With a decoder-only model ``max_length``
+                and ``min_length`` count the longest prompt of the call, whatever is generated together. A response
+                ends with the token that ended it, be it an EOS (one outside the vocabulary is never drawn), the end of
+                one of ``stop_strings`` (by the trainer's tokenizer unless you pass one) or what ``stopping_criteria``
+                say.
 
         Returns:
             For a list, a list of 1-d tensors; for one query, a [1, length] tensor. With ``generate_ref_response`` a

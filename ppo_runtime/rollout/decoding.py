@@ -57,7 +57,7 @@ def _batch(
     prompts: Sequence[Tensor],
     settings: Settings,
     plan: Plan,
-    most: int | None,
+    most: int,
     limits: Tensor | None,
     warpers: Any,
     uniforms: Callable[[int], Tensor] | None,
@@ -69,10 +69,7 @@ def _batch(
     """
     ids, mask = padded(prompts, plan.pad_token_id, side="left")
     (rows, width), device = ids.shape, ids.device
-    # As in transformers, lengths that count the prompt count the longest of the batch.
-    longest = int(settings["max_length"] - width if most is None else most)
-    fewest = settings["min_new_tokens"]
-    fewest = (settings["min_length"] or 0) - width if fewest is None else int(fewest)
+    longest, fewest = int(most), int(settings["min_new_tokens"] or 0)
     tokens = torch.cat((ids, ids.new_full((rows, longest), plan.pad_token_id)), 1)
     mask = torch.cat((mask, mask.new_ones(rows, longest)), 1)
     lengths = mask[:, :width].sum(-1)

@@ -145,6 +145,8 @@ class ResponseGenerator:
             lengths = [max(most[start : start + plan.batch_size]) for start in range(0, len(most), plan.batch_size)]
             limits = most if length_sampler is not None and len({*most}) > 1 else None
             theirs = Settings(model, generation_kwargs)
+            if not has_encoder(self.model):
+                theirs.count_responses(max(self._static, *map(len, queries)))
             # Inside, gradients are off, and an interrupt might leave them so.
             as_before = torch.set_grad_enabled(torch.is_grad_enabled())
             casting = computing(model, weights_stay=True)

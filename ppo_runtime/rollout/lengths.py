@@ -54,28 +54,23 @@ def most_tokens(
         groups = range(0, len(queries), sharing)
         drawn = [whole("what length_sampler gives", length_sampler(), COUNT) for _ in groups]
     lengths = [len(query) for query in queries]
-    places = range(len(queries)) if plan.places is None else plan.places
-    mosts = [0] * len(queries)
-    what = "a token"
-    for start in range(0, len(queries), plan.batch_size):
-        batch = places[start : start + plan.batch_size]
-        width = 1 if has_encoder(model) else max(plan.prompt_width, *(lengths[place] for place in batch))
-        most = 1
-        if length_sampler is not None:
-            what = "length_sampler's length"
-        elif settings["max_new_tokens"] is not None:
-            most, what = settings["max_new_tokens"], "max_new_tokens"
-        elif settings["max_length"] is not None:
-            most, what = settings["max_length"] - width, "the rest of max_length"
-            if most < 1:
-                raise ValueError(
-                    f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
-                    "which it counts too; pass max_new_tokens instead"
-                )
-        for place in batch:
-            mosts[place] = drawn[place // sharing] if drawn else most
+    # Of all queries, as if memory held them together.
+    width = 1 if has_encoder(model) else max(plan.prompt_width, *lengths)
+    most, what = 1, "a token"
+    if length_sampler is not None:
+        what = "length_sampler's length"
+    elif settings["max_new_tokens"] is not None:
+        most, what = settings["max_new_tokens"], "max_new_tokens"
+    elif settings["max_length"] is not None:
+        most, what = settings["max_length"] - width, "the rest of max_length"
+        if most < 1:
+            raise ValueError(
+                f"max_length is {settings['max_length']}, expected more than {width}, the longest prompt, "
+                "which it counts too; pass max_new_tokens instead"
+            )
+    mosts = [drawn[place // sharing] if drawn else most for place in range(len(queries))]
     Context.of(model).check(lengths, mosts, names=("query_tensor", "query_tensor"), response=what, first=0)
-    return [mosts[place] for place in places]
+    return mosts if plan.places is None else [mosts[place] for place in plan.places]
 
 
 def have_room(model: Any, queries: list[Tensor], plan: Plan, mosts: list[int]) -> bool:

@@ -40,7 +40,7 @@ def obstacle(
         return "transformers has defaults of its own for what nobody sets"
     if plan.prompt_width:
         return "prompts have a fixed width"
-    if None in new_tokens and settings["max_new_tokens"] is None and settings["max_length"] is None:
+    if None in new_tokens and settings["max_new_tokens"] is None:
         return "no length is given"
     outer, inner = pretrained_model(model), transformers_model(model)
     name = type(inner).__name__

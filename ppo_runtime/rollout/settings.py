@@ -63,6 +63,16 @@ class Settings:
         given = getattr(self.passed, name, None)
         return getattr(self.own, name, None) if given is None else given
 
+    def count_responses(self, prompt: int) -> None:
+        """Have lengths that count the prompt count the response alone, behind a prompt of so many tokens.
+
+        Behind the longest of its batch, as transformers has it, a row's length would hang on what it shares that with.
+        """
+        for name, stronger in _SAME_THING.items():
+            if self[stronger] is None and self[name] is not None:
+                self.keywords[stronger] = max(self[name] - prompt, 0)
+                self.keywords.pop(name, None)
+
     def asked(self, name: str) -> Any:
         """The caller's value, by keyword or in the config that was passed; None if there is none."""
         return self.keywords.get(name, getattr(self.passed, name, None))

@@ -362,6 +362,28 @@ def test_sampled_answers_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("by", ["us", "transformers"])
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_length": 20, "eos_token_id": None},
+        {"max_new_tokens": 6, "min_length": 18, "eos_token_id": list(range(3, 60))},
+    ],
+)
+def test_lengths_that_count_the_prompt_do_not_depend_on_memory(
+    length: dict[str, Any], by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count the longest prompt of the call, whatever it is batched with."""
+    from ppo_runtime.rollout import generating
+
+    trainer, run = make_trainer(), ours if by == "us" else by_transformers
+    found: list[list[list[int]]] = []
+    for rows in (1, 3, len(QUERIES)):
+        monkeypatch.setattr(generating, "rows_together", lambda *_, rows=rows, **__: rows)
+        found.append(run(trainer, monkeypatch, do_sample=False, **length))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("name", ["prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria"])
 def test_functions_of_the_callers_see_rows_in_their_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four at a time, whatever fits into memory, and the seed alone decides what is sampled."""
