@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ppo_runtime import arguments, results
 from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_in, steps_done
 from ppo_runtime.common import inputs
+from ppo_runtime.common.files import alone_in
 from ppo_runtime.common.signals import stop_asked
 from ppo_runtime.learning import sameness
 from ppo_runtime.learning.guards import PATIENCE
 from ppo_runtime.learning.inspection import not_finite
 from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
 from ppo_runtime.ranks.presence import is_agreed
+from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.files import Damaged
 from ppo_runtime.resuming.keeping import check_storable
@@ -135,69 +137,93 @@ def train(
             "the step of the checkpoint found": done,
             **sameness.generation(options),
         }
-    if output is not None:
-        with all_or_none(world, phase="the making of output_dir"):  # only now: the others have looked at the directory
-            arguments.make_writable("output_dir", output)
-    trainer.generation = sameness.generation(options)
-    if resume:
-        _resume(trainer, output, newest, steps)
-    keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)
-    with all_or_none(world, phase="the opening of trackers"):
-        if trainer.current_step >= steps:
-            why, advice = "steps is %d", "ask for more steps"
-            if given is None:
-                why, advice = "total_ppo_epochs is %d, which config.steps and batch_size make", "pass train more steps"
-            _say(trainer, f"nothing is left to train after step %d, since {why}; {advice}", trainer.current_step, steps)
-        elif world.rank == 0:
-            arguments.make_writable("logging_dir", trainer.run_log.directory(trainer.config))
-            trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
-    if trainer.current_step:
-        restore_position(trainer, position(trainer))  # a new iteration would begin another epoch
-    history: list[dict[str, float]] = []
-    interrupted, together, begun = 0, False, trainer.current_step
-    # Standard error, so that what a program prints can still be piped.
-    console = console or Console(stderr=True)
-    with closing(trainer), stop_asked("this step", says=world.rank == 0) as stop:
-        try:
-            with _progress(console, disable=world.rank != 0) as bar:
-                task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
-                batches = _forever(trainer.dataloader)
-                while begun + len(history) < steps:
-                    stats = _next_step(trainer, score_fn, batches, options, generated)
-                    history.append(stats)
-                    bar.update(task, advance=1, status=_status(stats))
-                    due = trainer.current_step == steps or (every is not None and trainer.current_step % every == 0)
-                    if due:
-                        keep()
-                    # Any rank's signal stops all of them, after the same step, and one during a save at once.
-                    # In the last step it stops nothing: the run is whole.
-                    asked = agree_largest(stop.signal, world, "the question whether to stop")
-                    interrupted = asked if trainer.current_step < steps else 0
-                    if interrupted:
-                        if not due:
-                            keep()
-                        break
-            together = True
-        except BaseException as error:
-            together = is_agreed(error)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            interrupted = int(signal.SIGINT)
-        finally:
-            # Without a step there is nothing new, and what lies there may be better than an untrained model.
-            changed = trainer.current_step > begun or trainer.broken_off is not None
-            if output is not None and (changed or trainer.current_step >= steps):
-                # Where one rank alone has broken off, the others may be anywhere: it waits for none of them.
-                if together or not trainer.parallel.sharded:
-                    with all_or_none(world, phase="the saving of results") if together else nullcontext():
-                        results.save_results(trainer, output, steps=steps, changed=changed)
-                else:
-                    logger.warning(
-                        "no model is saved: this rank has a part of it alone; go on from the last checkpoint"
+    with _alone_in(output, world):  # only now: the others have looked at the directory
+        trainer.generation = sameness.generation(options)
+        if resume:
+            _resume(trainer, output, newest, steps)
+        keep = partial(_keep, trainer, output, keep_last=keep_last, keep_best=keep_best)
+        with all_or_none(world, phase="the opening of trackers"):
+            if trainer.current_step >= steps:
+                why, advice = "steps is %d", "ask for more steps"
+                if given is None:
+                    why, advice = (
+                        "total_ppo_epochs is %d, which config.steps and batch_size make",
+                        "pass train more steps",
                     )
-    if interrupted:
-        _say(trainer, "interrupted after step %d of %d", trainer.current_step, steps)
-    return TrainResult(history, bool(interrupted), interrupted)
+                _say(
+                    trainer,
+                    f"nothing is left to train after step %d, since {why}; {advice}",
+                    trainer.current_step,
+                    steps,
+                )
+            elif world.rank == 0:
+                arguments.make_writable("logging_dir", trainer.run_log.directory(trainer.config))
+                trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+        if trainer.current_step:
+            restore_position(trainer, position(trainer))  # a new iteration would begin another epoch
+        history: list[dict[str, float]] = []
+        interrupted, together, begun = 0, False, trainer.current_step
+        # Standard error, so that what a program prints can still be piped.
+        console = console or Console(stderr=True)
+        with closing(trainer), stop_asked("this step", says=world.rank == 0) as stop:
+            try:
+                with _progress(console, disable=world.rank != 0) as bar:
+                    task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
+                    batches = _forever(trainer.dataloader)
+                    while begun + len(history) < steps:
+                        stats = _next_step(trainer, score_fn, batches, options, generated)
+                        history.append(stats)
+                        bar.update(task, advance=1, status=_status(stats))
+                        due = trainer.current_step == steps or (every is not None and trainer.current_step % every == 0)
+                        if due:
+                            keep()
+                        # Any rank's signal stops all of them, after the same step, and one during a save at once.
+                        # In the last step it stops nothing: the run is whole.
+                        asked = agree_largest(stop.signal, world, "the question whether to stop")
+                        interrupted = asked if trainer.current_step < steps else 0
+                        if interrupted:
+                            if not due:
+                                keep()
+                            break
+                together = True
+            except BaseException as error:
+                together = is_agreed(error)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+                interrupted = int(signal.SIGINT)
+            finally:
+                # Without a step there is nothing new, and what lies there may be better than an untrained model.
+                changed = trainer.current_step > begun or trainer.broken_off is not None
+                if output is not None and (changed or trainer.current_step >= steps):
+                    # Where one rank alone has broken off, the others may be anywhere: it waits for none of them.
+                    if together or not trainer.parallel.sharded:
+                        with all_or_none(world, phase="the saving of results") if together else nullcontext():
+                            results.save_results(trainer, output, steps=steps, changed=changed)
+                    else:
+                        logger.warning(
+                            "no model is saved: this rank has a part of it alone; go on from the last checkpoint"
+                        )
+        if interrupted:
+            _say(trainer, "interrupted after step %d of %d", trainer.current_step, steps)
+        return TrainResult(history, bool(interrupted), interrupted)
+
+
+@contextmanager
+def _alone_in(output: Path | None, world: World) -> Iterator[None]:
+    """Make the directory of a run, and hold it against other processes meanwhile."""
+    with ExitStack() as held:
+        if output is not None:
+            with all_or_none(world, phase="the making of output_dir"):
+                arguments.make_writable("output_dir", output)
+                if world.rank == 0:
+                    try:
+                        held.enter_context(alone_in(output))
+                    except BlockingIOError as error:
+                        raise ValueError(
+                            f"output_dir is {str(output)!r}, where another run is going on, expected a directory of "
+                            "its own for each; wait until that one has ended, or choose another"
+                        ) from error
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
@@ -60,6 +60,35 @@ def filled_whole(
         shutil.rmtree(drafts, ignore_errors=True)
     if stands_in_it:
         os.chdir(target)  # without this the process would stand in a removed one
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold a directory against others that ask for it; the system lets go of it where this process dies.
+
+    Where it knows no such locks, as on some network disks, nobody is kept out.
+
+    Raises:
+        BlockingIOError: another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of a child's that has been forked meanwhile
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -757,6 +757,30 @@ def test_where_there_is_no_checkpoint_a_trainer_goes_on_after_its_own_steps(
     assert "there is no checkpoint to resume: the run goes on after the trainer's step 1" in caplog.text
 
 
+def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
+    """A job that was queued again, say, while the first is still writing its checkpoint."""
+
+    def score(_: Any, texts: list[str]) -> list[float]:
+        before = _files(tmp_path)
+        with pytest.raises(ValueError, match="where another run is going on, expected a directory of its own for each"):
+            _train(_trainer(tmp_path / "logs"), tmp_path, steps=3, resume=True)
+        assert _files(tmp_path) == before
+        return [0.5] * len(texts)
+
+    _train(_trainer(tmp_path / "logs"), tmp_path, steps=2, checkpoint_every=1, score=score)
+    _train(_trainer(tmp_path / "logs"), tmp_path, steps=3, resume=True)
+    assert steps_done(tmp_path / "checkpoint-3") == 3
+
+
+def test_where_directories_cannot_be_held_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    _train(_trainer(tmp_path), tmp_path, steps=1)
+    assert steps_done(tmp_path / "checkpoint-1") == 1
+
+
 def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
