@@ -78,8 +78,8 @@ def train(
         generation_kwargs: for ``generate``, over plain sampling of 32 tokens, whatever the model's own settings are.
         generation_batch_size: prompts generated together; as many as memory holds if None.
         output_dir: where the model goes at the end (``model``), and checkpoints (``checkpoint-<step>``). Nothing if
-            None. A trainer is refused where another run's results lie, unless it resumes that run; and any where another
-            one trains.
+            None. A trainer is refused where another run's results lie, unless it resumes that run; and any where
+            another one trains.
         checkpoint_every: steps between checkpoints; None makes one at the end and on a signal only.
         keep_last: how many checkpoints to keep, those of the latest steps.
         keep_best: keep besides the one of the highest mean raw score since the checkpoint before.
