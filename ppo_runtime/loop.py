@@ -292,19 +292,20 @@ def _keep(trainer: Trainer, output: Path | None, **kept: Any) -> None:
 
 def _next_step(trainer: Trainer, *given: Any) -> dict[str, float]:
     """A step on the next batch, or on a later one where the configuration has unusable ones dropped."""
+    before = trainer.broken_off  # by an earlier step, maybe, that somebody has caught
     for _ in range(PATIENCE - 1):
         try:
             return _one_step(trainer, *given)
         except ValueError as refusal:  # noqa: PERF203  what is refused is why there is a loop
-            if not _may_be_dropped(refusal, trainer):
+            if not _may_be_dropped(refusal, trainer, moved=trainer.broken_off is not before):
                 raise
             _say(trainer, "a batch for step %d is dropped: %s", trainer.current_step + 1, refusal)
     return _one_step(trainer, *given)
 
 
-def _may_be_dropped(refusal: ValueError, trainer: Trainer) -> bool:
+def _may_be_dropped(refusal: ValueError, trainer: Trainer, *, moved: bool) -> bool:
     """Whether all ranks have refused a batch for numbers that are not finite, and may go on with the next one."""
-    if trainer.config.on_nonfinite != "drop" or trainer.broken_off is not None:
+    if trainer.config.on_nonfinite != "drop" or moved:
         return False
     if trainer.world.size > 1 and not is_agreed(refusal):
         return False

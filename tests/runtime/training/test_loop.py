@@ -192,6 +192,17 @@ def test_batches_are_not_dropped_for_ever_nor_for_other_reasons(tmp_path: Path) 
         train(trainer, lambda *_: [0.5], steps=3, console=_quiet())
 
 
+def test_a_batch_is_dropped_after_a_step_that_was_broken_off_and_caught(tmp_path: Path) -> None:
+    trainer, calls = _trainer(tmp_path, on_nonfinite="drop"), []
+    trainer.broken_off = "step 1 was broken off by RuntimeError after 1 steps of the optimiser"
+
+    def score(_: list[str], responses: list[str]) -> list[float]:
+        calls.append(1)
+        return [float("nan") if len(calls) == 1 else 0.5] * len(responses)
+
+    assert len(train(trainer, score, steps=1, console=_quiet()).history) == 1
+
+
 def test_all_batches_dropped_in_one_step_are_kept_for_inspection(tmp_path: Path) -> None:
     calls = 0
 
