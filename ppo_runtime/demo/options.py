@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from ppo_runtime.common.files import write_whole
+from ppo_runtime.common.launcher import processes_started
 
 EMBEDDED_LEARNING_RATE = 3e-4
 LEARNING_RATE = 5e-5
@@ -82,6 +83,7 @@ def settle(given: Mapping[str, Any], *, output: Path, resume: bool) -> DemoOptio
         if (value := given.get(name)) is not None and (misfit := _misfit(name, value)):
             raise ValueError(f"--{name.replace('_', '-')} {misfit}")
     begun = _begun_with(output) if resume else {}
+    _on_these_ranks(begun)
     chosen: dict[str, Any] = {}
     for name, default in DEFAULTS.items():
         value, earlier = given.get(name), begun.get(name, default)
@@ -104,6 +106,7 @@ def remember(options: DemoOptions) -> None:
     """Make a run's directory and keep its options there, for :func:`settle`."""
     options.output.mkdir(parents=True, exist_ok=True)
     kept = {name: getattr(options, name) for name in DEFAULTS}
+    kept["ranks"] = processes_started()
     kept["model"] = None if options.model is None else str(options.model.resolve())
     write_whole(options.output / _FILE, json.dumps(kept, indent=2) + "\n")
 
@@ -134,6 +137,15 @@ def _begun_with(output: Path) -> dict[str, Any]:
             "--resume"
         )
     return begun
+
+
+def _on_these_ranks(begun: dict[str, Any]) -> None:
+    """Have a run that was begun on another number of ranks go on with as many sequences in a step, of all of them."""
+    then, now = begun.get("ranks"), processes_started()
+    if isinstance(then, int) and "batch_size" in begun:
+        share, rest = divmod(begun["batch_size"] * then, now)
+        if not rest and not _misfit("batch_size", share):
+            begun["batch_size"] = share
 
 
 def _misfit(name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ from ppo_runtime import loop
 from ppo_runtime.accel.backends import choose
 from ppo_runtime.cli import app
 from ppo_runtime.demo import run, standing
-from ppo_runtime.demo.options import settle
+from ppo_runtime.demo.options import remember, settle
 from ppo_runtime.models import gguf as convert
 from ppo_runtime.reporting.jsonl import read_jsonl
 from tests.runtime.support.processes import ROOT, ends_of_ranks
@@ -408,3 +408,16 @@ def test_a_missing_part_shows_before_the_training(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "ppo-core[demo]" in _words(_demo(tmp_path / "run", "--steps", "1", exit_code=2))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [None, 2])
+def test_a_run_goes_on_with_as_many_sequences_on_another_number_of_ranks(
+    given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(settle({"batch_size": 4}, output=tmp_path, resume=False))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert settle({"batch_size": given}, output=tmp_path, resume=True).batch_size == 2
+    with pytest.raises(ValueError, match=r"--batch-size is 4, and the run .* was begun with 2"):
+        settle({"batch_size": 4}, output=tmp_path, resume=True)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert settle({"batch_size": 4}, output=tmp_path, resume=True).batch_size == 4
