@@ -157,7 +157,7 @@ def folded_moments(m: Moments, parts: Tensor) -> Moments:
     )
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
     """Replace every gradient by its sum over all ranks, where it lies, in float32 or wider.
 
     For gradients of passes that torch's DistributedDataParallel has not seen; all of them are on the way at once. A
