@@ -228,7 +228,8 @@ class Piecewise(Trainer):
         with self._dropped_unless_whole():
             # A checkpointed layer runs again here.
             fast = fast_products(self.model, self._products(self.model))
-            with own_precision(mask.device), fast, without_dropout(self.model):
+            passed = all_or_none(self.world, phase="the backward pass of a minibatch")
+            with passed, own_precision(mask.device), fast, without_dropout(self.model):
                 (losses.policy.loss.total + self.config.vf_coef * losses.value.loss.total).backward()
             merge_into(averages, averages_of(losses))
             count += 1

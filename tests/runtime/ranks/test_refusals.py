@@ -146,12 +146,14 @@ def part_raises(part: str, method: str, culprits: set[int], world: World, folder
     return {"said": said, "again": again, "whole": trainer.broken_off is None, "weights": weights}
 
 
-def by_pieces(trainer: PPOTrainer, shift: int = 0) -> None:
-    """An update of TRL's pieces; with a shift its mask does not fit."""
+def by_pieces(trainer: PPOTrainer, shift: int = 0, *, spent: bool = False) -> None:
+    """An update of TRL's pieces; with a shift its mask does not fit, and a graph that is spent has no backward pass."""
     queries, responses, _ = make_batch()
     inputs = trainer.prepare_model_inputs(queries, responses)
     logprobs, logits, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
     assert values is not None
+    if spent:
+        (logprobs.sum() + values.sum()).backward()
     old = logprobs.detach(), values.detach()
     targets = torch.ones_like(old[0]), torch.ones_like(old[0])
     trainer.train_minibatch(*old, logprobs, logits, values, mask[:, shift:], *targets)
@@ -179,6 +181,14 @@ def assert_parted(said: list[str], elsewhere: bool = True) -> None:
     words = "the ranks have parted, rank 0 in " if elsewhere else ""
     assert all(text.startswith(words) and bool(text) == elsewhere for text in said), said
     assert all("call this on every rank" in text for text in said if elsewhere)
+
+
+def pass_fails(world: World) -> str:
+    """A backward pass that one rank cannot make, and one of both."""
+    trainer = make_trainer(mini_batch_size=6)
+    said = apart(world, *[partial(by_pieces, trainer, spent=world.rank == 1)] * 2)
+    by_pieces(trainer)
+    return said
 
 
 def compared(world: World, facts: dict[str, Any]) -> str:
@@ -212,6 +222,7 @@ def be_one_rank(folder: Path) -> None:
             part_raises(part, method, culprits, world, folder / f"{part}-{culprits}") for culprits in ({0}, {1}, {0, 1})
         ]
     results["piece"] = piece_refused(world)
+    results["pass"] = pass_fails(world)
     for case in SAID:
         for culprit in range(world.size):
             (place := folder / f"{case}-{culprit}").mkdir(exist_ok=True)
@@ -334,6 +345,12 @@ def test_a_piece_that_one_rank_refuses_is_refused_by_both(ranks: list[dict[str, 
     first, second = (rank["piece"] for rank in ranks)
     assert first == second
     assert first.startswith("rank 1: mask ")
+
+
+def test_a_backward_pass_that_one_rank_cannot_make_is_named_on_both(ranks: list[dict[str, Any]]) -> None:
+    assert "backward through the graph a second time" in ranks[1]["pass"]
+    assert ranks[0]["pass"].startswith("rank 1: ")
+    assert "backward through the graph a second time" in ranks[0]["pass"]
 
 
 def test_alone_an_error_is_untouched() -> None:
