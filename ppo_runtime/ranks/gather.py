@@ -172,7 +172,7 @@ def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     present = torch.tensor([parameter.grad is not None for parameter in trainable], dtype=torch.uint8)
     held = gathered(present, world, "the comparison of gradients").amax(0).tolist()
-    under_way: list[tuple[nn.Parameter, Tensor, Any]] = []
+    under_way: list[tuple[Tensor, Tensor, Any]] = []
     with lost_ranks_named(world, "the sum of gradients"):
         for parameter in (one for one, anywhere in zip(trainable, held, strict=True) if anywhere):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
