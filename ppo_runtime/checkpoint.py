@@ -22,12 +22,12 @@ from pathlib import Path
 
 from ppo_runtime.common.files import is_working_directory, siblings, sync
 from ppo_runtime.common.trees import copied
-from ppo_runtime.ranks.agreement import all_or_none, together
+from ppo_runtime.ranks.agreement import all_or_none
 from ppo_runtime.ranks.shards import fill
 from ppo_runtime.resuming import contents, files, rotation, sealing
 from ppo_runtime.resuming.files import check_replaceable
 from ppo_runtime.resuming.fitting import settle_differences
-from ppo_runtime.resuming.frozen import frozen_digest
+from ppo_runtime.resuming.frozen import know_frozen
 from ppo_runtime.resuming.keeping import check_worth_keeping
 from ppo_runtime.resuming.position import position, restore_position
 from ppo_runtime.resuming.reading import steps_done
@@ -77,6 +77,9 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
     try:
         count, shared = 0, {}
         if trainer.parallel.sharded:
+            know_frozen(trainer)
+            with all_or_none(world, phase="the search for a checkpoint's directory"), files.told(target):
+                draft.stat()  # on a disk that isn't shared, torch would make one
             with all_or_none(world, phase="the writing of all ranks' parts"), files.told(target):
                 count = contents.write_parts(trainer, draft)
         with all_or_none(world, carries=2 + NUMBERS * (1 + count), phase="the writing of a checkpoint") as ballot:
@@ -88,7 +91,9 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
         with all_or_none(world, phase="the renaming of a checkpoint"):  # nobody goes on before it is in place
             if world.rank == 0:
                 with files.told(target):
-                    sealing.write_manifest(draft, contents.manifest_of(shared, ballot.all))
+                    manifest = contents.manifest_of(shared, ballot.all)
+                    sealing.check_there(draft, manifest)
+                    sealing.write_manifest(draft, manifest)
                     files.put_in_place(draft, target, previous)
                 sync(target.parent)
                 shutil.rmtree(previous, ignore_errors=True)
@@ -162,8 +167,7 @@ def load_checkpoint(trainer: Trainer, directory: str | Path | None) -> None:
     """
     world = trainer.world
     if trainer.parallel.sharded:
-        with together(world, "the comparison of frozen weights"):
-            frozen_digest(trainer)  # by all ranks together, before one of them can refuse what it reads
+        know_frozen(trainer)  # before one rank can refuse what it reads
     with all_or_none(world, phase="the reading of a checkpoint") as ballot:
         if directory is None:  # as newest_good says where there is none
             raise FileNotFoundError(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
 from ppo_runtime.learning.controllers import AdaptiveKLController
-from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import moments_in_parts
 from ppo_runtime.resuming import files, parts, reading, sealing
 from ppo_runtime.resuming.fitting import (
@@ -122,8 +121,6 @@ def held(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
 
 def write_parts(trainer: Trainer, draft: Path) -> int:
     """The tensors, where models are divided, by all ranks together; gives into how many files of each."""
-    with lost_ranks_named(trainer.world, "the comparison of frozen weights"):
-        frozen_digest(trainer)  # rank 0 alone asks for it again
     weights, moments, _ = held(trainer)
     return parts.write(_joined(weights, moments), draft, trainer.world)
 

@@ -9,7 +9,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ppo_runtime.models.value_head import HEAD_PREFIX
+from ppo_runtime.ranks.agreement import agree_any
 from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.ranks.presence import lost_ranks_named
 from ppo_runtime.ranks.shards import here, whole
 from ppo_runtime.resuming.records import StateRecord
 from ppo_runtime.trainer import Trainer
@@ -21,20 +23,32 @@ _KNOWN: WeakKeyDictionary[Trainer, dict[bool, tuple[list[Any], str]]] = WeakKeyD
 def frozen_digest(trainer: Trainer, *, reference_head: bool = False) -> str:
     """SHA-256 of all weights that training does not touch: the reference's, and the policy's frozen ones.
 
-    A collective where ranks hold parts of the weights, unless it is known already. Without the reference's value head,
+    Where ranks hold parts of the weights, :func:`know_frozen` comes before. Without the reference's value head,
     which nothing reads and which may be drawn anew with every start. It is computed anew only when a weight is another
     tensor than at the last time, or has changed: torch counts what is done to one, and some of its entries are looked
     at, since nothing counts what is done to its ``data``.
     """
-    weights = list(_frozen(trainer, reference_head))
     known = _KNOWN.setdefault(trainer, {})
-    marks = [_mark(name, weight) for name, weight in weights]
+    marks = _marks(trainer, reference_head)
     if reference_head not in known or known[reference_head][0] != marks:
         digest = hashlib.sha256()
-        for name, weight in weights:
+        for name, weight in _frozen(trainer, reference_head):
             _add(digest, name, whole(weight))
         known[reference_head] = marks, digest.hexdigest()
     return known[reference_head][1]
+
+
+def know_frozen(trainer: Trainer) -> None:
+    """Have the digest at hand on all ranks, each of which may then ask for it alone; a collective.
+
+    What has changed may be rows that one of them holds.
+    """
+    known, phase = _KNOWN.setdefault(trainer, {}), "the comparison of frozen weights"
+    changed = False not in known or known[False][0] != _marks(trainer, False)
+    if agree_any(changed, trainer.world, phase):
+        known.pop(False, None)
+        with lost_ranks_named(trainer.world, phase):
+            frozen_digest(trainer)
 
 
 def _frozen(trainer: Trainer, reference_head: bool) -> Iterator[tuple[str, Tensor]]:
@@ -45,10 +59,14 @@ def _frozen(trainer: Trainer, reference_head: bool) -> Iterator[tuple[str, Tenso
                 yield name, parameter
 
 
+def _marks(trainer: Trainer, reference_head: bool) -> list[tuple[Any, ...]]:
+    return [_mark(name, weight) for name, weight in _frozen(trainer, reference_head)]
+
+
 def _mark(name: str, weight: Tensor) -> tuple[Any, ...]:
     """What tells cheaply that a weight is as it was, from what this rank holds of it."""
-    weight = here(weight)
     made = object() if weight.is_inference() else weight._version  # torch counts nothing of the former: never the same
+    weight = here(weight)
     entries = weight.detach().flatten()[:: max(1, weight.numel() // _LOOKED_AT)]
     return name, weight.data_ptr(), made, weight.dtype, tuple(weight.shape), as_bytes(entries).numpy().tobytes()
 

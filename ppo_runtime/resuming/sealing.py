@@ -96,6 +96,17 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     files.write_json(directory / files.MANIFEST, _sealed(attrs.asdict(manifest)))
 
 
+def check_there(draft: Path, manifest: Manifest) -> None:
+    """Look whether all files of a checkpoint lie in its draft: another rank's may be on a disk of its own.
+
+    Raises:
+        OSError: one does not, or has another size than it was written with.
+    """
+    for name, seal in manifest.files.items():
+        if (size := (draft / name).stat().st_size) != seal.size:
+            raise OSError(f"{name} has {size} bytes, expected {seal.size}")
+
+
 def read_manifest(source: Path) -> Manifest | None:
     """The manifest of a checkpoint; None of one of format 1, which has none.
 
