@@ -249,14 +249,10 @@ def test_missing_torchrun_variables_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_rank_that_nobody_joins_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(*_: object, **__: object) -> None:
-        raise dist.DistStoreError("1/2 clients joined")
-
-    monkeypatch.setattr(dist, "init_process_group", alone)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match="rank 1 could not meet the others of WORLD_SIZE = 2 ranks: 1/2 clients"):
-        world_from_environment()
+    with pytest.raises(RuntimeError, match=r"rank 1 could not meet the others of WORLD_SIZE = 2 ranks: .*127\.0\.0\.1"):
+        world_from_environment(timeout=1)
 
 
 def test_a_group_without_cpu_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
