@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ppo_runtime.common.files import filled_whole, told_again, write_whole
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.reporting.model_card import is_ours
-from ppo_runtime.resuming.files import check_replaceable
+from ppo_runtime.resuming.files import STATE, check_replaceable, rank_file
 from ppo_runtime.resuming.reading import runs_in
 from ppo_runtime.trainer import Trainer
 
@@ -36,8 +36,15 @@ def check_places(output_dir: Path, *, done: int, steps: int) -> None:
         steps: after which it ends.
 
     Raises:
-        ValueError: a checkpoint's, a model's or the record's place holds what they cannot replace.
+        ValueError: it is a checkpoint; or a checkpoint's, a model's or the record's place holds what they cannot
+            replace.
     """
+    if all((output_dir / name).is_file() for name in (STATE, rank_file(0))):
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which is a checkpoint itself, expected the directory of a run; pass "
+            f"{str(output_dir.parent)!r} and resume=True to go on with the run that it lies in, or load it by "
+            "load_checkpoint and choose another output_dir"
+        )
     for place in sorted(output_dir.glob("checkpoint-*")):
         step = place.name.removeprefix("checkpoint-")
         if step.isdecimal() and done < int(step) <= steps:

@@ -56,6 +56,16 @@ def refused(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str:
         (lora(lora_alpha=4), lora(lora_alpha=64), "lora_alpha of adapter 'default' of the policy is 64, and was 4;"),
         (lora(), lora(use_rslora=True), "use_rslora of adapter 'default' of the policy is True, and was False"),
         (lora(), lora(lora_dropout=0.5), "lora_dropout of adapter 'default' of the policy is 0.5, and was 0.0"),
+        (
+            lora(),
+            lora(alpha_pattern={"q_proj": 400}),
+            "alpha_pattern of adapter 'default' of the policy is {'q_proj': 4",
+        ),
+        (
+            lora(alpha_pattern={"q_proj": 4}),
+            lora(),
+            "alpha_pattern of adapter 'default' of the policy is {}, and was {",
+        ),
         ({}, {"dropout": 0.5}, "attention_dropout of the configuration of the policy is 0.5, and was 0.0"),
         ({}, {"placed": configured(rms_norm_eps=1.0)}, "rms_norm_eps of the configuration of the policy is 1.0"),
         (
@@ -69,7 +79,17 @@ def refused(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str:
             "rms_norm_eps of the configuration of the reference is 1.0, and was 1e-06",
         ),
     ],
-    ids=["alpha", "scaling", "adapter's dropout", "dropout", "epsilon", "rotation", "reference"],
+    ids=[
+        "alpha",
+        "scaling",
+        "adapter's dropout",
+        "a pattern",
+        "no pattern",
+        "dropout",
+        "epsilon",
+        "rotation",
+        "reference",
+    ],
 )
 def test_models_that_compute_something_else_are_refused(
     then: dict[str, Any], now: dict[str, Any], said: str, tmp_path: Path

@@ -609,6 +609,19 @@ def test_files_of_the_users_in_old_checkpoints_stay(tmp_path: Path, caplog: pyte
     assert caplog.text.count("holds eval.json, which is not its own: it is kept") == 1
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_checkpoint_is_no_directory_of_a_run(tmp_path: Path, resume: bool) -> None:
+    """As other libraries would have it: a run in it would never find the steps that it has made."""
+    _train(_trainer(tmp_path / "logs"), tmp_path / "run")
+    there = tmp_path / "run" / "checkpoint-2"
+    held = sorted(there.iterdir())
+    with pytest.raises(
+        ValueError, match=r"run/checkpoint-2', which is a checkpoint itself.*pass '[^']*/run' and resume"
+    ):
+        _train(_trainer(tmp_path / "logs"), there, steps=4, resume=resume)
+    assert sorted(there.iterdir()) == held
+
+
 def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path)
     before = _files(tmp_path)
