@@ -78,8 +78,13 @@ def save_checkpoint(trainer: Trainer, directory: str | Path) -> Path:
         count, shared = 0, {}
         if trainer.parallel.sharded:
             know_frozen(trainer)
-            with all_or_none(world, phase="the search for a checkpoint's directory"), files.told(target):
+            with all_or_none(world, phase="the search for a checkpoint's directory") as ballot, files.told(target):
                 draft.stat()  # on a disk that isn't shared, torch would make one
+                ballot.facts = lambda: contents.undivided(trainer)
+                ballot.advice = (
+                    "expected the same on all ranks, or parts of one tensor (torch's DTensor): one rank's would be "
+                    "kept for all; make them like their parameter, or set parallelism='ddp'"
+                )
             with all_or_none(world, phase="the writing of all ranks' parts"), files.told(target):
                 count = contents.write_parts(trainer, draft)
         with all_or_none(world, carries=2 + NUMBERS * (1 + count), phase="the writing of a checkpoint") as ballot:

@@ -14,6 +14,8 @@ from ppo_runtime.ranks.sharded import Sharded
 from ppo_runtime.ranks.shards import is_shard
 from ppo_runtime.ranks.world import World
 
+_NOT_IN_PARTS = (torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.Rprop)
+
 
 def check_dividing(
     model: torch.nn.Module, ref_model: Any | None, optimizer: torch.optim.Optimizer | None, *, divided: bool
@@ -25,6 +27,12 @@ def check_dividing(
                 f"{name} has been divided among the ranks already, by a trainer with parallelism='fsdp2', and can "
                 "serve no other one; go on with that trainer, or load the model anew"
             )
+    if divided and isinstance(getattr(optimizer, "optimizer", optimizer), _NOT_IN_PARTS):
+        kinds = ", ".join(kind.__name__ for kind in _NOT_IN_PARTS)
+        raise ValueError(
+            f"optimizer is of a kind ({kinds}) that can't step on parts of parameters, and parallelism is 'fsdp2', "
+            "which divides them; pass another kind, such as torch.optim.AdamW, or set parallelism='ddp'"
+        )
     if divided and optimizer is not None and optimizer.state:
         raise ValueError(
             "optimizer has stepped already, and parallelism is 'fsdp2', which divides the parameters that its moments "

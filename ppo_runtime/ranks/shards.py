@@ -77,11 +77,13 @@ def moments_in_parts(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     places = [place for group in state["param_groups"] for place in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     like = dict(zip(places, parameters, strict=True))
-    divided = {
-        place: {
-            name: in_parts(value, like[place]) if isinstance(value, Tensor) and place in like else value
-            for name, value in held.items()
-        }
-        for place, held in state["state"].items()
-    }
+    divided = {place: _divided(held, like.get(place)) for place, held in state["state"].items()}
     return {**state, "state": divided}
+
+
+def _divided(tree: Any, like: Any) -> Any:
+    if type(tree) in (list, tuple):
+        return type(tree)(_divided(x, like) for x in tree)
+    if type(tree) is dict:
+        return {name: _divided(x, like) for name, x in tree.items()}
+    return in_parts(tree, like) if isinstance(tree, Tensor) else tree

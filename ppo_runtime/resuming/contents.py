@@ -1,6 +1,8 @@
 """What a checkpoint holds: written, and read again with everything checked before anything of a trainer changes."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.common.trees import copied, plain
 from ppo_runtime.learning.controllers import AdaptiveKLController
-from ppo_runtime.ranks.shards import moments_in_parts
+from ppo_runtime.ranks.gather import as_bytes
+from ppo_runtime.ranks.shards import is_shard, moments_in_parts
 from ppo_runtime.resuming import files, parts, reading, sealing
 from ppo_runtime.resuming.fitting import (
     AS_THEN,
@@ -28,7 +31,7 @@ from ppo_runtime.resuming.making import check_computed, computed, made_with
 from ppo_runtime.resuming.position import check_data, check_world, position_here, rank_state, source_of
 from ppo_runtime.resuming.records import OptimizerRecord, StateRecord
 from ppo_runtime.resuming.sealing import NUMBERS, Manifest, Seal
-from ppo_runtime.resuming.stepping import check_steps
+from ppo_runtime.resuming.stepping import check_shapes, check_steps
 from ppo_runtime.trainer import Trainer
 
 # Where a run's files go has no influence on its numbers.
@@ -58,15 +61,17 @@ class Found:
 def read(source: Path, trainer: Trainer) -> Found:
     """Read and check everything, before anything of the trainer changes."""
     world, manifest = trainer.world, sealing.read_manifest(source)
+    look = partial(sealing.check_sealed, source, manifest)
     in_parts = [] if manifest is None else manifest.parts
     if manifest is None:
-        sealing.check_sealed(source, None)
+        look()
     else:
-        # Of what each rank needs some, each looks at its share, so that all of it is looked at.
-        share = slice(world.rank, None, world.size)
-        tensors = in_parts[share] if in_parts else manifest.tensors
+        # Each rank looks at all that it reads, which may be a copy of its own, and at its share of the others.
+        count, share = len(in_parts), slice(world.rank, None, world.size)
+        seen = in_parts[world.rank * count // world.size : (world.rank + 1) * count // world.size]
+        tensors = seen if in_parts else manifest.tensors
         ranks = {source_of(world, manifest.ranks), *range(manifest.ranks)[share]}
-        sealing.check_sealed(source, manifest, [files.STATE, *tensors, *map(files.rank_file, sorted(ranks))])
+        look([files.STATE, *tensors, *map(files.rank_file, sorted(ranks))])
     state = reading.read_state(source, manifest)
     if in_parts:
         weights, moments = _divided(parts.outline(source, in_parts))
@@ -87,7 +92,11 @@ def read(source: Path, trainer: Trainer) -> Found:
     check_computed(source, state.computes, trainer)
     check_data(source, held, trainer)
     if in_parts:
-        weights, moments = _divided(parts.read(source, _joined(weights, moments), _likes(trainer, moments)))
+        check_shapes(source, optimizer, trainer.optimizer, AS_THEN)  # before they take memory
+        outlines, likes = _joined(weights, moments), _likes(trainer, moments)
+        weights, moments = _divided(
+            parts.read(source, in_parts, lambda needed: look(sorted(needed.difference(seen))), outlines, likes)
+        )
         optimizer = reading.read_tree(source, state, state.optimizer, "optimizer", moments)
     check_steps(source, optimizer, trainer.optimizer, AS_THEN)
     if not in_parts:
@@ -123,6 +132,16 @@ def write_parts(trainer: Trainer, draft: Path) -> int:
     """The tensors, where models are divided, by all ranks together; gives into how many files of each."""
     weights, moments, _ = held(trainer)
     return parts.write(_joined(weights, moments), draft, trainer.world)
+
+
+def undivided(trainer: Trainer) -> dict[str, str]:
+    """Digests of those moments that ranks hold whole, which one of them writes for all."""
+    _, moments, _ = held(trainer)
+    return {
+        name: f"{tuple(x.shape)} {hashlib.sha256(as_bytes(x).numpy().data).hexdigest()[:16]}"
+        for name, x in moments.items()
+        if not is_shard(x)
+    }
 
 
 def write_own(trainer: Trainer, draft: Path, count: int) -> list[Seal]:
@@ -193,7 +212,7 @@ def _likes(trainer: Trainer, moments: Iterable[str]) -> dict[str, Tensor]:
     """What of a trainer is divided as a tensor of that name shall be: a moment as its parameter."""
     parameters = (parameter for group in trainer.optimizer.param_groups for parameter in group["params"])
     known = {f"optimizer.state.{place}": parameter for place, parameter in enumerate(parameters)}
-    theirs = {name: known[place] for name in moments if (place := name.rpartition(".")[0]) in known}
+    theirs = {name: known[place] for name in moments if (place := ".".join(name.split(".")[:3])) in known}
     return _joined(trained(trainer.model), theirs)
 
 

@@ -125,7 +125,8 @@ def existing(target: Path) -> Path:
     """Where a checkpoint lies: in its place, or beside it where its replacement was broken off."""
     for candidate in (target, siblings(target)[1]):
         # Any of them may be what is missing of a damaged one.
-        if any(os.path.lexists(candidate / name) for name in (STATE, MANIFEST, POLICY, OPTIMIZER)):
+        whole = any(os.path.lexists(candidate / name) for name in (STATE, MANIFEST, POLICY, OPTIMIZER))
+        if whole or any(is_part(path.name) for path in candidate.glob("shard-*")):
             return candidate
     raise FileNotFoundError(f"{target} holds no {STATE}, expected a directory made by save_checkpoint")
 

@@ -6,7 +6,6 @@ of ranks can read them, in parts or whole. Torch opens none before its header ha
 
 import json
 import logging
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,12 +54,8 @@ def outline(source: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors that files hold the parts of, without their numbers (on torch's meta device).
 
     Raises:
-        ValueError: one of the files is none of ours, rows are missing or there twice, or the directory holds another
-            file of this kind, which torch would read as well.
+        ValueError: one of the files is none of ours, or rows are missing or there twice.
     """
-    there = {entry.name for entry in os.scandir(source) if entry.name.endswith(".safetensors")}
-    if odd := sorted(there.difference(names)):
-        raise damaged(source, f"{odd[0]} is none of its files")
     pieces: dict[str, list[_Piece]] = defaultdict(list)
     for name in names:
         for key, piece in _pieces(source / name):
@@ -68,11 +63,19 @@ def outline(source: Path, names: Sequence[str]) -> dict[str, Tensor]:
     return {key: _put_together(source, key, found) for key, found in pieces.items()}
 
 
-def read(source: Path, outlines: Mapping[str, Tensor], likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read(
+    source: Path,
+    names: Sequence[str],
+    check: Callable[[set[str]], None],
+    outlines: Mapping[str, Tensor],
+    likes: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """Tensors in memory of their own: those rows that this rank holds of another one of the name, or all.
 
     Args:
         source: the checkpoint.
+        names: its files of parts. Others that lie there are not looked into.
+        check: is given those of them that this rank needs, before they are read, to refuse them.
         outlines: as :func:`outline` gives them.
         likes: what may be in parts.
 
@@ -87,24 +90,33 @@ def read(source: Path, outlines: Mapping[str, Tensor], likes: Mapping[str, Tenso
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    class Reader(HuggingFaceStorageReader):
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            check({Path(self.storage_data[item.storage_index].relative_path).name for item in plan.items})
+            return super().read_data(plan, planner)
+
+    reader: Any = Reader(str(source))
+    reader.fs.ls = lambda _: [str(source / name) for name in names]  # torch would read whatever lies there
     found = {name: _room(x, likes.get(name)) for name, x in outlines.items()}
-    # Without collectives: a rank that fails can say so.
-    failed = _failure(lambda: load(found, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=True), 0)
-    if isinstance(failed, Exception):
-        raise damaged(source, f"{type(failed).__name__}: {failed}") from failed
-    if failed is not None:
+    failed = _failure(lambda: load(found, storage_reader=reader, no_dist=True), 0)  # a rank that fails can say so
+    if isinstance(failed, AssertionError | LookupError | TypeError | ValueError | SafetensorError):
+        raise failed if isinstance(failed, files.Damaged) else damaged(source, repr(failed)) from failed
+    if failed is not None:  # no memory, or no disk
         raise failed
     return found
 
 
 def _places(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
-    """Which of a rank's files a tensor goes to, the same on all ranks, from 1."""
-    number, filled, found = 1, 0, {}
-    for name, x in tensors.items():
+    """Which of a rank's files a tensor goes to, the same on all ranks, from 1.
+
+    What one rank writes for all, counts of steps above all, has files of its own: nobody need read others' rows for it.
+    """
+    number, filled, before, found = 1, 0, False, {}
+    for name, x in sorted(tensors.items(), key=lambda item: is_shard(item[1])):
         size = x.numel() * x.element_size() // (world.size if is_shard(x) else 1)
-        if filled and filled + size > _LARGEST:
+        if found and (is_shard(x) is not before or filled + size > _LARGEST):
             number, filled = number + 1, 0
-        filled += size
+        filled, before = filled + size, is_shard(x)
         found[name] = number
     return found
 

@@ -46,10 +46,8 @@ def check_steps(source: Path, state: Mapping[str, Any], optimizer: torch.optim.O
     """
     if not steps_as_torch(optimizer):
         return
+    check_shapes(source, state, optimizer, advice)
     groups = state["param_groups"]
-    places = [place for group in groups for place in group["params"]]
-    if places != list(range(len(places))) or not set(state["state"]) <= set(places):
-        raise damaged(source, "the optimizer's parameters are not numbered as torch numbers them")
     kind = next(kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim"))
     for group, now in zip(groups, optimizer.param_groups, strict=True):
         takes = inspect.signature(kind).parameters.keys() - IMPLEMENTATION - {"params"}
@@ -64,14 +62,26 @@ def check_steps(source: Path, state: Mapping[str, Any], optimizer: torch.optim.O
             for name, moment in wanted.items() if held else ():
                 if not isinstance(held.get(name), Tensor if moment else Tensor | int | float):
                     raise damaged(source, f"the optimizer's state of a parameter has no {name}")
-            for name, moment in moments_of(held):
+            for name, value in held.items():
+                _check_entry(source, name, value)
+
+
+def check_shapes(source: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, advice: str) -> None:
+    """Refuse moments that do not fit, of which outlines are enough; see :func:`check_steps`."""
+    if not steps_as_torch(optimizer):
+        return
+    groups = state["param_groups"]
+    places = [place for group in groups for place in group["params"]]
+    if places != list(range(len(places))) or not set(state["state"]) <= set(places):
+        raise damaged(source, "the optimizer's parameters are not numbered as torch numbers them")
+    for group, now in zip(groups, optimizer.param_groups, strict=True):
+        for place, parameter in zip(group["params"], now["params"], strict=True):
+            for name, moment in moments_of(state["state"].get(place, {})):
                 if not fits(moment, parameter):
                     raise ValueError(
                         f"{source} holds {name} of shape {tuple(moment.shape)} for a parameter of shape "
                         f"{tuple(parameter.shape)}; {advice}"
                     )
-            for name, value in held.items():
-                _check_entry(source, name, value)
 
 
 def check_scheduled(source: Path, then: Any, scheduler: Any) -> None:
