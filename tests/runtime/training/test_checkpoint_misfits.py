@@ -25,7 +25,7 @@ from ppo_runtime.ranks import agreement
 from ppo_runtime.ranks.generators import generator_states, restore_generators
 from ppo_runtime.ranks.world import World
 from ppo_runtime.reporting.jsonl import read_jsonl
-from ppo_runtime.resuming import files
+from ppo_runtime.resuming import files, sealing
 from tests.runtime.support.sealing import change, make_old
 from tests.runtime.support.trainers import make_batch, make_trainer
 
@@ -546,6 +546,7 @@ def test_what_rank_0_cannot_do_is_told_to_the_others(
 
     monkeypatch.setattr(agreement, "gathered", gathered)
     monkeypatch.setattr(agreement, "gathered_objects", lambda value, world, phase: [value, None])
+    monkeypatch.setattr(sealing, "check_there", lambda *_: None)  # the other's files are not
     monkeypatch.setattr(Path, broken, refuse)
     with pytest.raises(OSError, match=r"rank 0: .*no space left"):
         save_checkpoint(trainer, tmp_path / "checkpoint")
