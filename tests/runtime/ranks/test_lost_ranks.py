@@ -80,7 +80,7 @@ def test_a_rank_that_does_not_come_is_named_when_the_time_is_over(tmp_path: Path
     assert found is not None
     assert its is not None
     assert found.kind == its.kind == "RankLost"
-    assert found.message == its.message
+    assert its.message == f"the others have gone on without this rank: {found.message}"
     assert "rank 1 was lost: too late; where it is no more than slow, set ranks_timeout" in found.message
     assert late.code == 1
 
