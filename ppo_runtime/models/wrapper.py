@@ -17,6 +17,7 @@ from ppo_runtime.models.loading import add_adapter, hub_arguments, load_stored, 
 from ppo_runtime.models.precision import computing
 from ppo_runtime.models.saving import save
 from ppo_runtime.models.value_head import HEAD_PREFIX, INNER_PREFIX, ValueHead, check_head
+from ppo_runtime.ranks.shards import is_shard
 
 if TYPE_CHECKING:
     from ppo_runtime.models.reward_adapter import RewardAdapter
@@ -163,6 +164,14 @@ class PreTrainedModelWrapper(nn.Module):
                 f"transformers.{cls.transformers_parent_class.__name__}.from_pretrained"
             )
 
+    def _check_whole(self, instead: str) -> None:
+        """Refuse what needs all weights where this process has a part of them."""
+        if is_shard(transformers_model(self).get_input_embeddings().weight):
+            raise ValueError(
+                "the model is divided among ranks (parallelism='fsdp2'), and none of them has all of it; call the "
+                f"trainer's {instead} on every rank"
+            )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -175,6 +184,7 @@ class PreTrainedModelWrapper(nn.Module):
         The loss is the model's own and needs `labels`. For an encoder-decoder L is the decoder's length, and
         `decoder_input_ids` come by keyword. A cache may be given as `past_key_values` or, its newer name, `cache`.
         """
+        self._check_whole("step, or, without gradient, batched_forward_pass")
         given = kwargs.pop("cache", None)
         if given is not None and past_key_values is not None:
             raise ValueError("got both cache and past_key_values, which are two names of one argument; pass one")
@@ -191,6 +201,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's `generate`."""
+        self._check_whole("generate")
         with computing(self, weights_stay=True):
             return self.pretrained_model.generate(*args, **kwargs)
 
@@ -219,6 +230,8 @@ class PreTrainedModelWrapper(nn.Module):
             if kwargs.get("is_main_process", True):
                 self.push_to_hub(**uploading, **kwargs)
             return
+        if kwargs.get("state_dict") is None:
+            self._check_whole("save_pretrained")
         save(self, save_directory, kwargs)
 
     def push_to_hub(

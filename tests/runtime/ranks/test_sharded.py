@@ -5,6 +5,7 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,21 @@ def refused_and_mended(rank: int) -> dict[str, Any]:
     return {"said": said, "weights": stepped(trainer, SHARES["half"][rank])["weights"]}
 
 
+def on_the_model(folder: Path) -> dict[str, str]:
+    """What the model itself says of calls that need all of it, as old scripts have them on one rank."""
+    model, said = make_trainer(**(HALVED | SHARDED)).model, {}
+    ids = torch.tensor([[5, 6, 7]])
+    for name, call in {
+        "batched_forward_pass": lambda: model(ids),
+        "generate": lambda: model.generate(input_ids=ids, max_new_tokens=2),
+        "save_pretrained": lambda: model.save_pretrained(folder / "of one rank"),
+    }.items():
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  looked at by the tests
+            call()
+        said[name] = str(caught.value)
+    return said
+
+
 def own_optimizer(rank: int) -> dict[str, Any]:
     """Made by the user, of the parameters that the model had before."""
     trainer = make_trainer(**(HALVED | SHARDED), optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
@@ -213,6 +229,7 @@ def be_one_rank(folder: Path) -> None:
     found["ragged"] = ragged(make_trainer(**(HALVED | SHARDED)), slice(4 * rank, 4 * rank + 4))
     found |= {
         "resumed": resumed(rank, folder),
+        "on the model": on_the_model(folder),
         "pieces": pieces(rank),
         "uploaded": uploaded(folder),
         "refused": refused(),
@@ -392,6 +409,14 @@ def test_a_world_of_one_is_not_divided() -> None:
     trainer = make_trainer(parallelism="fsdp2")
     assert not trainer.parallel.sharded
     trainer.step(*make_batch())
+
+
+@pytest.mark.parametrize("call", ["batched_forward_pass", "generate", "save_pretrained"])
+def test_a_divided_model_says_whom_to_ask(ranks: list[dict[str, Any]], call: str) -> None:
+    for rank in ranks:
+        assert re.match(
+            rf"the model is divided among ranks.*call the trainer's .*{call} on every", rank["on the model"][call]
+        )
 
 
 if __name__ == "__main__":
