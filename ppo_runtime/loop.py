@@ -29,6 +29,7 @@ from ppo_runtime.resuming.files import Damaged
 from ppo_runtime.resuming.keeping import check_storable
 from ppo_runtime.resuming.position import position, restore_position
 from ppo_runtime.rollout.data import collate
+from ppo_runtime.rollout.digest import digest_of
 from ppo_runtime.rollout.prompts import batch_prompts, batch_texts, check_dataset
 from ppo_runtime.rollout.room import prompt_room
 from ppo_runtime.trainer import Trainer
@@ -123,6 +124,7 @@ def train(
         newest, done = None, None
         if output is not None:
             check_storable(trainer)
+            digest_of(trainer.dataloader, again=True)
             newest = newest_good(output, every_byte=False)
             done = None if newest is None else steps_done(newest)
             begins = (done or 0) if resume else trainer.current_step

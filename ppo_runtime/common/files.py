@@ -62,6 +62,20 @@ def filled_whole(
         os.chdir(target)  # without this the process would stand in a removed one
 
 
+_HELD: set[int] = set()
+"""Descriptors of directories that this process holds."""
+
+
+def _let_go() -> None:
+    """Close what a forked child has of them, which would hold them for as long as it lives."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):  # not on every system
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
     """Hold a directory against others that ask for it; the system lets go of it where this process dies.
@@ -77,6 +91,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
+    _HELD.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +101,11 @@ def alone_in(directory: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of a child's that has been forked meanwhile
-        os.close(descriptor)
+        if descriptor in _HELD:  # not so in a child that was forked meanwhile
+            _HELD.remove(descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of a child's that no Python has forked
+            os.close(descriptor)
 
 
 def sync(path: Path) -> None:

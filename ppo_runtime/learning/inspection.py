@@ -175,6 +175,8 @@ def _found(x: Tensor) -> dict[str, Any] | None:
 
 def not_finite(error: BaseException | None) -> NotFinite | None:
     """What an error says, or was made of, if numbers that are not finite are to blame."""
-    while error is not None and not isinstance(error, NotFinite):
+    seen: set[int] = set()
+    while error is not None and not isinstance(error, NotFinite) and id(error) not in seen:  # one may be its own cause
+        seen.add(id(error))
         error = error.__cause__
-    return error
+    return error if isinstance(error, NotFinite) else None

@@ -105,7 +105,9 @@ def _attempt() -> str:
 def _part() -> None:
     """Leave the process group, and end its threads before Python does, with whose tensors they would go on."""
     error = getattr(sys, "last_value", None)  # told already, and its frames may hold the group
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:  # one may be its own cause
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     if dist.is_initialized():

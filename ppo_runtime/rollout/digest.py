@@ -15,12 +15,16 @@ _LOOKED_AT = 64
 _KNOWN: WeakKeyDictionary[DataLoader[Any], str | None] = WeakKeyDictionary()
 
 
-def digest_of(loader: DataLoader[Any] | None) -> str | None:
-    """:func:`prompt_digest` of a dataloader's dataset, which is read once."""
-    if loader is None:
-        return None
-    if loader not in _KNOWN:
-        _KNOWN[loader] = prompt_digest(getattr(loader, "dataset", None))
+def digest_of(loader: Any, *, again: bool = False) -> str | None:
+    """:func:`prompt_digest` of a dataloader's dataset, which is read once, and again where a call of ``train`` begins.
+
+    So it is of the rows that the run began with: those that are changed in place while it goes on are not looked at.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader):  # of any class, which nothing can be kept of
+        return prompt_digest(dataset)
+    if again or loader not in _KNOWN:
+        _KNOWN[loader] = prompt_digest(dataset)
     return _KNOWN[loader]
 
 

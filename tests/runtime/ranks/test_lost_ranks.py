@@ -19,7 +19,7 @@ from ppo_runtime.ranks import presence
 from ppo_runtime.ranks.presence import RankLost, agreed, lost_ranks_named
 from ppo_runtime.ranks.world import World
 from tests.runtime.ranks import matrix
-from tests.runtime.support.processes import ROOT
+from tests.runtime.support.processes import ROOT, ends_of_ranks
 
 ALONE = World(rank=0, size=1)
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
@@ -105,6 +105,20 @@ def test_torchrun_ends_with_an_error_and_names_the_rank(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "rank 1 was lost: the process has ended. The others waited in the second meeting" in done.stderr
     assert "destroy_process_group" not in done.stderr, "torch has nothing to complain of"
+
+
+def test_a_script_that_ends_by_an_error_that_is_its_own_cause_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from ppo_runtime.ranks.world import world_from_environment\n"
+        "world_from_environment()\n"
+        "try:\n"
+        "    raise LookupError('a line of the script')\n"
+        "except LookupError as error:\n"
+        "    raise error from error\n"
+    )
+    ends = ends_of_ranks([sys.executable, str(script)], limit=60)
+    assert [ended.code for ended in ends] == [1, 1], ends
 
 
 class Meeting:

@@ -1,6 +1,9 @@
 """Directories that are whole: of one time, whatever ends the writing of another."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 
 from ppo_runtime.common import files
-from ppo_runtime.common.files import filled_whole, free_place, write_whole
+from ppo_runtime.common.files import alone_in, filled_whole, free_place, write_whole
 
 
 def _all(_: Path) -> bool:
@@ -171,3 +174,41 @@ def test_a_directory_that_was_not_there_is_not_there_after_an_error(tmp_path: Pa
     with pytest.raises(OSError, match="full"):
         fill()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_child_that_outlives_a_killed_process_holds_no_directory(tmp_path: Path) -> None:
+    """A worker that a score function has started, say."""
+    script = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from ppo_runtime.common.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    if child := os.fork():\n"
+        "        print(child, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    os.close(1)\n"
+        "    time.sleep(120)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, check=False)
+    child = int(done.stdout)
+    try:
+        assert done.returncode == -signal.SIGKILL
+        with alone_in(tmp_path):
+            os.kill(child, 0)  # it is still there
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_ends_leaves_a_directory_held(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from ppo_runtime.common.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    if child := os.fork():\n"
+        "        os.waitpid(child, 0)\n"
+        "        with alone_in(Path(sys.argv[1])):\n"
+        "            pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], stderr=subprocess.PIPE, text=True, check=False)
+    assert "BlockingIOError" in done.stderr

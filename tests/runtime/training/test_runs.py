@@ -785,6 +785,25 @@ def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
     assert steps_done(tmp_path / "checkpoint-3") == 3
 
 
+def test_a_dataloader_of_any_class_has_checkpoints(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
+    trainer.dataloader = list(trainer.dataloader)  # which cannot be weakly referenced
+    _train(trainer, tmp_path)
+    assert steps_done(tmp_path / "checkpoint-2") == 2
+
+
+def test_a_run_whose_rows_were_changed_between_two_parts_goes_on_with_those_of_the_second(tmp_path: Path) -> None:
+    rows = _rows().to_list()
+    trainer = _trainer(tmp_path, rows)
+    _train(trainer, tmp_path, steps=1)
+    for row in rows:
+        row["input_ids"].insert(0, 4)
+    _train(trainer, tmp_path, steps=2)
+    _train(_trainer(tmp_path, rows), tmp_path, steps=3, resume=True)
+    with pytest.raises(ValueError, match="a dataset of other prompts"):
+        _train(_trainer(tmp_path, _rows()), tmp_path, steps=4, resume=True)
+
+
 def test_where_directories_cannot_be_held_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
