@@ -695,10 +695,11 @@ class Trainer:
                 progress.put_back()
             if progress.begun:
                 self._drop_accumulated()
+                advice = "go back to the last one, or go on: the next whole step makes checkpoints possible again"
                 logger.warning(
-                    "%s: the weights are between two steps. No checkpoint is made of them; go back to the last one, or "
-                    "go on: the next whole step makes checkpoints possible again",
+                    "%s: the weights are between two steps. No checkpoint is made of them; %s",
                     self.broken_off,
+                    advice if self.world.size == 1 else "load a checkpoint on all ranks",
                 )
             raise
         if progress.begun:  # a step without an update leaves the weights where they were

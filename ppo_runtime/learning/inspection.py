@@ -21,15 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo_runtime.common.files import free_place, working_directory, write_whole
 from ppo_runtime.common.inputs import NotFinite
-from ppo_runtime.common.launcher import speaks_for_all
 from ppo_runtime.common.redact import plain_settings
 from ppo_runtime.config import PPOConfig
 from ppo_runtime.learning.guards import INSPECTED, WHAT_TO_DO
 from ppo_runtime.learning.update import Progress
 from ppo_runtime.ranks.world import World
 
-logger = logging.getLogger(__name__)
-logger.addFilter(lambda _: speaks_for_all())
+logger = logging.getLogger(__name__)  # each rank says what it has kept itself
 
 MOST = 3
 """Batches that a process keeps: the first ones are those that tell."""

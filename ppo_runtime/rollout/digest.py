@@ -22,7 +22,7 @@ def digest_of(loader: Any, *, again: bool = False) -> str | None:
     """
     dataset = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader):  # of any class, which nothing can be kept of
-        return prompt_digest(dataset)
+        return None if dataset is None else prompt_digest(dataset)
     if again or loader not in _KNOWN:
         _KNOWN[loader] = prompt_digest(dataset)
     return _KNOWN[loader]
