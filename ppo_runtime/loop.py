@@ -162,6 +162,8 @@ def train(
             elif world.rank == 0:
                 arguments.make_writable("logging_dir", trainer.run_log.directory(trainer.config))
                 trainer.trackers  # noqa: B018  opened now: a package or a login that is missing shows before the first step
+            if world.rank == 0 and trainer.run_log.misses():  # of an earlier call, the last step's too
+                trainer.run_log.write_missed(trainer.trackers)
         if trainer.current_step:
             restore_position(trainer, position(trainer))  # a new iteration would begin another epoch
         history: list[dict[str, float]] = []

@@ -74,18 +74,25 @@ class RunLog:
         """Give an entry to each tracker, behind those that the system would not let it write before."""
         for place in range(len(trackers)):
             self._missed.setdefault(place, []).append(entry)
-        try:
-            for place, tracker in enumerate(trackers):
-                while waiting := self._missed[place]:
-                    tracker.log(*waiting[0])
-                    waiting.pop(0)
-        except OSError:
-            raise
-        except BaseException:  # what is refused would be the next time as well
-            for waiting in self._missed.values():
-                if waiting and waiting[-1] is entry:
-                    waiting.pop()
-            raise
+        self.write_missed(trackers)
+
+    def misses(self) -> bool:
+        """Whether a tracker lacks an entry that the system would not let it write."""
+        return any(self._missed.values())
+
+    def write_missed(self, trackers: Sequence[Any]) -> None:
+        """Give each tracker the entries that it lacks, in their order; one that it refuses goes for all of them."""
+        for place, tracker in enumerate(trackers):
+            while waiting := self._missed.get(place):
+                entry = waiting[0]
+                try:
+                    tracker.log(*entry)
+                except OSError:
+                    raise
+                except BaseException:  # what is refused would be the next time as well
+                    self._missed = {k: [one for one in left if one is not entry] for k, left in self._missed.items()}
+                    raise
+                waiting.pop(0)
 
     def sync(self) -> None:
         """Wait until what was logged has reached the disk, as far as trackers can tell."""

@@ -22,6 +22,7 @@ from ppo_runtime import loop, results
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, steps_done
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import JsonlTracker, read_jsonl
+from ppo_runtime.reporting.run_log import RunLog
 from ppo_runtime.reporting.tracking import make_trackers
 from ppo_runtime.resuming import sealing
 from ppo_runtime.rollout.digest import prompt_digest
@@ -783,6 +784,43 @@ def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
     _train(_trainer(tmp_path / "logs"), tmp_path, steps=2, checkpoint_every=1, score=score)
     _train(_trainer(tmp_path / "logs"), tmp_path, steps=3, resume=True)
     assert steps_done(tmp_path / "checkpoint-3") == 3
+
+
+def test_the_line_of_the_last_step_that_had_no_room_is_written_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = _trainer(tmp_path)
+    _train(trainer, tmp_path, steps=1)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(JsonlTracker, "_append", full)
+        with pytest.raises(OSError, match="No space left"):
+            _train(trainer, tmp_path, steps=2)
+    assert _train(trainer, tmp_path, steps=2).history == []
+    assert _steps(tmp_path / FILE) == [1, 2]
+
+
+def test_a_line_that_is_refused_when_there_is_room_again_holds_up_none_behind_it() -> None:
+    class Tracker:
+        error: Exception | None = OSError(errno.ENOSPC, "No space left on device")
+        lines: tuple[int, ...] = ()
+
+        def log(self, step: int) -> None:
+            if step == 1 and self.error is not None:
+                raise self.error
+            self.lines += (step,)
+
+    log, tracker = RunLog(), Tracker()
+    with pytest.raises(OSError, match="No space"):
+        log.log([tracker], 1)
+    tracker.error = ValueError("of no kind that it knows")
+    with pytest.raises(ValueError, match="of no kind"):
+        log.log([tracker], 2)
+    log.log([tracker], 3)
+    assert tracker.lines == (2, 3)
+    assert not log.misses()
 
 
 def test_a_dataloader_of_any_class_has_checkpoints(tmp_path: Path) -> None:
