@@ -86,7 +86,16 @@ def moments(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> dict[s
 
 def _bits(tensors: Iterable[torch.Tensor]) -> list[int]:
     """In one transfer from each device."""
-    return [int(x) for x in on_cpu([x.detach().view(_WHOLE[x.element_size()]).sum() for x in tensors])]
+    return [int(x) for x in on_cpu([_sum(x.detach()) for x in tensors])]
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """Of eight bytes each, and of what is left: sums of shorter numbers would copy them to that many first."""
+    x = x.contiguous().view(-1)
+    if x.storage_offset() * x.element_size() % 8:
+        x = x.clone()
+    whole = x.numel() - x.numel() % (8 // x.element_size())
+    return x[:whole].view(torch.int64).sum() + x[whole:].view(_WHOLE[x.element_size()]).sum()
 
 
 def generation(options: Mapping[str, Any]) -> dict[str, Any]:

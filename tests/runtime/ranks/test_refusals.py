@@ -6,6 +6,7 @@ Run as a script, this file is one of the two processes.
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -137,13 +138,16 @@ def part_raises(part: str, method: str, culprits: set[int], world: World, folder
     if world.rank in culprits:
         error = LookupError("a bad option")
         setattr(held, method, lambda *_: raising(error, error, world.rank))
+    told: list[str] = []
+    (handler := logging.Handler()).emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("ppo_runtime.trainer").addHandler(handler)
     said = apart(world, call, call)
     vars(held).pop(method, None)
     again = apart(world, call, call)
     load_checkpoint(trainer, folder)
     call()
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-    return {"said": said, "again": again, "whole": trainer.broken_off is None, "weights": weights}
+    return {"said": said, "again": again, "whole": trainer.broken_off is None, "weights": weights, "told": told}
 
 
 def by_pieces(trainer: PPOTrainer, shift: int = 0, *, spent: bool = False) -> None:
@@ -338,6 +342,9 @@ def test_a_part_that_fails_loses_no_rank(ranks: list[dict[str, Any]], part: str)
         assert again == ([*(f"the last update is {values}" for values in parted), ""] if "opt" in part else 3 * [""])
         assert all(found["whole"] for found in rank[part])
     for first, second in zip(*(rank[part] for rank in ranks), strict=True):
+        advised = [line for line in first["told"] + second["told"] if "between two steps" in line]
+        assert all(line.endswith("load a checkpoint on all ranks") for line in advised)
+        assert part != "optimizer" or advised
         assert torch.equal(first["weights"], second["weights"])
 
 
@@ -402,3 +409,12 @@ def test_value_heads_that_every_rank_has_drawn_for_its_reference_are_no_differen
 
 if __name__ == "__main__":
     be_one_rank(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_sums_of_bits_know_every_number_wherever_it_lies(kind: torch.dtype) -> None:
+    x = torch.arange(1, 13).to(kind)
+    others = [x + torch.eye(12)[place].to(kind) for place in range(12)]
+    (here, moved), changed = sameness._bits([x[1:], x[1:].clone()]), sameness._bits(others)
+    assert here == moved
+    assert sameness._bits([x])[0] not in changed
