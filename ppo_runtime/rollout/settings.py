@@ -103,6 +103,9 @@ class Settings:
         passed = {} if self.passed is None else vars(self.passed)
         given = {name: value for name, value in passed.items() if value is not None and name[0] != "_"}
         given |= {name: keywords.pop(name) for name in settings & keywords.keys()}
+        for name, stronger in _SAME_THING.items():
+            if given.get(stronger) is not None:  # of both, transformers would warn with every batch
+                given[name] = getattr(GenerationConfig(), name)
         for name, value in given.items():
             setattr(config, name, value)
         inner = transformers_model(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,19 @@ def test_what_the_caller_says_wins_over_what_the_models_own_config_says_otherwis
     [row] = trainer.generate(torch.tensor([5, 6, 7]), eos_token_id=ends, **options)
     # Nearly every token ends the response, so it is as long as it must be.
     assert len(row) == 5 if name == "length" else len(row) >= 8
+
+
+@pytest.mark.parametrize("door", ["keyword", "generation_config"])
+def test_transformers_is_told_one_length_in_one_way(
+    door: str, trainers: dict[str, PPOTrainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would warn, with every batch, of two that the caller has not given."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    asked: dict[str, Any] = {"max_length": 12, "min_length": 11, "num_beams": 2}
+    options = asked if door == "keyword" else {"generation_config": GenerationConfig(**asked)}
+    queries = [torch.tensor([3, 4, 5]), torch.tensor([3, 4, 5, 6, 7, 8, 9])]
+    trainers["llama"].generate(queries, batch_size=1, **options)
+    assert "seem to have been set" not in caplog.text
 
 
 @pytest.mark.parametrize("named", [{"guidance_scale": 1.5}, {"prefill_chunk_size": 2}])
