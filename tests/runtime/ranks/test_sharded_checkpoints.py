@@ -117,7 +117,7 @@ def of_two(folder: Path) -> dict[str, Any]:
 
 
 class Heard(logging.Handler):
-    """What a user hears of other packages, who lets all of them speak."""
+    """What a user hears of torch, who lets all packages speak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep it."""
-        if not record.name.startswith("ppo_runtime"):
+        if record.name.startswith("torch"):
             self.said.append(f"{record.name}: {record.getMessage()}")
 
 
