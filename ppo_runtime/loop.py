@@ -121,10 +121,10 @@ def train(
                 raise ValueError(f"{name} is {wanted!r} and output_dir is None, expected the directory of the run")
         trainer.response_generator.check(**options)
         _check_data(trainer, options)
+        digest_of(trainer.dataloader, again=True)
         newest, done = None, None
         if output is not None:
             check_storable(trainer)
-            digest_of(trainer.dataloader, again=True)
             newest = newest_good(output, every_byte=False)
             done = None if newest is None else steps_done(newest)
             begins = (done or 0) if resume else trainer.current_step

@@ -40,10 +40,12 @@ def check_places(output_dir: Path, *, done: int, steps: int) -> None:
             replace.
     """
     if all((output_dir / name).is_file() for name in (STATE, rank_file(0))):
+        own, of_run = output_dir.resolve(), ""
+        if own.name.startswith("checkpoint"):
+            of_run = f"pass {str(own.parent)!r} and resume=True to go on with the run that it lies in, or "
         raise ValueError(
-            f"output_dir is {str(output_dir)!r}, which is a checkpoint itself, expected the directory of a run; pass "
-            f"{str(output_dir.parent)!r} and resume=True to go on with the run that it lies in, or load it by "
-            "load_checkpoint and choose another output_dir"
+            f"output_dir is {str(output_dir)!r}, which is a checkpoint itself, expected the directory of a run; "
+            f"{of_run}load it by load_checkpoint and choose another output_dir"
         )
     for place in sorted(output_dir.glob("checkpoint-*")):
         step = place.name.removeprefix("checkpoint-")

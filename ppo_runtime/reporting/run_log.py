@@ -89,7 +89,7 @@ class RunLog:
                     tracker.log(*entry)
                 except OSError:
                     raise
-                except BaseException:  # what is refused would be the next time as well
+                except Exception:  # what is refused would be the next time as well
                     self._missed = {k: [one for one in left if one is not entry] for k, left in self._missed.items()}
                     raise
                 waiting.pop(0)

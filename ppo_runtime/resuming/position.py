@@ -84,7 +84,7 @@ def check_data(source: Path, state: Mapping[str, Any], trainer: Trainer) -> None
         )
     loader = trainer.dataloader
     if (prompts := state.get("all_prompts")) is not None:
-        now = digest_of(loader)
+        now = digest_of(loader, again=True)
     elif (prompts := state.get("prompts")) is not None:  # of before, of some of them alone
         now = sampled_digest(getattr(loader, "dataset", None))
     else:

@@ -16,9 +16,10 @@ _KNOWN: WeakKeyDictionary[DataLoader[Any], str | None] = WeakKeyDictionary()
 
 
 def digest_of(loader: Any, *, again: bool = False) -> str | None:
-    """:func:`prompt_digest` of a dataloader's dataset, which is read once, and again where a call of ``train`` begins.
+    """:func:`prompt_digest` of a dataloader's dataset, which is read once.
 
-    So it is of the rows that the run began with: those that are changed in place while it goes on are not looked at.
+    It is read again where a call of ``train`` begins or a checkpoint is loaded: rows that are changed in place while a
+    run goes on are not looked at.
     """
     dataset = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader):  # of any class, which nothing can be kept of

@@ -623,6 +623,25 @@ def test_a_checkpoint_is_no_directory_of_a_run(tmp_path: Path, resume: bool) -> 
     assert sorted(there.iterdir()) == held
 
 
+def test_the_advice_for_a_checkpoint_of_another_name_names_no_run(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path / "logs")
+    save_checkpoint(trainer, tmp_path / "mine")
+    with pytest.raises(ValueError, match="a checkpoint itself, expected the directory of a run; load it by load_check"):
+        _train(trainer, tmp_path / "mine")
+
+
+def test_rows_that_were_changed_before_a_run_are_those_of_its_checkpoints(tmp_path: Path) -> None:
+    """Also of one that makes none itself, and where the trainer has made one of the rows before."""
+    rows = list(_rows())
+    trainer = _trainer(tmp_path / "logs", rows)
+    save_checkpoint(trainer, tmp_path / "before")
+    rows[:] = list(_rows(first=30))
+    _train(trainer, None, steps=1)
+    load_checkpoint(_trainer(tmp_path / "other logs", rows), save_checkpoint(trainer, tmp_path / "after"))
+    with pytest.raises(ValueError, match="a dataset of other prompts"):
+        load_checkpoint(trainer, tmp_path / "before")
+
+
 def test_a_fresh_run_replaces_no_checkpoint_unasked(tmp_path: Path) -> None:
     _train(_trainer(tmp_path), tmp_path)
     before = _files(tmp_path)
@@ -821,6 +840,26 @@ def test_a_line_that_is_refused_when_there_is_room_again_holds_up_none_behind_it
     log.log([tracker], 3)
     assert tracker.lines == (2, 3)
     assert not log.misses()
+
+
+def test_an_interrupt_drops_no_line_that_waits() -> None:
+    class Tracker:
+        errors: tuple[BaseException, ...] = (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt())
+        lines: tuple[int, ...] = ()
+
+        def log(self, step: int) -> None:
+            if self.errors:
+                first, *left = self.errors
+                self.errors = tuple(left)
+                raise first
+            self.lines += (step,)
+
+    log, tracker = RunLog(), Tracker()
+    for step, error in {1: OSError, 2: KeyboardInterrupt}.items():
+        with pytest.raises(error):
+            log.log([tracker], step)
+    log.log([tracker], 3)
+    assert tracker.lines == (1, 2, 3)
 
 
 def test_a_dataloader_of_any_class_has_checkpoints(tmp_path: Path) -> None:
