@@ -4,14 +4,13 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppo_runtime import arguments, results
 from ppo_runtime.checkpoint import load_checkpoint, newest_good, save_in, steps_done
@@ -24,6 +23,7 @@ from ppo_runtime.learning.inspection import not_finite
 from ppo_runtime.ranks.agreement import agree_any, agree_largest, all_or_none
 from ppo_runtime.ranks.presence import is_agreed
 from ppo_runtime.ranks.world import World
+from ppo_runtime.reporting.progress import progress
 from ppo_runtime.reporting.statistics import scalars, score_statistics
 from ppo_runtime.resuming.files import Damaged
 from ppo_runtime.resuming.keeping import check_storable
@@ -172,7 +172,7 @@ def train(
         console = console or Console(stderr=True)
         with closing(trainer), stop_asked("this step", says=world.rank == 0) as stop:
             try:
-                with _progress(console, disable=world.rank != 0) as bar:
+                with progress(console, disable=world.rank != 0) as bar:
                     task = bar.add_task("train", total=steps, completed=trainer.current_step, status="")
                     batches = _forever(trainer.dataloader)
                     while begun + len(history) < steps:
@@ -363,36 +363,3 @@ def _forever(dataloader: Any) -> Iterator[Any]:
 
 def _status(stats: dict[str, float]) -> str:
     return f"score {stats['env/reward_mean']:+.3f}  KL {stats['objective/kl']:.2f}"
-
-
-class _Bar(Progress):
-    """A bar that is shown as long as there is somewhere to: a terminal that has closed ends no run."""
-
-    def start(self) -> None:
-        # Where the reader of a pipe has gone away, rich would end the program, and silence its standard output before.
-        vars(self.console)["on_broken_pipe"] = partial(setattr, self.console, "quiet", True)
-        with suppress(OSError):
-            super().start()
-
-    def refresh(self) -> None:
-        with suppress(OSError):
-            super().refresh()
-
-    def stop(self) -> None:
-        with suppress(OSError):
-            super().stop()
-        vars(self.console).pop("on_broken_pipe", None)
-
-
-def _progress(console: Console, *, disable: bool) -> Progress:
-    return _Bar(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=disable,
-    )

@@ -25,6 +25,8 @@ from typing import IO, Any
 
 import attrs
 
+from ppo_runtime.common.errors import chained
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 90.0
@@ -148,13 +150,12 @@ def _answer(target: str) -> None:
 
 def _passes(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, tells of this hour and not of what was tried."""
-    while error is not None:
-        if isinstance(error, MemoryError | KeyboardInterrupt) or _tells_of_shortage(str(error)):
-            return True
-        if isinstance(error, OSError) and error.errno in _SHORTAGES:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(found, MemoryError | KeyboardInterrupt)
+        or _tells_of_shortage(str(found))
+        or (isinstance(found, OSError) and found.errno in _SHORTAGES)
+        for found in chained(error, contexts=True)
+    )
 
 
 def _tells_of_shortage(text: str) -> bool:

@@ -7,6 +7,7 @@ extras            optional packages: importing one, whether one is there, which 
 memory            how much there is and is left, in a container too
 launcher          what torchrun tells each process
 wording           words for numbers
+errors            what an error came of
 undoing           changes put back, whatever interrupts
 inputs            checks of rows, scores and masks
 transfers         copies between devices, many tensors in one

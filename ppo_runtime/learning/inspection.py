@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ppo_runtime.common.errors import chained
 from ppo_runtime.common.files import free_place, working_directory, write_whole
 from ppo_runtime.common.inputs import NotFinite
 from ppo_runtime.common.redact import plain_settings
@@ -173,8 +174,4 @@ def _found(x: Tensor) -> dict[str, Any] | None:
 
 def not_finite(error: BaseException | None) -> NotFinite | None:
     """What an error says, or was made of, if numbers that are not finite are to blame."""
-    seen: set[int] = set()
-    while error is not None and not isinstance(error, NotFinite) and id(error) not in seen:  # one may be its own cause
-        seen.add(id(error))
-        error = error.__cause__
-    return error if isinstance(error, NotFinite) else None
+    return next((found for found in chained(error, contexts=False) if isinstance(found, NotFinite)), None)

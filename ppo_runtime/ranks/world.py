@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from ppo_runtime.common.errors import chained
 from ppo_runtime.common.launcher import processes_started
 
 
@@ -104,12 +105,8 @@ def _attempt() -> str:
 
 def _part() -> None:
     """Leave the process group, and end its threads before Python does, with whose tensors they would go on."""
-    error = getattr(sys, "last_value", None)  # told already, and its frames may hold the group
-    seen = set()
-    while error is not None and id(error) not in seen:  # one may be its own cause
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    for error in chained(getattr(sys, "last_value", None), contexts=True):
+        traceback.clear_frames(error.__traceback__)  # told already, and its frames may hold the group
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
 
 from ppo_runtime.checkpoint import load_checkpoint, save_checkpoint, save_in
@@ -25,6 +24,7 @@ from ppo_runtime.ranks.world import world_from_environment
 from ppo_runtime.resuming import files, parts
 from tests.runtime.ranks.test_parallel import assert_same_bits
 from tests.runtime.ranks.test_sharded_checkpoints import make_trainer, stepped
+from tests.runtime.support.divided import need_divided_models
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.trainers import make_trainer as any_trainer
 from tests.runtime.training.test_checkpoint_seals import flipped
@@ -188,8 +188,7 @@ def be_one_rank(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two ranks found."""
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip("this torch is refused")
+    need_divided_models()
     return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 

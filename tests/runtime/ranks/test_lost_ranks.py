@@ -13,19 +13,17 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from ppo_runtime.ranks import presence
 from ppo_runtime.ranks.presence import RankLost, agreed, lost_ranks_named
 from ppo_runtime.ranks.world import World
 from tests.runtime.ranks import matrix
+from tests.runtime.support.divided import divided
 from tests.runtime.support.processes import ROOT, ends_of_ranks
 
 ALONE = World(rank=0, size=1)
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 LATE = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete")
-
-divided = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch is refused")
 
 
 def assert_ended(folder: Path) -> None:

@@ -30,6 +30,7 @@ from ppo_runtime.ranks.world import world_from_environment
 from tests.runtime.ranks import matrix
 from tests.runtime.ranks.test_parallel import CASES, HALVED, SETTINGS, SHARES, assert_same_bits, spoil_second
 from tests.runtime.ranks.test_refusals import assert_parted, called_alone
+from tests.runtime.support.divided import need_divided_models
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.tiny import tiny_config, tiny_lora, tiny_model, tiny_tokenizer
 from tests.runtime.support.trainers import make_batch, make_trainer, untimed
@@ -180,11 +181,11 @@ def refused_and_mended(rank: int) -> dict[str, Any]:
     trainer = PPOTrainer(config, model, None, tiny_tokenizer())
     trainer.optimizer.param_groups[0]["eps"] = SETTINGS["adam_eps"]
     for name, parts in {"model": (model, None), "ref_model": (make_trainer().model, trainer.ref_model)}.items():
-        with pytest.raises(ValueError) as again:  # noqa: PT011
+        with pytest.raises(ValueError) as again:  # noqa: PT011  looked at by the tests
             PPOTrainer(config, *parts, tiny_tokenizer())
         said[name] = str(again.value)
     model.pretrained_model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError) as reentrant:  # noqa: PT011
+    with pytest.raises(ValueError) as reentrant:  # noqa: PT011  looked at by the tests
         stepped(trainer, SHARES["half"][rank])
     model.pretrained_model.gradient_checkpointing_enable({"use_reentrant": False})
     said |= {"dataset": str(short.value), "reentrant": str(reentrant.value)}
@@ -250,8 +251,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What both ranks did."""
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip("this torch is refused")
+    need_divided_models()
     return run_ranks(__file__, folder, warnings="default")
 
 

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ppo_runtime import PPOTrainer
@@ -35,6 +34,7 @@ from ppo_runtime.ranks.shards import whole
 from ppo_runtime.ranks.world import world_from_environment
 from ppo_runtime.resuming import files, parts
 from tests.runtime.ranks.test_parallel import assert_same_bits
+from tests.runtime.support.divided import need_divided_models
 from tests.runtime.support.processes import ends_of_ranks, run_ranks
 from tests.runtime.support.sealing import change, seal_again
 from tests.runtime.support.tiny import tiny_lora
@@ -214,8 +214,7 @@ def alone(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def three(folder: Path) -> list[dict[str, Any]]:
     """What three ranks did."""
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip("this torch is refused")
+    need_divided_models()
     return run_ranks(__file__, folder, ranks=3)
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from ppo_runtime.loop import train
 from ppo_runtime.reporting.jsonl import read_jsonl
 from ppo_runtime.resuming import sealing
+from tests.runtime.support.divided import DIVIDES_MODELS, divided
 from tests.runtime.support.processes import run_ranks
 from tests.runtime.support.trainers import make_trainer
 
@@ -62,7 +62,7 @@ def broken_off(home: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     cases = {"one": (1, {}), "all": (2, {"parallelism": "fsdp2"})}
     for name, (ranks, settings) in cases.items():
-        if settings and not hasattr(FSDPModule, "reset_iter_state"):
+        if settings and not DIVIDES_MODELS:
             continue
         trainer = _trainer(home / name, **settings)
 
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_left_by_all_ranks_for_the_same_one(ranks: tuple
             assert "the step of the checkpoint found is 4 on rank 0 and 3 on rank 1" in found["said"]
 
 
-@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch's FSDP2 is too old")
+@divided
 def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -244,7 +244,7 @@ def test_a_model_in_parts_is_trained_and_saved_and_its_ranks_fail_together(
     assert [line["step"] for line in read_jsonl(folder / "sharded" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-PARTED = (sharded, damaged_part) * hasattr(FSDPModule, "reset_iter_state")
+PARTED = (sharded, damaged_part) * DIVIDES_MODELS
 RUNS = (signalled, broken_off, failing, unlike, full, dropped, damaged, *PARTED)
 
 

@@ -107,7 +107,7 @@ def test_a_policy_may_sample_the_padding_token() -> None:
     """Padding is known by where a row ended, not by its id: a pad that was drawn is a token like any other."""
     trainer = make_trainer()
     options = PLAIN | {"max_new_tokens": 4, "return_prompt": False, "eos_token_id": EOS_ID}
-    only = lambda *_: [EOS_ID, 70, 71]  # noqa: E731  three tokens, one of which pads
+    only = lambda *_: [EOS_ID, 70, 71]  # noqa: E731  of one line  three tokens, one of which pads
     responses = trainer.generate(QUERIES, batch_size=16, pad_token_id=70, prefix_allowed_tokens_fn=only, **options)
     check_ends(responses, {EOS_ID}, most=4)
     assert any(70 in response[:-1].tolist() for response in responses)

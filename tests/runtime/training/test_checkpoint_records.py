@@ -113,7 +113,7 @@ def told(trainer: PPOTrainer) -> tuple[str, ...]:
     tensors = dict(trainer.model.state_dict())
     for place, held in optimizer["state"].items():
         tensors |= {f"{place} {name}": torch.as_tensor(value) for name, value in held.items()}
-    generators = trainer.shuffle.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = trainer.shuffle.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that checkpoints hold
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + as_bytes(tensor).numpy().tobytes())

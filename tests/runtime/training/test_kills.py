@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch.distributed.fsdp import FSDPModule
+
+from tests.runtime.support.divided import need_divided_models
 
 ROOT = Path(__file__).parents[3]
 
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").is_dir(), reason="forks, and looks into /proc")
 @pytest.mark.parametrize(("ranks", "parallelism"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
 def test_a_killed_run_is_resumed_bit_for_bit(ranks: int, parallelism: str) -> None:
-    if parallelism == "fsdp2" and not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip("this torch is refused")
+    if parallelism == "fsdp2":
+        need_divided_models()
     module = "tests.runtime.training.kills"
     asked = f"--kills 5 --inside 3 --results 1 --ranks {ranks} --seed 1 --parallelism {parallelism}"
     done = subprocess.run(

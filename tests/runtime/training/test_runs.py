@@ -363,7 +363,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(tmp_path: Path) -> 
 @pytest.mark.parametrize("best", [1, 2])
 def test_how_many_checkpoints_are_kept_is_asked_for(tmp_path: Path, best: int) -> None:
     trainer = _trainer(tmp_path)
-    score = lambda _, texts: [float(trainer.current_step + 1 == best)] * len(texts)  # noqa: E731
+    score = lambda _, texts: [float(trainer.current_step + 1 == best)] * len(texts)  # noqa: E731  of one line
     _train(trainer, tmp_path, steps=5, score=score, checkpoint_every=1, keep_last=1, keep_best=True)
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == [f"checkpoint-{best}", "checkpoint-5"]
 
